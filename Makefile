@@ -1,0 +1,46 @@
+# One command for everything; `.ci/run` calls the same targets.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUN_STAMP := $(VENV)/.run-installed
+DEV_STAMP := $(VENV)/.dev-installed
+
+.PHONY: help image check lint types layers test clean
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+image: $(RUN_STAMP)  ## install what a device needs and make an image: image.png
+	$(BIN)/sld-run "a red star at a party" --seed 7 --output image.png --force
+
+check: lint types layers test  ## everything CI runs
+
+lint: $(DEV_STAMP)  ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(DEV_STAMP)  ## mypy, strict
+	$(BIN)/mypy
+
+layers: $(DEV_STAMP)  ## imports go one way
+	$(BIN)/lint-imports
+
+test: $(DEV_STAMP)  ## the tests
+	$(BIN)/pytest
+
+clean:  ## remove the virtual environment and caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+
+$(BIN)/python:
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or later is needed')"
+	$(PYTHON) -m venv $(VENV)
+
+$(RUN_STAMP): pyproject.toml | $(BIN)/python
+	$(BIN)/pip install --quiet --editable ".[cpu]"
+	@touch $@
+
+# torch first and by version: a range would bring a CUDA build of several gigabytes.
+$(DEV_STAMP): pyproject.toml | $(BIN)/python
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet --editable ".[dev]"
+	@touch $@

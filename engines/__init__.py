@@ -1,0 +1,1 @@
+"""One interface to run a graph, and what implements it. Imports nothing else of ours."""

@@ -1,0 +1,39 @@
+"""What runs on the device: bundle, tokenizer, samplers, safety, pipeline, commands. No PyTorch."""
+
+from sld_edge.runtime.samplers import SAMPLERS
+
+from sld_edge.engines.errors import (
+    BundleError,
+    EngineError,
+    InputError,
+    MissingPackageError,
+    NumericsError,
+    OutputError,
+    UserError,
+)
+from sld_edge.runtime.bundle import Bundle
+from sld_edge.runtime.loop import Step
+from sld_edge.runtime.pipeline import Pipeline, Result
+from sld_edge.runtime.plan import ImagePlan, Request, RunPlan
+from sld_edge.runtime.safety import PAPER_CONCEPT, PRESETS, Safety
+
+__all__ = [
+    "PAPER_CONCEPT",
+    "PRESETS",
+    "SAMPLERS",
+    "Bundle",
+    "BundleError",
+    "EngineError",
+    "ImagePlan",
+    "InputError",
+    "MissingPackageError",
+    "NumericsError",
+    "OutputError",
+    "Pipeline",
+    "Request",
+    "Result",
+    "RunPlan",
+    "Safety",
+    "Step",
+    "UserError",
+]

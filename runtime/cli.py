@@ -1,0 +1,331 @@
+"""`sld-run`: prompts in, pictures out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+from sld_edge.runtime.samplers import SAMPLERS
+from tqdm import tqdm
+
+from sld_edge.engines.errors import InputError
+from sld_edge.runtime.console import HelpFormatter, run_command
+from sld_edge.runtime.files import check_writable, write_whole
+from sld_edge.runtime.loop import Step
+from sld_edge.runtime.picture import edit_map_picture, png_from_image
+from sld_edge.runtime.pipeline import Callback, Pipeline, Result
+from sld_edge.runtime.plan import Request, Rng, RunPlan
+from sld_edge.runtime.safety import PRESETS
+
+_EXAMPLES = """\
+examples:
+  sld-run "a red star at a party"                      with the miniature model that ships
+  sld-run "a lighthouse" --bundle sd15 --safety strong --steps 25 --seed 7
+  sld-run "a cat" "a dog" --count 4 --output pets/     eight pictures, numbered
+  sld-run "a harbour" --report harbour.json --edit-map where.png
+  cat prompts.txt | sld-run - --bundle sd15            one prompt a line
+
+Image k of seed S is the image of seed S + k. A mistake in what was asked: one line, exit code 2.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """What `sld-run` was asked for, typed."""
+
+    prompt: Sequence[str]
+    bundle: Path | None
+    output: Path | None
+    force: bool
+    provider: str
+    safety: str
+    safety_concept: str | None
+    safety_scale: float | None
+    safety_warmup: int | None
+    safety_threshold: float | None
+    safety_momentum_scale: float | None
+    safety_momentum_beta: float | None
+    negative_prompt: str | None
+    steps: int | None
+    guidance_scale: float | None
+    sampler: str | None
+    eta: float
+    seed: int
+    rng: Rng
+    count: int
+    width: int | None
+    height: int | None
+    batch_size: int | None
+    report: Path | None
+    edit_map: Path | None
+    preview: Path | None
+    quiet: bool
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line's parser."""
+    cli = argparse.ArgumentParser(
+        prog="sld-run",
+        description="Make images with Safe Latent Diffusion, without PyTorch.",
+        epilog=_EXAMPLES,
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+    cli.add_argument(
+        "prompt",
+        nargs="+",
+        metavar="PROMPT",
+        help='text of an image; "-" reads prompts from standard input, one a line',
+    )
+    files = cli.add_argument_group("files")
+    files.add_argument(
+        "--bundle",
+        type=Path,
+        metavar="DIR",
+        help="bundle made by sld-export; "
+        "without it, the miniature model that ships with the package",
+    )
+    files.add_argument(
+        "--output",
+        type=Path,
+        metavar="PATH",
+        help="picture, or an existing "
+        "directory for pictures named by prompt and seed (default: this directory)",
+    )
+    files.add_argument(
+        "--report",
+        type=Path,
+        metavar="FILE.json",
+        help="write settings, what safety did at each step, timings and versions",
+    )
+    files.add_argument(
+        "--edit-map",
+        type=Path,
+        metavar="PATH",
+        help="write a picture of where safety acted, over the image",
+    )
+    files.add_argument(
+        "--preview",
+        type=Path,
+        metavar="PATH",
+        help="rewrite this picture with the image so far, five times a run",
+    )
+    files.add_argument("--force", action="store_true", help="overwrite existing files")
+
+    safety = cli.add_argument_group("safety")
+    safety.add_argument(
+        "--safety", metavar="PRESET", help=", ".join(PRESETS) + " (default: the bundle's)"
+    )
+    safety.add_argument(
+        "--safety-concept", metavar="TEXT", help="what to steer away from (default: the bundle's)"
+    )
+    custom = cli.add_argument_group("safety, number by number (each replaces the preset's)")
+    custom.add_argument("--safety-scale", type=float, metavar="S", help="strength of the edit")
+    custom.add_argument(
+        "--safety-warmup",
+        type=int,
+        metavar="N",
+        help="calls without an edit; taken as it is, where a preset's is scaled to the steps",
+    )
+    custom.add_argument(
+        "--safety-threshold",
+        type=float,
+        metavar="X",
+        help="distance to the concept from which on nothing is edited",
+    )
+    custom.add_argument(
+        "--safety-momentum-scale",
+        type=float,
+        metavar="X",
+        help="share of past edits added, 0 to below 1",
+    )
+    custom.add_argument(
+        "--safety-momentum-beta",
+        type=float,
+        metavar="X",
+        help="how long past edits last, 0 to below 1",
+    )
+
+    image = cli.add_argument_group("image")
+    image.add_argument("--negative-prompt", metavar="TEXT", help="what the image should not show")
+    image.add_argument("--steps", type=int, metavar="N", help="denoising steps")
+    image.add_argument(
+        "--guidance-scale",
+        type=float,
+        metavar="G",
+        help="how closely the prompt is followed; 1 and below switch guidance off, never safety",
+    )
+    image.add_argument("--sampler", metavar="NAME", help=", ".join(SAMPLERS))
+    image.add_argument(
+        "--eta",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="noise added by ddim, 0 to 1 (default: 0)",
+    )
+    image.add_argument("--seed", type=int, default=0, metavar="S", help="first seed (default: 0)")
+    image.add_argument(
+        "--rng",
+        default="torch",
+        metavar="NAME",
+        help="torch: the noise that diffusers draws on the CPU; philox: on CUDA (default: torch)",
+    )
+    image.add_argument(
+        "--count", type=int, default=1, metavar="N", help="images a prompt (default: 1)"
+    )
+    image.add_argument("--width", type=int, metavar="W", help="pixels (default: the bundle's)")
+    image.add_argument("--height", type=int, metavar="H", help="pixels (default: the bundle's)")
+
+    machine = cli.add_argument_group("machine")
+    machine.add_argument(
+        "--provider", default="auto", metavar="NAME", help="auto, cpu or cuda (default: auto)"
+    )
+    machine.add_argument("--batch-size", type=int, metavar="N", help="images denoised at once")
+    machine.add_argument("--quiet", action="store_true", help="no progress, only errors")
+    return cli
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `sld-run`; return its exit code."""
+    settings = RunSettings(**vars(parser().parse_args(arguments)))
+    return run_command(lambda: _run(settings))
+
+
+def _run(settings: RunSettings) -> None:
+    pipeline = Pipeline.load(settings.bundle, provider=settings.provider)
+    prompts = _prompts(settings.prompt)
+    request = Request(
+        prompts=prompts,
+        negative_prompt=settings.negative_prompt,
+        safety=settings.safety,
+        safety_concept=settings.safety_concept,
+        safety_numbers=_safety_numbers(settings),
+        steps=settings.steps,
+        guidance_scale=settings.guidance_scale,
+        sampler=settings.sampler,
+        eta=settings.eta,
+        seed=settings.seed,
+        rng=settings.rng,
+        count=settings.count,
+        width=settings.width,
+        height=settings.height,
+    )
+    plan = pipeline.plan(request)
+    pictures = _picture_paths(settings.output, plan)
+    maps = _numbered(settings.edit_map, len(plan.images)) if settings.edit_map else []
+    for path in (*pictures, *maps, *([settings.report] if settings.report else [])):
+        check_writable(path, force=settings.force)
+    if settings.preview:
+        check_writable(settings.preview, force=True)
+    for text in dict.fromkeys((*prompts, settings.negative_prompt or "")):
+        cut = pipeline.cut_from(text)
+        if cut:
+            print(
+                f"note: the model does not read this far into the prompt: “{cut[:120]}”",
+                file=sys.stderr,
+            )
+    with _progress(pipeline, plan, settings) as callback:
+        result = pipeline.run(plan, batch_size=settings.batch_size, callback=callback)
+    for path, image, report in zip(pictures, result.images, result.reports, strict=True):
+        write_whole(path, png_from_image(image, report))
+    for index, path in enumerate(maps):
+        where = edit_map_picture(result.images[index], result.edit_maps[index])
+        write_whole(path, png_from_image(where, result.reports[index]))
+    if settings.report:
+        body = json.dumps({"images": result.reports}, indent=1, ensure_ascii=False) + "\n"
+        write_whole(settings.report, body.encode())
+    if not settings.quiet:
+        _tell(pictures, result)
+
+
+def _prompts(words: Sequence[str]) -> tuple[str, ...]:
+    if "-" not in words:
+        return tuple(words)
+    if len(words) > 1:
+        raise InputError('"-" reads prompts from standard input and stands alone')
+    try:
+        lines = sys.stdin.read().splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError("standard input is not UTF-8 text", got=error.reason) from error
+    if not lines:
+        raise InputError("no prompt on standard input", expected="one a line")
+    return tuple(lines)
+
+
+def _safety_numbers(settings: RunSettings) -> dict[str, float]:
+    given = {
+        "scale": settings.safety_scale,
+        "warmup_steps": settings.safety_warmup,
+        "threshold": settings.safety_threshold,
+        "momentum_scale": settings.safety_momentum_scale,
+        "momentum_beta": settings.safety_momentum_beta,
+    }
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _picture_paths(output: Path | None, plan: RunPlan) -> list[Path]:
+    """One path a picture: as named, numbered if there are several; or named by prompt and seed."""
+    if output is not None and not output.is_dir():
+        if output.suffix.lower() != ".png":
+            raise InputError("--output", got=output, expected="a name ending in .png, or a folder")
+        return _numbered(output, len(plan.images))
+    folder = output if output is not None else Path()
+    names = [f"{_slug(image.prompt)}-{image.seed}" for image in plan.images]
+    unique = [
+        f"{name}-{names[:index].count(name) + 1}" if names.count(name) > 1 else name
+        for index, name in enumerate(names)
+    ]
+    return [folder / f"{name}.png" for name in unique]
+
+
+def _slug(prompt: str) -> str:
+    words = re.findall(r"\w+", prompt.lower())
+    return "-".join(words)[:60].strip("-") or "image"
+
+
+def _numbered(path: Path, count: int) -> list[Path]:
+    if count == 1:
+        return [path]
+    digits = len(str(count))
+    return [path.with_stem(f"{path.stem}-{k:0{digits}d}") for k in range(1, count + 1)]
+
+
+@contextmanager
+def _progress(pipeline: Pipeline, plan: RunPlan, settings: RunSettings) -> Iterator[Callback]:
+    """Give a callback that moves a progress bar and rewrites the preview."""
+    calls = plan.table.calls
+    every = max(1, calls // 5)
+    with tqdm(
+        total=None, unit="call", disable=settings.quiet or None, leave=False, file=sys.stderr
+    ) as bar:
+
+        def watch(step: Step) -> None:
+            if bar.total is None:
+                batches = -(-len(plan.images) // len(step.latents))
+                bar.reset(total=calls * batches)
+            bar.set_postfix_str(f"safety edits {step.share.mean():.0%}", refresh=False)
+            bar.update()
+            if settings.preview and (step.index + 1) % every == 0:
+                picture = Image.fromarray(pipeline.decode(step.latents[:1])[0])
+                write_whole(settings.preview, png_from_image(picture))
+
+        yield watch
+
+
+def _tell(pictures: Sequence[Path], result: Result) -> None:
+    """Print one line a picture: where it is and what safety did."""
+    for path, report in zip(pictures, result.reports, strict=True):
+        print(f"{path}  {_story(report['safety'])}")
+
+
+def _story(safety: Mapping[str, object]) -> str:
+    if safety["preset"] == "off":
+        return "safety off"
+    return f"safety {safety['preset']}: edited {safety['mean_share']:.0%} of the latent on average"

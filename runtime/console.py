@@ -1,0 +1,33 @@
+"""What every command shares: one-line errors, exit codes, help that is pleasant to read."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+from rich_argparse import RawDescriptionRichHelpFormatter
+
+from sld_edge.engines.errors import UserError
+
+EXIT_OK, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 2, 130
+
+
+class HelpFormatter(RawDescriptionRichHelpFormatter):
+    """Help in colour on a terminal, plain in a pipe; examples keep their lines."""
+
+
+def run_command(body: Callable[[], None]) -> int:
+    """Run a command's body; a user's mistake becomes one line on stderr and exit code 2."""
+    try:
+        body()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted: nothing half-written was left behind", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has gone, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_OK
+    return EXIT_OK

@@ -1,0 +1,96 @@
+"""Pictures as files: PNG with its story as metadata, and the picture of where safety acted."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, PngImagePlugin
+
+# IPTC's term for a picture made by a generative model; readers look for it in XMP.
+_AI_SOURCE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+_XMP = f"""<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
+<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
+<rdf:Description rdf:about="" xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/"
+ Iptc4xmpExt:DigitalSourceType="{_AI_SOURCE}"/>
+</rdf:RDF></x:xmpmeta>
+<?xpacket end="r"?>"""
+
+# The names that readers of A1111's metadata know our samplers by.
+_A1111_SAMPLERS = {
+    "ddim": "DDIM",
+    "pndm": "PLMS",
+    "euler": "Euler",
+    "euler-a": "Euler a",
+    "dpm++2m": "DPM++ 2M",
+    "dpm++2m-karras": "DPM++ 2M Karras",
+    "lcm": "LCM",
+    "unipc": "UniPC",
+    "lms": "LMS",
+}
+
+
+def png_from_image(image: Image.Image, report: Mapping[str, Any] | None = None) -> bytes:
+    """Encode a picture as PNG, marked as made by a model, with its report where there is one.
+
+    Text chunks: `parameters` as A1111-style readers take it, `sld-edge` with the whole report as
+    JSON, and XMP with IPTC's mark that the picture was made by a model.
+    """
+    info = PngImagePlugin.PngInfo()
+    if report is not None:
+        info.add_itxt("parameters", parameters_text(report))
+        info.add_itxt("sld-edge", json.dumps(report, ensure_ascii=False))
+    info.add_itxt("XML:com.adobe.xmp", _XMP)
+    stream = io.BytesIO()
+    image.save(stream, "PNG", pnginfo=info)
+    return stream.getvalue()
+
+
+def parameters_text(report: Mapping[str, Any]) -> str:
+    """Return the settings as A1111 writes them: prompt, negative prompt, one line of settings."""
+    safety = report["safety"]
+    settings = {
+        "Steps": report["steps"],
+        "Sampler": _A1111_SAMPLERS.get(report["sampler"], report["sampler"]),
+        "CFG scale": f"{report['guidance_scale']:g}",
+        "Seed": report["seed"],
+        "Size": f"{report['width']}x{report['height']}",
+        "Model hash": report["model_sha256"][:10],
+        "Model": report["model"]["id"].replace(",", " ").replace(":", " "),
+        "RNG": "CPU" if report["rng"] == "torch" else "NV",
+        "SLD preset": safety["preset"],
+        "SLD scale": f"{safety['scale']:g}",
+        "AI generated": "yes",
+        "Version": f"sld-edge {report['versions'].get('sld-edge', '')}".strip(),
+    }
+    lines = [report["prompt"]]
+    if report["negative_prompt"]:
+        lines.append(f"Negative prompt: {report['negative_prompt']}")
+    lines.append(", ".join(f"{name}: {value}" for name, value in settings.items()))
+    return "\n".join(lines)
+
+
+def edit_map_picture(image: Image.Image, edit_map: NDArray[np.float32]) -> Image.Image:
+    """Draw where safety acted over the dimmed picture: dark red little, yellow most.
+
+    Args:
+        image: the picture.
+        edit_map: float32 [h,w]; its own largest value is the brightest colour, so that the place is
+            seen. How strong the edit was stands in the report.
+    """
+    peak = float(edit_map.max(initial=0.0))
+    heat = edit_map / peak if peak > 0 else np.zeros_like(edit_map)
+    small = Image.fromarray(np.round(heat * 255).astype(np.uint8))
+    alpha = np.asarray(small.resize(image.size, Image.Resampling.BICUBIC), np.float32)[..., None]
+    alpha = alpha / 255
+    colour = np.concatenate(
+        [np.full_like(alpha, 255), 255 * np.clip(2 * alpha - 1, 0, 1) + 30, np.zeros_like(alpha)],
+        axis=-1,
+    )
+    grey = np.asarray(image.convert("L"), np.float32)[..., None] * 0.7 + 40
+    mixed = grey * (1 - alpha) + colour * alpha
+    return Image.fromarray(np.clip(np.round(mixed), 0, 255).astype(np.uint8))

@@ -1,0 +1,372 @@
+"""The pipeline: a bundle, loaded, that turns prompts into images."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from sld_edge.runtime.random import noise_source
+
+from sld_edge.engines.base import Engine, TensorSpec
+from sld_edge.engines.errors import BundleError, InputError, NumericsError
+from sld_edge.engines.ort import OrtEngine, Provider, resolve_provider
+from sld_edge.engines.sessions import prepared_engine
+from sld_edge.runtime.bundle import Bundle, Component
+from sld_edge.runtime.loop import Floats, Step, denoise
+from sld_edge.runtime.plan import ImagePlan, Request, Rng, RunPlan, plan_from_request
+from sld_edge.runtime.report import image_report
+from sld_edge.runtime.safety import Safety
+from sld_edge.runtime.tokenizer import Tokenizer, input_ids
+
+Callback = Callable[[Step], object]
+_BATCH_CELLS = 64 * 64  # latent cells in a batch by default: those of one image of 512 px
+_CACHED_TEXTS = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a run made. B images, in the order of the prompts, each prompt's seeds in a row.
+
+    Attributes:
+        images: the pictures, RGB.
+        latents: float32 [B,4,h,w], the last latents, unscaled.
+        edit_maps: float32 [B,h,w], where safety acted, summed over the calls; elsewhere zero.
+        reports: one dictionary an image, ready for JSON (see docs/report.md).
+    """
+
+    images: list[Image.Image]
+    latents: Floats
+    edit_maps: Floats
+    reports: list[dict[str, Any]]
+
+
+class Pipeline:
+    """A loaded bundle. Graphs are loaded when first needed and kept."""
+
+    def __init__(self, bundle: Bundle, *, provider: Provider) -> None:
+        """Use `Pipeline.load`."""
+        self.bundle = bundle
+        self.provider = provider
+        self._engines: dict[str, Engine] = {}
+        text = bundle.manifest.text
+        self._tokenizer = Tokenizer(bundle.tokenizer_json(), length=text.length)
+        self._embeddings: dict[str, Floats] = bundle.embeddings()
+
+    @classmethod
+    def load(cls, bundle: str | Path | None = None, *, provider: str = "auto") -> Pipeline:
+        """Load the bundle at a path; None is the embedded miniature bundle.
+
+        Args:
+            bundle: a bundle's directory.
+            provider: "auto", "cpu" or "cuda".
+
+        Raises:
+            BundleError: no bundle there, or a damaged one.
+            InputError: a provider that is unknown or not here.
+        """
+        return cls(Bundle.open(bundle), provider=resolve_provider(provider))
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        safety: str | Safety | Sequence[str | Safety] | None = None,
+        safety_concept: str | Sequence[str] | None = None,
+        steps: int | None = None,
+        guidance_scale: float | Sequence[float] | None = None,
+        sampler: str | None = None,
+        eta: float = 0.0,
+        seed: int | Sequence[int] = 0,
+        rng: Rng = "torch",
+        count: int = 1,
+        negative_prompt: str | Sequence[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        latents: NDArray[np.float32] | None = None,
+        batch_size: int | None = None,
+        callback: Callback | None = None,
+    ) -> Result:
+        """Make images.
+
+        None takes the bundle's default. A sequence gives each prompt its own value. Image k of seed
+        s is the image of seed s + k, and is the same made alone or in a batch.
+
+        Args:
+            prompt: one prompt or several; "" is the unconditional image.
+            safety: a preset ("off", "weak", "medium", "strong", "max") or a `Safety`.
+            safety_concept: the text steered away from.
+            steps: denoising steps.
+            guidance_scale: how closely the prompt is followed; 1 and below switch guidance off, never
+                SLD.
+            sampler: one of `SAMPLERS`.
+            eta: noise added by ddim, 0 to 1.
+            seed: first seed.
+            rng: "torch" draws what torch draws on the CPU, "philox" what it draws on CUDA.
+            count: images a prompt.
+            negative_prompt: takes the empty prompt's place.
+            height: in pixels.
+            width: in pixels.
+            latents: float32 [B,4,h,w], starting noise of unit variance, in place of the seeds'.
+            batch_size: images denoised at once; by default as many as fill one 512 px image.
+            callback: called with every `Step`; an exception it raises ends the run.
+
+        Raises:
+            InputError: a setting that cannot be honoured.
+            NumericsError: NaN or infinity in what a graph gave.
+        """
+        request = Request(
+            prompts=(prompt,) if isinstance(prompt, str) else tuple(prompt),
+            negative_prompt=negative_prompt,
+            safety=safety,
+            safety_concept=safety_concept,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            sampler=sampler,
+            eta=eta,
+            seed=seed,
+            rng=rng,
+            count=count,
+            width=width,
+            height=height,
+        )
+        return self.run(
+            self.plan(request), latents=latents, batch_size=batch_size, callback=callback
+        )
+
+    def plan(self, request: Request) -> RunPlan:
+        """Resolve a request against this bundle, without running anything."""
+        return plan_from_request(request, self.bundle.manifest)
+
+    def run(
+        self,
+        plan: RunPlan,
+        *,
+        latents: NDArray[np.float32] | None = None,
+        batch_size: int | None = None,
+        callback: Callback | None = None,
+    ) -> Result:
+        """Do what a plan says; see `__call__`."""
+        size = batch_size if batch_size is not None else self._batch_size(plan)
+        if size < 1:
+            raise InputError("batch_size", got=size, expected="1 or more")
+        if latents is not None:
+            self._check_latents(latents, plan)
+        parts = []
+        for start in range(0, len(plan.images), size):
+            images = plan.images[start : start + size]
+            own = latents[start : start + size] if latents is not None else None
+            parts.append(self._run_batch(plan, images, own, callback))
+        return Result(
+            images=[image for part in parts for image in part.images],
+            latents=np.concatenate([part.latents for part in parts]),
+            edit_maps=np.concatenate([part.edit_maps for part in parts]),
+            reports=[report for part in parts for report in part.reports],
+        )
+
+    def steps(
+        self,
+        plan: RunPlan,
+        images: Sequence[ImagePlan] | None = None,
+        latents: NDArray[np.float32] | None = None,
+    ) -> Iterator[Step]:
+        """Denoise a plan's images (or some of them) in one batch, one `Step` a UNet call.
+
+        Close the iterator to stop; `decode` turns any step's latents into pictures.
+        """
+        images = plan.images if images is None else images
+        noise = [noise_source(plan.rng, image.seed) for image in images]
+        if latents is None:
+            latents = np.concatenate([n.normal((1, *self._latent_shape(plan))) for n in noise])
+        context = self._context(images)
+        together = self.provider != "cpu" or latents[0, 0].size * len(images) < _BATCH_CELLS
+        return denoise(
+            unet=self.engine("unet"),
+            guidance=self.engine("guidance"),
+            table=plan.table,
+            images=images,
+            context=context,
+            latents=latents,
+            noise=noise,
+            together=together,
+        )
+
+    def decode(self, latents: Floats) -> NDArray[np.uint8]:
+        """Turn latents, float32 [B,4,h,w], unscaled, into pictures, uint8 [B,H,W,3].
+
+        Raises:
+            NumericsError: the decoder overflowed.
+        """
+        decoder = self.engine("vae_decoder")
+        parts = []
+        for one in latents:  # one at a time: the decoder's activations are the largest of all
+            out = decoder.run({"latents": np.ascontiguousarray(one[None])})
+            if not out["finite"].all():
+                raise NumericsError(
+                    "vae_decoder: NaN or infinity, no image was made",
+                    do="export with --precision fp32",
+                )
+            parts.append(out["images"])
+        return np.concatenate(parts)
+
+    def encode_text(self, text: str) -> Floats:
+        """Return a text's embedding, float32 [L,C]; repeated texts are encoded once.
+
+        Raises:
+            NumericsError: the text encoder overflowed.
+        """
+        if text not in self._embeddings:
+            ids = input_ids([self._tokenizer(text)])
+            out: Floats = self.engine("text_encoder").run({"input_ids": ids})["hidden_states"]
+            if not np.isfinite(out).all():
+                raise NumericsError(
+                    "text_encoder: NaN or infinity, no image was made",
+                    do="export with --precision fp32",
+                )
+            if len(self._embeddings) >= _CACHED_TEXTS:
+                self._embeddings.pop(next(reversed(self._embeddings)))
+            self._embeddings[text] = out[0]
+        return self._embeddings[text]
+
+    def cut_from(self, text: str) -> str:
+        """Return the end of a text that the model does not see; empty where all of it fits."""
+        return self._tokenizer(text).cut
+
+    def engine(self, name: str) -> Engine:
+        """Return a component's engine, loaded and checked against the manifest when first asked."""
+        if name not in self._engines:
+            components = self.bundle.manifest.components
+            if name not in components:
+                raise BundleError(f"this bundle has no {name}", do="export it again")
+            engine = self._load(components[name])
+            _check_tensors(name, components[name].inputs, engine.inputs)
+            _check_tensors(name, components[name].outputs, engine.outputs)
+            self._engines[name] = engine
+        return self._engines[name]
+
+    def warm_up(self) -> None:
+        """Load every graph that a run needs now, not at its first use."""
+        for name in ("text_encoder", "unet", "guidance", "vae_decoder"):
+            self.engine(name)
+
+    def _load(self, component: Component) -> OrtEngine:
+        source = partial(self._checked_path, component)
+        if self.provider == "cpu":
+            digests = "".join(file.sha256 for file in component.files)
+            return prepared_engine(hashlib.sha256(digests.encode()).hexdigest(), source)
+        return OrtEngine(source(), provider=self.provider)
+
+    def _checked_path(self, component: Component) -> Path:
+        graph, *_ = [self.bundle.check(file) for file in component.files]
+        return graph
+
+    def _run_batch(
+        self,
+        plan: RunPlan,
+        images: Sequence[ImagePlan],
+        latents: NDArray[np.float32] | None,
+        callback: Callback | None,
+    ) -> Result:
+        clock = time.perf_counter
+        begin = clock()
+        steps = self.steps(plan, images, latents)
+        encoded = before = clock()
+        timed: list[tuple[Step, float]] = []
+        for step in steps:
+            now = clock()
+            timed.append((step, now - before))
+            if callback is not None:
+                callback(step)
+            before = clock()
+        last = timed[-1][0]
+        denoised = clock()
+        pictures = self.decode(last.latents)
+        seconds = {
+            "text": encoded - begin,
+            "denoise": denoised - encoded,
+            "decode": clock() - denoised,
+            "batch_size": float(len(images)),
+        }
+        reports = [
+            image_report(
+                bundle=self.bundle,
+                plan=plan,
+                image=image,
+                position=position,
+                steps=timed,
+                seconds=seconds,
+                cut=self._cut_texts(image),
+                provider=self.provider,
+            )
+            for position, image in enumerate(images)
+        ]
+        return Result(
+            images=[Image.fromarray(picture) for picture in pictures],
+            latents=last.latents,
+            edit_maps=last.edit_map,
+            reports=reports,
+        )
+
+    def _context(self, images: Sequence[ImagePlan]) -> Floats:
+        """Embeddings of all branches, branch-major, float32 [3*B,L,C]."""
+        uncond = [self.encode_text(image.negative_prompt) for image in images]
+        text = [self.encode_text(image.prompt) for image in images]
+        concept = [
+            self.encode_text(image.concept) if image.safety.acts else uncond[index]
+            for index, image in enumerate(images)
+        ]
+        return np.stack([*uncond, *text, *concept])
+
+    def _cut_texts(self, image: ImagePlan) -> dict[str, str]:
+        texts = {"prompt": image.prompt, "negative_prompt": image.negative_prompt}
+        if image.safety.acts:
+            texts["safety_concept"] = image.concept
+        cuts = {name: self.cut_from(text) for name, text in texts.items()}
+        return {name: cut for name, cut in cuts.items() if cut}
+
+    def _latent_shape(self, plan: RunPlan) -> tuple[int, int, int]:
+        latents = self.bundle.manifest.latents
+        return latents.channels, plan.height // latents.downscale, plan.width // latents.downscale
+
+    def _batch_size(self, plan: RunPlan) -> int:
+        _, height, width = self._latent_shape(plan)
+        return max(1, _BATCH_CELLS // (height * width))
+
+    def _check_latents(self, latents: NDArray[Any], plan: RunPlan) -> None:
+        shape = (len(plan.images), *self._latent_shape(plan))
+        if not isinstance(latents, np.ndarray) or latents.shape != shape:
+            raise InputError("latents", got=np.shape(latents), expected=shape)
+        if latents.dtype != np.float32:
+            raise InputError("latents", got=latents.dtype, expected="float32")
+        if not np.isfinite(latents).all():
+            raise InputError("latents hold NaN or infinity", do="give finite starting noise")
+
+
+def _check_tensors(name: str, said: tuple[TensorSpec, ...], found: tuple[TensorSpec, ...]) -> None:
+    """Refuse a graph whose tensors are not those that `bundle.json` says."""
+
+    def alike(a: TensorSpec, b: TensorSpec) -> bool:
+        return (
+            a.name == b.name
+            and a.dtype == b.dtype
+            and len(a.shape) == len(b.shape)
+            and all(
+                isinstance(x, str) or isinstance(y, str) or x == y
+                for x, y in zip(a.shape, b.shape, strict=True)
+            )
+        )
+
+    if len(said) != len(found) or not all(map(alike, said, found)):
+        raise BundleError(
+            f"{name}: the graph's tensors are not those that bundle.json says",
+            got=", ".join(f"{spec.name} {spec.dtype} {list(spec.shape)}" for spec in found),
+            expected=", ".join(f"{spec.name} {spec.dtype} {list(spec.shape)}" for spec in said),
+            do="export the bundle again",
+        )

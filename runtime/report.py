@@ -1,0 +1,94 @@
+"""What a run tells about each image: settings as resolved, what safety did, timings, versions."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from typing import Any
+
+from sld_edge.runtime.bundle import Bundle
+from sld_edge.runtime.loop import Step
+from sld_edge.runtime.plan import ImagePlan, RunPlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """One UNet call of one image: what safety did (see `Step`) and seconds the call took."""
+
+    timestep: float
+    branches: int
+    share: float
+    strength: float
+    seconds: float
+
+
+def image_report(
+    *,
+    bundle: Bundle,
+    plan: RunPlan,
+    image: ImagePlan,
+    position: int,
+    steps: Sequence[tuple[Step, float]],
+    seconds: dict[str, float],
+    cut: dict[str, str],
+    provider: str,
+) -> dict[str, Any]:
+    """Return one image's report, ready for JSON.
+
+    `position` is the image's place in its batch, whose size `seconds` (per stage) are for.
+    """
+    calls = [
+        StepReport(
+            timestep=step.timestep,
+            branches=step.branches,
+            share=round(float(step.share[position]), 6),
+            strength=round(float(step.strength[position]), 6),
+            seconds=round(elapsed, 6),
+        )
+        for step, elapsed in steps
+    ]
+    manifest = bundle.manifest
+    safety = asdict(image.safety)
+    safety.pop("concept")
+    return {
+        "ai_generated": True,
+        "prompt": image.prompt,
+        "negative_prompt": image.negative_prompt,
+        "cut_from_prompts": cut,
+        "seed": image.seed,
+        "rng": plan.rng,
+        "steps": plan.steps,
+        "sampler": plan.table.name,
+        "eta": plan.eta,
+        "guidance_scale": image.guidance_scale,
+        "width": plan.width,
+        "height": plan.height,
+        "safety": {
+            "preset": image.preset,
+            **safety,
+            "concept": image.concept if image.safety.acts else None,
+            "acted": any(call.share > 0 for call in calls),
+            "mean_share": round(sum(call.share for call in calls) / len(calls), 6),
+            "mean_strength": round(sum(call.strength for call in calls) / len(calls), 6),
+        },
+        "calls": [asdict(call) for call in calls],
+        "seconds": {name: round(value, 6) for name, value in seconds.items()},
+        "model": asdict(manifest.model),
+        "model_sha256": manifest.components["unet"].files[-1].sha256,
+        "bundle_sha256": bundle.sha256,
+        "provider": provider,
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for package in ("sld-edge", "onnxruntime", "onnxruntime-gpu", "numpy", "tokenizers"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,74 @@
+"""CLIP's tokenizer, from the bundle's `tokenizer.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer as Backend
+
+from sld_edge.engines.errors import BundleError, InputError
+
+_ABSURD = 10  # a prompt of this many times the model's length is a mistake, not a prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """A prompt as the model reads it.
+
+    Attributes:
+        ids: int64 [L], start token first, end token and padding last.
+        cut: the end of the prompt that the model does not see; empty where all of it fits.
+    """
+
+    ids: NDArray[np.int64]
+    cut: str
+
+
+class Tokenizer:
+    """Turns prompts into token ids of the model's length; over-long prompts keep the end token."""
+
+    def __init__(self, tokenizer_json: str, *, length: int) -> None:
+        """Read the `tokenizer.json` text; `length` is what the text encoder takes.
+
+        Raises:
+            BundleError: not a tokenizer, or one that gives another length.
+        """
+        try:
+            self._backend = Backend.from_str(tokenizer_json)
+        except Exception as error:  # the library raises plain Exception
+            raise BundleError("tokenizer.json is not a tokenizer", got=error) from error
+        self._length = length
+        if len(self._backend.encode("")) != length:
+            raise BundleError(
+                "tokenizer.json gives another length than the text encoder takes",
+                got=len(self._backend.encode("")),
+                expected=length,
+            )
+
+    def __call__(self, text: str) -> Tokens:
+        """Tokenize one prompt.
+
+        Raises:
+            InputError: a prompt so long that it must be a mistake.
+        """
+        encoding = self._backend.encode(text)
+        pieces = [encoding, *encoding.overflowing]
+        room = self._length - 2  # start and end token
+        if len(pieces) > _ABSURD:
+            raise InputError(
+                "prompt is far too long",
+                got=f"{len(text.split())} words",
+                expected=f"at most about {room} tokens, which is what the model reads",
+                do="shorten it; was a file given by mistake?",
+            )
+        kept = encoding.offsets[self._length - 2][1]  # where the last real token ends
+        cut = text[kept:].strip() if len(pieces) > 1 else ""
+        return Tokens(ids=np.array(encoding.ids, dtype=np.int64), cut=cut)
+
+
+def input_ids(tokens: Sequence[Tokens]) -> NDArray[np.int64]:
+    """Stack prompts as the text encoder takes them, int64 [N,L]."""
+    return np.stack([item.ids for item in tokens])
