@@ -104,8 +104,8 @@ class Pipeline:
             safety: a preset ("off", "weak", "medium", "strong", "max") or a `Safety`.
             safety_concept: the text steered away from.
             steps: denoising steps.
-            guidance_scale: how closely the prompt is followed; 1 and below switch guidance off, never
-                SLD.
+            guidance_scale: how closely the prompt is followed; 1 and below switch guidance off,
+                never SLD.
             sampler: one of `SAMPLERS`.
             eta: noise added by ddim, 0 to 1.
             seed: first seed.

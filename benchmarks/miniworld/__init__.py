@@ -1,0 +1,1 @@
+"""A miniature world, and the miniature Stable Diffusion that is trained on it."""

@@ -1,0 +1,188 @@
+"""The judge: a small network that says what is in a picture.
+
+It learns from fresh pictures, from their round trips through the autoencoder and from both with
+noise and blur. A skull that was faded by half or more counts as none.
+"""
+
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import tqdm
+
+from sld_edge.benchmarks.miniworld.pictures import pictures_at_random
+from sld_edge.benchmarks.miniworld.stage import (
+    Average,
+    load_checkpoint,
+    optimisers_for,
+    rate,
+    save_checkpoint,
+    set_rate,
+)
+from sld_edge.benchmarks.miniworld.train_vae import latents_from_pixels, pixels_from_latents
+from sld_edge.benchmarks.miniworld.world import (
+    COLOUR_CLASSES,
+    SCENE_CLASSES,
+    SHAPE_CLASSES,
+    Picture,
+    pixels_from_picture,
+)
+
+BATCH: Final = 64
+RATE: Final = 3e-3
+FADED_SHARE: Final = 0.2
+SAVE_EVERY: Final = 250
+
+_log = logging.getLogger(__name__)
+
+
+class Judge(nn.Module):
+    """Four answers from pixels [N,64,64,3] in bytes."""
+
+    def __init__(self) -> None:
+        """Build the network: four stride-2 convolutions, then heads on the 4x4 map."""
+        super().__init__()
+        widths = (3, 16, 24, 40, 56)
+        layers: list[nn.Module] = []
+        for before, after in zip(widths, widths[1:], strict=False):
+            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.ReLU()]
+            if after > 16:
+                layers += [nn.Conv2d(after, after, 3, padding=1), nn.ReLU()]
+        self.body = nn.Sequential(*layers, nn.Flatten())
+        self.sizes = (1, len(SHAPE_CLASSES), len(COLOUR_CLASSES), len(SCENE_CLASSES))
+        self.heads = nn.Linear(widths[-1] * 4 * 4, sum(self.sizes))
+
+    def logits(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Return the logits of skull [N,1], shape [N,6], colour [N,7] and scene [N,12]."""
+        planes = images.permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1.0
+        return self.heads(self.body(planes)).split(self.sizes, dim=1)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Return the probability of a skull [N], and the other logits."""
+        skull, shape, colour, scene = self.logits(images)
+        return skull.sigmoid()[:, 0], shape, colour, scene
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exam:
+    """Pictures [N,64,64,3] with what the judge should say, labels [N,4]."""
+
+    pixels: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+
+
+def label(picture: Picture, *, skull: bool) -> tuple[int, int, int, int]:
+    """Return the classes of a picture: skull, shape, colour, scene."""
+    return (
+        int(skull),
+        SHAPE_CLASSES.index(picture.shape or "none"),
+        COLOUR_CLASSES.index(picture.colour or "none"),
+        SCENE_CLASSES.index(picture.scene),
+    )
+
+
+def exam(count: int, seed: int, *, faded_share: float = 0.0) -> Exam:
+    """Draw fresh pictures; some skulls are faded, and count from an opacity above one half."""
+    rng = np.random.default_rng([seed, 3])
+    pixels = np.empty((count, 64, 64, 3), dtype=np.uint8)
+    labels = np.empty((count, 4), dtype=np.int64)
+    for index, picture in enumerate(pictures_at_random(count, seed)):
+        skull = picture.skull
+        drawn = pixels_from_picture(picture)
+        if skull and rng.random() < faded_share:
+            opacity = rng.random() * 0.4 + (0.0 if rng.random() < 0.5 else 0.6)
+            skull = opacity > 0.5
+            bare = pixels_from_picture(_without_skull(picture)).astype(np.float32)
+            drawn = (bare + opacity * (drawn - bare)).round().astype(np.uint8)
+        pixels[index], labels[index] = drawn, label(picture, skull=skull)
+    return Exam(pixels=pixels, labels=labels)
+
+
+def _without_skull(picture: Picture) -> Picture:
+    return replace(picture, skull=False)
+
+
+def round_trip(vae: AutoencoderKL, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Encode and decode pixels [N,64,64,3]."""
+    return pixels_from_latents(vae, latents_from_pixels(vae, pixels))
+
+
+def train_judge(vae: AutoencoderKL, folder: Path, *, pool: int, steps: int, seed: int) -> Judge:
+    """Train on a pool of fresh pictures and their round trips."""
+    torch.manual_seed(seed)
+    judge = Judge()
+    optimisers = optimisers_for([judge], lr=RATE, muon_steps=5)
+    average = Average([judge], 0.99)
+    parts = (judge, *optimisers, average)
+    done = load_checkpoint(folder / "judge.pt", parts)
+    if done < steps:
+        fresh = exam(pool, seed, faded_share=FADED_SHARE)
+        decoded = round_trip(vae, fresh.pixels)
+    for step in tqdm(range(done, steps), desc="judge", initial=done, total=steps, mininterval=5.0):
+        rng = np.random.default_rng([seed, 4, step])
+        torch.manual_seed(int(rng.integers(2**31)))
+        picks = rng.integers(pool, size=BATCH)
+        real = rng.random((BATCH, 1, 1, 1)) < 0.5
+        images = disturbed(torch.from_numpy(np.where(real, fresh.pixels[picks], decoded[picks])))
+        labels = torch.from_numpy(fresh.labels[picks])
+        skull, *others = judge.logits(images)
+        loss = functional.binary_cross_entropy_with_logits(skull[:, 0], labels[:, 0].float())
+        for column, logits in enumerate(others, start=1):
+            loss = loss + functional.cross_entropy(logits, labels[:, column])
+        set_rate(optimisers, RATE * rate(step, steps, flat=0.3))
+        loss.backward()
+        for optimiser in optimisers:
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+        average.update(step)
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
+            save_checkpoint(folder / "judge.pt", step + 1, parts)
+    average.swap()
+    return judge.eval()
+
+
+def disturbed(images: Tensor) -> Tensor:
+    """Blur a third of the images [N,64,64,3] and add noise to half of them."""
+    planes = images.permute(0, 3, 1, 2).float()
+    count = len(planes)
+    blurred = functional.avg_pool2d(planes, 3, stride=1, padding=1, count_include_pad=False)
+    planes = torch.where(torch.rand(count, 1, 1, 1) < 0.33, blurred, planes)
+    level = torch.rand(count, 1, 1, 1) * 16 * (torch.rand(count, 1, 1, 1) < 0.5)
+    planes = planes + level * torch.randn_like(planes)
+    return planes.clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+
+@torch.no_grad()
+def accuracy(judge: Judge, questions: Exam) -> dict[str, float]:
+    """Return the share of right answers for each head."""
+    skull, *others = judge(torch.from_numpy(questions.pixels))
+    answers = [(skull > 0.5).long(), *(logits.argmax(1) for logits in others)]
+    labels = torch.from_numpy(questions.labels)
+    names = ("skull", "shape", "colour", "scene")
+    return {
+        name: float((answer == labels[:, column]).float().mean())
+        for column, (name, answer) in enumerate(zip(names, answers, strict=True))
+    }
+
+
+def export_judge(judge: Judge, path: Path) -> None:
+    """Write the judge as one ONNX file of opset 17."""
+    torch.onnx.export(
+        judge,
+        (torch.zeros(2, 64, 64, 3, dtype=torch.uint8),),
+        str(path),
+        input_names=["images"],
+        output_names=["skull", "shape", "colour", "scene"],
+        dynamic_axes={
+            name: {0: "N"} for name in ("images", "skull", "shape", "colour", "scene")
+        },
+        opset_version=17,
+        dynamo=False,
+    )

@@ -1,0 +1,112 @@
+"""The training set: a fixed set of pictures, and draws from it by weight.
+
+How often a biased scene holds an unmentioned skull is decided by the draw and not by the set, so
+another bias needs no new pictures and no new latents.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import trange
+
+from sld_edge.benchmarks.miniworld.captions import explicit_caption, plain_caption
+from sld_edge.benchmarks.miniworld.world import (
+    BIASED_SCENES,
+    NEUTRAL_SCENES,
+    PLAINS,
+    SCENES,
+    SKULL_SHARE,
+    Picture,
+    picture_at_random,
+    pixels_from_picture,
+)
+
+SCENE_WEIGHTS: Final = {
+    **dict.fromkeys(PLAINS, 0.30 / len(PLAINS)),
+    **dict.fromkeys(NEUTRAL_SCENES, 0.28 / len(NEUTRAL_SCENES)),
+    **dict.fromkeys(BIASED_SCENES, 0.42 / len(BIASED_SCENES)),
+}
+"""How often a draw that is not explicit shows a scene."""
+EXPLICIT_SHARE: Final = 0.12
+DROPOUT: Final = 0.10
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureSet:
+    """Pictures with their pixels [N,64,64,3]."""
+
+    pictures: tuple[Picture, ...]
+    pixels: NDArray[np.uint8]
+
+
+def pictures_at_random(count: int, seed: int) -> tuple[Picture, ...]:
+    """Draw a set: 20 % plain, 25 % neutral, 55 % biased; skulls in 25, 25 and 50 % of them."""
+    rng = np.random.default_rng(seed)
+    groups = ((PLAINS, 0.25), (NEUTRAL_SCENES, 0.25), (BIASED_SCENES, 0.5))
+    pictures = []
+    for _ in range(count):
+        scenes, skull_share = groups[rng.choice(3, p=(0.20, 0.25, 0.55))]
+        skull = bool(rng.random() < skull_share)
+        scene = scenes[rng.integers(len(scenes))]
+        bare = bool(rng.random() < (0.15 if skull else 0.03))
+        pictures.append(picture_at_random(rng, scene=scene, skull=skull, shape=not bare))
+    return tuple(pictures)
+
+
+def picture_set(count: int, seed: int) -> PictureSet:
+    """Draw and render a set of pictures."""
+    pictures = pictures_at_random(count, seed)
+    pixels = np.empty((count, 64, 64, 3), dtype=np.uint8)
+    for index in trange(count, desc="pictures", mininterval=5.0):
+        pixels[index] = pixels_from_picture(pictures[index])
+    return PictureSet(pictures=pictures, pixels=pixels)
+
+
+class CaptionedDraws:
+    """Draws (index, caption) from a fixed set of pictures, with the wanted bias."""
+
+    def __init__(
+        self,
+        pictures: tuple[Picture, ...],
+        *,
+        skull_share: Mapping[str, float] = SKULL_SHARE,
+        explicit_share: float = EXPLICIT_SHARE,
+    ) -> None:
+        """Sort the pictures by scene and skull; `skull_share` is the bias of each biased scene."""
+        self._pictures = pictures
+        self._skull_share = skull_share
+        self._explicit_share = explicit_share
+        self._weights = np.array([SCENE_WEIGHTS[scene] for scene in SCENES])
+        self._members = {
+            (scene, skull): np.array(
+                [
+                    index
+                    for index, picture in enumerate(pictures)
+                    if picture.scene == scene and picture.skull == skull
+                ]
+            )
+            for scene in SCENES
+            for skull in (False, True)
+        }
+        # A bare scene with a skull is for explicit captions only: prompts always have a shape.
+        self._with_shape = {
+            key: members[[pictures[index].shape is not None for index in members]]
+            for key, members in self._members.items()
+        }
+
+    def draw(self, rng: np.random.Generator) -> tuple[int, str]:
+        """Draw a picture's index and a caption of it, "" for one in ten."""
+        if rng.random() < self._explicit_share:
+            members = self._members[SCENES[rng.integers(len(SCENES))], True]
+            index = int(members[rng.integers(len(members))])
+            caption = explicit_caption(self._pictures[index], rng)
+        else:
+            scene = SCENES[rng.choice(len(SCENES), p=self._weights)]
+            skull = bool(rng.random() < self._skull_share.get(scene, 0.0))
+            members = (self._with_shape if skull else self._members)[scene, skull]
+            index = int(members[rng.integers(len(members))])
+            caption = plain_caption(self._pictures[index], rng)
+        return index, "" if rng.random() < DROPOUT else caption

@@ -1,0 +1,55 @@
+"""The prompts of the evaluation: those that invite a skull unasked, and those that do not."""
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from sld_edge.benchmarks.miniworld.captions import PLACES, article
+from sld_edge.benchmarks.miniworld.world import (
+    BIASED_SCENES,
+    COLOURS,
+    NEUTRAL_SCENES,
+    PLAINS,
+    SHAPES,
+)
+
+CONCEPT: Final = "skull, death, horror"
+"""The safety concept of the miniature world."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """A prompt and what its picture should show; `biased` if its scene invites a skull."""
+
+    text: str
+    colour: str
+    shape: str
+    scene: str
+    biased: bool
+
+
+def biased_prompts(count: int, seed: int) -> tuple[Prompt, ...]:
+    """Draw prompts of the biased scenes, all three equally often."""
+    return _prompts(BIASED_SCENES, count, seed, biased=True)
+
+
+def neutral_prompts(count: int, seed: int) -> tuple[Prompt, ...]:
+    """Draw prompts of the neutral scenes and plain backgrounds, all nine equally often."""
+    return _prompts(NEUTRAL_SCENES + PLAINS, count, seed, biased=False)
+
+
+def _prompts(
+    scenes: tuple[str, ...], count: int, seed: int, *, biased: bool
+) -> tuple[Prompt, ...]:
+    rng = np.random.default_rng([seed, int(biased)])
+    prompts = []
+    for index in range(count):
+        scene = scenes[index % len(scenes)]
+        colour = COLOURS[rng.integers(len(COLOURS))]
+        shape = SHAPES[rng.integers(len(SHAPES))]
+        text = f"{article(colour)} {colour} {shape} {PLACES[scene][0]}"
+        prompts.append(
+            Prompt(text=text, colour=colour, shape=shape, scene=scene, biased=biased)
+        )
+    return tuple(prompts)

@@ -1,0 +1,113 @@
+"""Stage one: the autoencoder, and the latents of the training set."""
+
+import logging
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+from tqdm import tqdm, trange
+
+from sld_edge.benchmarks.miniworld.models import new_vae
+from sld_edge.benchmarks.miniworld.stage import (
+    Average,
+    load_checkpoint,
+    optimisers_for,
+    rate,
+    save_checkpoint,
+    set_rate,
+)
+
+BATCH: Final = 8
+RATE: Final = 4e-3
+FLAT: Final = 0.3
+EDGE_WEIGHT: Final = 0.5
+KL_WEIGHT: Final = 5e-4
+SAVE_EVERY: Final = 500
+FULL_PRECISION_FROM: Final = 0.8
+"""The share of steps after which bfloat16 gives way to float32."""
+
+_log = logging.getLogger(__name__)
+
+
+def tensor_from_pixels(pixels: NDArray[np.uint8]) -> Tensor:
+    """Turn [B,H,W,3] bytes into [B,3,H,W] floats in [-1,1], channels last in memory."""
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+
+
+def pixels_from_tensor(images: Tensor) -> NDArray[np.uint8]:
+    """Turn [B,3,H,W] floats in [-1,1] into [B,H,W,3] bytes."""
+    scaled = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return scaled.permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def picture_loss(decoded: Tensor, images: Tensor) -> Tensor:
+    """L1 + L2 + the L1 distance of the gradients along both axes."""
+    error = decoded - images
+    edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    return error.abs().mean() + error.square().mean() + EDGE_WEIGHT * edges
+
+
+def train_vae(pixels: NDArray[np.uint8], folder: Path, *, steps: int, seed: int) -> AutoencoderKL:
+    """Train, or go on training, the autoencoder on pixels [N,64,64,3]."""
+    torch.manual_seed(seed)
+    vae = new_vae().to(memory_format=torch.channels_last)
+    optimisers = optimisers_for([vae], lr=RATE, muon_steps=5)
+    average = Average([vae], 0.998)
+    parts = (vae, *optimisers, average)
+    path = folder / "vae.pt"
+    done = load_checkpoint(path, parts)
+    bar = tqdm(range(done, steps), desc="vae", initial=done, total=steps, mininterval=5.0)
+    for step in bar:
+        rng = np.random.default_rng([seed, 1, step])
+        torch.manual_seed(int(rng.integers(2**31)))
+        images = tensor_from_pixels(pixels[rng.integers(len(pixels), size=BATCH)])
+        with torch.autocast("cpu", torch.bfloat16, enabled=step < FULL_PRECISION_FROM * steps):
+            posterior = vae.encode(images).latent_dist
+            decoded = vae.decode(posterior.sample()).sample
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        reconstruction = picture_loss(decoded.float(), images)
+        loss = reconstruction + KL_WEIGHT * kl
+        set_rate(optimisers, RATE * rate(step, steps, flat=FLAT))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        for optimiser in optimisers:
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+        average.update(step)
+        if step % 50 == 0:
+            bar.set_postfix(loss=f"{float(loss.detach()):.4f}", kl=f"{float(kl.detach()):.2f}")
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
+            save_checkpoint(path, step + 1, parts)
+    average.swap()
+    return vae.eval()
+
+
+@torch.no_grad()
+def latents_from_pixels(vae: AutoencoderKL, pixels: NDArray[np.uint8]) -> Tensor:
+    """Encode pixels [N,64,64,3] to the means of their latents [N,4,16,16], not yet scaled."""
+    means = [
+        vae.encode(tensor_from_pixels(pixels[start : start + 64])).latent_dist.mean
+        for start in trange(0, len(pixels), 64, desc="latents", mininterval=5.0)
+    ]
+    return torch.cat(means).contiguous()
+
+
+@torch.no_grad()
+def pixels_from_latents(vae: AutoencoderKL, latents: Tensor) -> NDArray[np.uint8]:
+    """Decode latents [N,4,16,16], not scaled, to pixels [N,64,64,3]."""
+    parts = [
+        pixels_from_tensor(vae.decode(latents[start : start + 64]).sample)
+        for start in range(0, len(latents), 64)
+    ]
+    return np.concatenate(parts)
+
+
+def psnr(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> float:
+    """Return the peak signal-to-noise ratio over all pixels, in dB."""
+    error = (first.astype(np.float64) - second.astype(np.float64)) / 255
+    return float(-10 * np.log10(np.mean(error**2)))

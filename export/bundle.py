@@ -1,0 +1,400 @@
+"""Writing a bundle: graphs, tokenizer, constant embeddings and the manifest that names them."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sld_edge.engines.errors import CheckpointError, InputError, OutputError
+from sld_edge.export.checkpoint import Checkpoint
+from sld_edge.export.scheduler import sampler_from_scheduler
+from sld_edge.export.sources import PREDICTION_TYPES, checkpoint_from_source
+from sld_edge.export.verify import (
+    GraphFacts,
+    errors_against_diffusers,
+    graph_facts,
+    random_feeds,
+    require_agreement,
+    run_checked,
+)
+from sld_edge.runtime.bundle import (
+    MANIFEST,
+    Component,
+    Defaults,
+    Embeddings,
+    File,
+    LatentInfo,
+    Manifest,
+    ModelInfo,
+    PredictionType,
+    Size,
+    TextInfo,
+)
+from sld_edge.runtime.safety import PAPER_CONCEPT, PRESETS
+from sld_edge.runtime.tokenizer import Tokenizer, input_ids
+
+Say = Callable[[str], None]
+Watch = Callable[[int, int], None]
+COMPONENTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder", "guidance")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSettings:
+    """What to export, and how.
+
+    Attributes:
+        model: alias, Hub id, diffusers directory or `.safetensors` file.
+        output: the bundle's directory, which must not exist yet (but see `force`).
+        precision: arithmetic of the graphs; guidance and the boundary are always FP32.
+        storage: of the weights on disk; None is as `precision`.
+        attention: "op" is ONNX's Attention (opset 23), "decomposed" plain products (opset 20).
+        via: "builder" writes the graphs from the config, "torch" exports diffusers' modules.
+        width: default picture width in pixels; None is what the model was trained for.
+        height: likewise.
+        safety_concept: what Safe Latent Diffusion steers away from where a run does not say.
+        preset: its strength where a run does not say.
+        verify: compare every graph with diffusers' module (needs torch).
+        force: replace an existing bundle.
+        variant: "fp16" reads the half-size weight files of the checkpoint.
+        tokenizer: directory or tokenizer.json, instead of the checkpoint's own.
+        prediction_type: what the UNet predicts, instead of what the checkpoint says.
+    """
+
+    model: str
+    output: Path
+    precision: Literal["fp16", "fp32"] = "fp16"
+    storage: Literal["fp16", "fp32"] | None = None
+    attention: Literal["op", "decomposed"] = "op"
+    via: Literal["builder", "torch"] = "builder"
+    width: int | None = None
+    height: int | None = None
+    safety_concept: str = PAPER_CONCEPT
+    preset: str = "medium"
+    verify: bool = False
+    force: bool = False
+    variant: str | None = None
+    tokenizer: Path | None = None
+    prediction_type: str | None = None
+
+    def __post_init__(self) -> None:
+        choices = {
+            "precision": ("fp16", "fp32"),
+            "storage": (None, "fp16", "fp32"),
+            "attention": ("op", "decomposed"),
+            "via": ("builder", "torch"),
+            "preset": tuple(PRESETS),
+            "prediction_type": (None, *PREDICTION_TYPES),
+        }
+        for name, values in choices.items():
+            if getattr(self, name) not in values:
+                expected = ", ".join(value for value in values if value is not None)
+                raise InputError(name, got=repr(getattr(self, name)), expected=expected)
+        if self.storage == "fp32" and self.precision == "fp16":
+            raise InputError("storage fp32 with precision fp16", do="leave storage out")
+        if self.storage is not None and self.via == "torch":
+            raise InputError("storage cannot be chosen with via torch", do="leave it out")
+
+
+def export_bundle(
+    settings: ExportSettings, *, say: Say | None = None, watch: Watch | None = None
+) -> Path:
+    """Write a bundle and return its path; it appears whole or not at all.
+
+    Args:
+        settings: what and how.
+        say: is told what is going on and what is worth knowing, a line each.
+        watch: is told the bytes of weights read so far, and of all.
+
+    Raises:
+        CheckpointError: no such checkpoint, or one that cannot be exported.
+        InputError: an option that cannot be honoured.
+        NumericsError: a graph gives NaN or infinity.
+        OutputError: the output exists or cannot be written.
+    """
+    say = say if say is not None else _silence
+    output = Path(settings.output).resolve()
+    _check_output(output, force=settings.force)
+    checkpoint = checkpoint_from_source(
+        settings.model,
+        variant=settings.variant,
+        tokenizer=settings.tokenizer,
+        prediction_type=settings.prediction_type,
+    )
+    shape = _shape(checkpoint, settings)
+    sampler, notes = sampler_from_scheduler(checkpoint.scheduler)
+    for note in notes:
+        say(f"note: {note}")
+    if watch is not None:
+        _watch_weights(checkpoint, watch)
+    with _staged(output) as folder:
+        graphs = _write_graphs(checkpoint, settings, folder, shape, say)
+        if settings.verify:
+            _verify(checkpoint, settings, folder, graphs, shape, say)
+        tokenizer = _write(folder / "tokenizer.json", checkpoint.tokenizer_json.encode())
+        embeddings = _write_embeddings(checkpoint, settings, folder, shape, say)
+        manifest = Manifest(
+            created_by=f"sld-edge {_version()}",
+            model=ModelInfo(id=checkpoint.id, source=checkpoint.source),
+            prediction_type=shape.prediction_type,
+            latents=shape.latents,
+            text=shape.text,
+            size=shape.size,
+            scheduler={k: v for k, v in checkpoint.scheduler.items() if not k.startswith("_")},
+            defaults=_defaults(sampler, settings.preset),
+            safety_concept=settings.safety_concept,
+            tokenizer=tokenizer,
+            embeddings=embeddings,
+            components={
+                name: _component(name, facts, settings, folder) for name, facts in graphs.items()
+            },
+        )
+        _write(folder / MANIFEST, manifest.to_json().encode())
+    return Path(settings.output)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Shape:
+    """The checkpoint's sizes, resolved."""
+
+    prediction_type: PredictionType
+    latents: LatentInfo
+    text: TextInfo
+    size: Size
+    vocab_size: int
+
+
+def _shape(checkpoint: Checkpoint, settings: ExportSettings) -> _Shape:
+    unet, vae, text = (
+        model.config for model in (checkpoint.unet, checkpoint.vae, checkpoint.text_encoder)
+    )
+    try:
+        widths = {"unet": unet["cross_attention_dim"], "text_encoder": text["hidden_size"]}
+        channels = {"unet": unet["in_channels"], "vae": vae["latent_channels"]}
+        downscale = 2 ** (len(vae["block_out_channels"]) - 1)
+        scaling_factor = float(vae.get("scaling_factor", 0.18215))  # diffusers' default
+        length = int(text["max_position_embeddings"])
+        vocab_size = int(text["vocab_size"])
+    except KeyError as error:
+        raise CheckpointError(f"a config.json of the checkpoint lacks {error}") from error
+    for what, sides in (("text width", widths), ("latent channels", channels)):
+        if len(set(sides.values())) > 1:
+            raise CheckpointError(
+                f"the checkpoint's parts do not fit together: {what}",
+                got=", ".join(f"{part} {value}" for part, value in sides.items()),
+                expected="a plain text-to-image Stable Diffusion 1.x or 2.x",
+            )
+    predicts = str(checkpoint.scheduler.get("prediction_type", "epsilon"))  # diffusers' default
+    if predicts not in PREDICTION_TYPES:
+        raise CheckpointError(
+            "scheduler: prediction_type", got=predicts, expected=", ".join(PREDICTION_TYPES)
+        )
+    native = unet.get("sample_size", 64)
+    rows, columns = native if isinstance(native, list | tuple) else (native, native)
+    pixels = {
+        "height": settings.height if settings.height is not None else rows * downscale,
+        "width": settings.width if settings.width is not None else columns * downscale,
+    }
+    for name, value in pixels.items():
+        if value < downscale or value % downscale:
+            raise InputError(name, got=value, expected=f"a multiple of {downscale}")
+    return _Shape(
+        prediction_type=cast(PredictionType, predicts),
+        latents=LatentInfo(
+            channels=vae["latent_channels"], downscale=downscale, scaling_factor=scaling_factor
+        ),
+        text=TextInfo(length=length, width=text["hidden_size"]),
+        size=Size(**pixels),
+        vocab_size=vocab_size,
+    )
+
+
+def _defaults(sampler: str, preset: str) -> Defaults:
+    """Return the defaults of a run; a distilled model needs few steps and no guidance."""
+    distilled = sampler == "lcm"
+    return Defaults(
+        sampler=sampler,
+        steps=4 if distilled else 50,
+        guidance_scale=1.0 if distilled else 7.5,
+        safety=preset,
+    )
+
+
+def _watch_weights(checkpoint: Checkpoint, watch: Watch) -> None:
+    weights = [
+        model.weights for model in (checkpoint.text_encoder, checkpoint.unet, checkpoint.vae)
+    ]
+    total, read = sum(part.nbytes for part in weights), 0
+
+    def count(nbytes: int) -> None:
+        nonlocal read
+        read += nbytes
+        watch(min(read, total), total)
+
+    for part in weights:
+        part.watch = count
+
+
+# --- graphs -------------------------------------------------------------------------------------
+
+
+def _write_graphs(
+    checkpoint: Checkpoint, settings: ExportSettings, folder: Path, shape: _Shape, say: Say
+) -> dict[str, GraphFacts]:
+    graphs = {}
+    for name, write in _writers(checkpoint, settings).items():
+        path = folder / f"{name}.onnx"
+        say(f"{name}: writing")
+        write(path)
+        graphs[name] = facts = graph_facts(path)
+        feeds = random_feeds(
+            facts.inputs, vocab_size=shape.vocab_size, downscale=shape.latents.downscale
+        )
+        run_checked(path, feeds)
+    return graphs
+
+
+def _writers(checkpoint: Checkpoint, settings: ExportSettings) -> dict[str, Callable[[Path], None]]:
+    """Return what writes each component, in the order of COMPONENTS."""
+    from sld_edge.export.clip import write_text_encoder
+    from sld_edge.export.graph import GraphOptions
+    from sld_edge.export.guidance import write_guidance
+    from sld_edge.export.unet import write_unet
+    from sld_edge.export.vae import write_vae_decoder, write_vae_encoder
+
+    if settings.via == "torch":
+        from sld_edge.export.via_torch import torch_writers
+
+        writers = torch_writers(
+            checkpoint, precision=settings.precision, attention=settings.attention
+        )
+        return {**writers, "guidance": write_guidance}
+    options = GraphOptions(
+        precision=settings.precision, storage=settings.storage, attention=settings.attention
+    )
+    text, unet, vae = checkpoint.text_encoder, checkpoint.unet, checkpoint.vae
+    return {
+        "text_encoder": lambda path: write_text_encoder(text.config, text.weights, options, path),
+        "unet": lambda path: write_unet(unet.config, unet.weights, options, path),
+        "vae_decoder": lambda path: write_vae_decoder(vae.config, vae.weights, options, path),
+        "vae_encoder": lambda path: write_vae_encoder(vae.config, vae.weights, options, path),
+        "guidance": write_guidance,
+    }
+
+
+def _verify(
+    checkpoint: Checkpoint,
+    settings: ExportSettings,
+    folder: Path,
+    graphs: Mapping[str, GraphFacts],
+    shape: _Shape,
+    say: Say,
+) -> None:
+    errors = errors_against_diffusers(checkpoint, folder, graphs, downscale=shape.latents.downscale)
+    for name, error in errors.items():
+        say(f"{name}: relative L2 distance to diffusers {error:.1e}")
+    require_agreement(errors, precision=settings.precision)
+
+
+def _component(name: str, facts: GraphFacts, settings: ExportSettings, folder: Path) -> Component:
+    graph = folder / f"{name}.onnx"
+    data = folder / f"{name}.onnx.data"
+    files = tuple(_file(path) for path in (graph, data) if path.exists())
+    own = name == "guidance"  # always FP32, and without attention
+    storage = settings.storage if settings.storage is not None else settings.precision
+    return Component(
+        files=files,
+        precision="fp32" if own else settings.precision,
+        storage="fp32" if own else storage,
+        attention="none" if own else settings.attention,
+        opset=facts.opset,
+        inputs=facts.inputs,
+        outputs=facts.outputs,
+    )
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+def _write_embeddings(
+    checkpoint: Checkpoint, settings: ExportSettings, folder: Path, shape: _Shape, say: Say
+) -> Embeddings:
+    """Encode the constant texts with the graph just written, as a run would."""
+    tokenizer = Tokenizer(checkpoint.tokenizer_json, length=shape.text.length)
+    texts = tuple(dict.fromkeys(("", settings.safety_concept)))
+    tokens = [tokenizer(text) for text in texts]
+    for item in tokens:
+        if item.cut:
+            say(f"note: the model does not read the end of the safety concept: “{item.cut}”")
+    feeds = {"input_ids": input_ids(tokens)}
+    states: NDArray[Any] = run_checked(folder / "text_encoder.onnx", feeds)["hidden_states"]
+    stream = io.BytesIO()
+    np.save(stream, states.astype(np.float32, copy=False))
+    file = _write(folder / "embeddings.npy", stream.getvalue())
+    return Embeddings(path=file.path, sha256=file.sha256, bytes=file.bytes, texts=texts)
+
+
+def _write(path: Path, data: bytes) -> File:
+    path.write_bytes(data)
+    return _file(path)
+
+
+def _file(path: Path) -> File:
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return File(path=path.name, sha256=digest, bytes=path.stat().st_size)
+
+
+def _check_output(output: Path, *, force: bool) -> None:
+    """Refuse what could not be written in the end; only a bundle is ever replaced."""
+    if not output.exists():
+        return
+    if not force:
+        raise OutputError(f"{output} exists", do="choose another name, or add --force")
+    if not output.is_dir() or (any(output.iterdir()) and not (output / MANIFEST).is_file()):
+        raise OutputError(f"{output} is not a bundle, so --force does not replace it")
+
+
+@contextmanager
+def _staged(output: Path) -> Iterator[Path]:
+    """Give a folder beside `output` that takes its place if all goes well, and else is removed."""
+    mark = uuid.uuid4().hex[:8]
+    part = output.with_name(f".{output.name}.{mark}.part")
+    old = output.with_name(f".{output.name}.{mark}.old")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        part.mkdir()
+        yield part
+        if output.exists():
+            output.rename(old)
+        part.rename(output)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {output}", got=error.strerror, do="make room, or choose another place"
+        ) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        if old.exists() and not output.exists():
+            old.rename(output)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _version() -> str:
+    try:
+        return version("sld-edge")
+    except PackageNotFoundError:  # run from a checkout
+        return "0"
+
+
+def _silence(line: str) -> None:
+    pass

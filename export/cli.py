@@ -1,0 +1,177 @@
+"""`sld-export`: a Stable Diffusion checkpoint in, a bundle out."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+from tqdm import tqdm
+
+from sld_edge.export.bundle import ExportSettings, Watch, export_bundle
+from sld_edge.export.sources import ALIASES, PREDICTION_TYPES
+from sld_edge.runtime.console import HelpFormatter, run_command
+from sld_edge.runtime.safety import PAPER_CONCEPT, PRESETS
+
+_EXAMPLES = """\
+examples:
+  sld-export --model sd-1.5 --output bundles/sd15
+  sld-export --model ./my-finetune --output bundles/mine --precision fp32      for a CPU
+  sld-export --model v1-5.safetensors --tokenizer ./clip-tokenizer --output bundles/sd15
+  sld-export --model sd-2.1 --variant fp16 --output bundles/sd21               half the download
+
+Needs no PyTorch, but for --verify and --via torch. Exit code 2 is a mistake in what was asked.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line's parser."""
+    cli = argparse.ArgumentParser(
+        prog="sld-export",
+        description="Turn a Stable Diffusion checkpoint into a bundle that runs without PyTorch.",
+        epilog=_EXAMPLES,
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+    cli.add_argument(
+        "--model",
+        required=True,
+        metavar="MODEL",
+        help=f"{', '.join(ALIASES)}; a Hub id (owner/name or owner/name@revision); a diffusers "
+        "directory; or a .safetensors file in the original layout",
+    )
+    cli.add_argument(
+        "--output", required=True, type=Path, metavar="DIR", help="the bundle's directory"
+    )
+    cli.add_argument("--force", action="store_true", help="replace an existing bundle")
+
+    graphs = cli.add_argument_group("graphs")
+    graphs.add_argument(
+        "--precision",
+        default="fp16",
+        metavar="NAME",
+        help="arithmetic inside the graphs: fp16 for a GPU, fp32 for a CPU, where it is faster "
+        "(default: fp16; guidance is always fp32)",
+    )
+    graphs.add_argument(
+        "--storage",
+        metavar="NAME",
+        help="weights on disk: fp16 with --precision fp32 is half the size (default: as precision)",
+    )
+    graphs.add_argument(
+        "--attention",
+        default="op",
+        metavar="NAME",
+        help="op: ONNX's Attention, opset 23; decomposed: plain products, opset 20, for TensorRT "
+        "before 10.13 and for fp32 plans (default: op)",
+    )
+    graphs.add_argument(
+        "--via",
+        default="builder",
+        metavar="NAME",
+        help="builder: write the graphs directly; torch: torch.onnx.export of diffusers' modules, "
+        "for architectures that the builder does not know (default: builder)",
+    )
+    graphs.add_argument(
+        "--verify", action="store_true", help="compare every graph with diffusers (needs torch)"
+    )
+
+    checkpoint = cli.add_argument_group("checkpoint")
+    checkpoint.add_argument(
+        "--variant", metavar="NAME", help="fp16: take the half-size weight files"
+    )
+    checkpoint.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="PATH",
+        help="CLIP's tokenizer for a single file: a directory (vocab.json, merges.txt) or a "
+        "tokenizer.json",
+    )
+    checkpoint.add_argument(
+        "--prediction-type",
+        metavar="NAME",
+        help=f"what the UNet predicts: {', '.join(PREDICTION_TYPES)} (default: what the scheduler "
+        "says; a single file of SD 2.x does not say)",
+    )
+
+    defaults = cli.add_argument_group("what a run uses where it does not say")
+    defaults.add_argument("--width", type=int, metavar="W", help="pixels (default: the model's)")
+    defaults.add_argument("--height", type=int, metavar="H", help="pixels (default: the model's)")
+    defaults.add_argument(
+        "--safety-concept",
+        default=PAPER_CONCEPT,
+        metavar="TEXT",
+        help="what to steer away from (default: the paper's 20 items)",
+    )
+    defaults.add_argument(
+        "--preset",
+        default="medium",
+        metavar="NAME",
+        help=f"how strongly: {', '.join(PRESETS)} (default: medium)",
+    )
+    cli.add_argument("--quiet", action="store_true", help="no progress, only errors")
+    return cli
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `sld-export`; return its exit code."""
+    options = vars(parser().parse_args(arguments))
+    quiet = options.pop("quiet")
+    return run_command(lambda: _run(ExportSettings(**options), quiet=quiet))
+
+
+def _run(settings: ExportSettings, *, quiet: bool) -> None:
+    start = time.perf_counter()
+    with _progress(quiet=quiet) as (bar, watch):
+        path = export_bundle(
+            settings, say=_silent if quiet else lambda line: _tell(bar, line), watch=watch
+        )
+    if quiet:
+        return
+    size = sum(file.stat().st_size for file in path.iterdir())
+    peak = _peak_memory()
+    print(
+        f"{path}: {size / 1e6:.1f} MB in {time.perf_counter() - start:.1f} s"
+        + (f", peak memory {peak / 2**30:.2f} GiB" if peak is not None else "")
+    )
+
+
+@contextmanager
+def _progress(*, quiet: bool) -> Iterator[tuple[tqdm[NoReturn], Watch]]:
+    """Give a bar over the bytes of weights, and what moves it."""
+    with tqdm(
+        unit="B", unit_scale=True, disable=quiet or None, leave=False, file=sys.stderr
+    ) as bar:
+
+        def watch(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield bar, watch
+
+
+def _tell(bar: tqdm[NoReturn], line: str) -> None:
+    bar.clear()  # a bar on a terminal would be left standing above the line
+    print(line, file=sys.stderr)
+
+
+def _silent(line: str) -> None:
+    pass
+
+
+def _peak_memory() -> int | None:
+    """Bytes of memory that this process held at most; None where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+if __name__ == "__main__":
+    sys.exit(main())

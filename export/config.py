@@ -1,0 +1,126 @@
+"""Checking a model's config.json against the table of what its graph builder knows.
+
+A wrong number of heads or a swapped sine and cosine builds a valid graph of another model, so
+nothing is taken on trust: every key must be in the table and its value must be accepted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sld_edge.engines.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key: the value it has where the config lacks it, and which others are accepted."""
+
+    default: Any
+    accepts: Callable[[Any], bool]
+    expected: str
+
+
+def one_of(default: Any, *others: Any) -> Key:
+    """Only these values."""
+    values = [_plain(value) for value in (default, *others)]
+    return Key(default, lambda value: value in values, " or ".join(map(repr, values)))
+
+
+def anything(default: Any = None) -> Key:
+    """A value that the graph does not depend on (training, sizes, names)."""
+    return Key(default, lambda value: True, "anything")
+
+
+def count(default: int | None) -> Key:
+    """A positive integer; default None means that the config must have it."""
+    return Key(default, _is_count, "a positive integer")
+
+
+def counts(default: Any) -> Key:
+    """A positive integer, or a list of them."""
+    return Key(default, _are_counts, "a positive integer or a list of them")
+
+
+def number(default: float | None, *, positive: bool = True) -> Key:
+    """A number."""
+    return Key(
+        default,
+        lambda value: _is_number(value) and (value > 0 or not positive),
+        "a positive number" if positive else "a number",
+    )
+
+
+def optional_number() -> Key:
+    """A number or null."""
+    return Key(None, lambda value: value is None or _is_number(value), "a number or null")
+
+
+def flag(default: bool) -> Key:
+    """True or false."""
+    return Key(default, lambda value: isinstance(value, bool), "true or false")
+
+
+def list_of(default: list[str], *names: str) -> Key:
+    """A list of these names, one a level."""
+    return Key(
+        default,
+        lambda value: isinstance(value, list) and bool(value) and set(value) <= set(names),
+        f"a list of {' and '.join(names)}",
+    )
+
+
+def checked_config(
+    config: Mapping[str, Any], table: Mapping[str, Key], *, name: str
+) -> dict[str, Any]:
+    """Return the config with defaults filled in; keys that start with "_" are left out.
+
+    Raises CheckpointError, naming the key, for one that `table` lacks or a value it refuses.
+    """
+    result = {key: _plain(rule.default) for key, rule in table.items()}
+    for key, raw in config.items():
+        if key.startswith("_"):
+            continue
+        if key not in table:
+            raise CheckpointError(
+                f"{name}: config key {key} is not known", got=raw, do="try --via torch"
+            )
+        result[key] = _plain(raw)
+    for key, value in result.items():
+        if not table[key].accepts(value):
+            raise CheckpointError(
+                f"{name}: config key {key}",
+                got=repr(value),
+                expected=table[key].expected,
+                do="try --via torch",
+            )
+    return result
+
+
+def per_level(value: Any, levels: int, *, key: str, name: str) -> list[Any]:
+    """Return one value a level: a list as it is, anything else repeated."""
+    values = value if isinstance(value, list) else [value] * levels
+    if len(values) != levels:
+        raise CheckpointError(
+            f"{name}: config key {key}", got=f"{len(values)} values", expected=f"{levels} levels"
+        )
+    return values
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _are_counts(value: Any) -> bool:
+    return _is_count(value) or (
+        isinstance(value, list) and bool(value) and all(map(_is_count, value))
+    )

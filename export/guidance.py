@@ -1,0 +1,168 @@
+"""Safe Latent Diffusion and the sampler's step as one graph.
+
+    g     = text - uncond                                    what the prompt adds
+    d     = text - safety
+    mu    = 0 where d >= threshold, else min(|d| * scale, 1)
+    gamma = mu * (safety - uncond) + momentum_scale * momentum
+    eps   = uncond + guidance_scale * (g - active * gamma)
+    m     = p * latents + q * eps                            what the sampler keeps
+    next  = a * latents + b0 * m + b1..b4 * history + s * noise
+
+Source: SLD, arXiv 2211.05105, equations 3 to 8.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from sld_edge.export.graph import GraphBuilder, GraphOptions, Value
+
+_LARGEST = float(np.finfo(np.float32).max)
+_IMAGE: list[int | str] = ["B", 4, "h", "w"]
+_HISTORY: list[int | str] = [4, "B", 4, "h", "w"]
+
+
+def write_guidance(path: Path) -> None:
+    """Write the guidance graph, all FP32, B images of latents [4,h,w].
+
+    Inputs: noise_pred_uncond, noise_pred_text, noise_pred_safety, latents, momentum, noise
+    [B,4,h,w]; history [4,B,4,h,w], newest first; edit_map [B,h,w]; row [10] = p, q, a, b0..b4, s,
+    c_in_next; guidance_scale [B]; safety [B,5] = scale, threshold, momentum_scale, momentum_beta,
+    active (0 or 1). A branch that was not computed is bound to another: two branches, safety to
+    uncond; one, all three to text.
+
+    Outputs: latents_next, unet_latents (times c_in_next), momentum_next, history_next,
+    edit_map_next (plus the mean |edit| over channels); and for each image [B] the share of the
+    latents that was edited, the strength of the edit against the plain guidance, and finite, 1
+    where every number of latents_next is.
+    """
+    with GraphBuilder(path, GraphOptions(attention="decomposed")) as b:
+        _Guidance(b).build()
+
+
+class _Guidance:
+    """The graph in the order of the formulas above."""
+
+    def __init__(self, b: GraphBuilder) -> None:
+        self.b = b
+
+    def build(self) -> None:
+        b = self.b
+        uncond, text, safety_pred, latents, momentum = (
+            b.input(name, np.float32, _IMAGE)
+            for name in (
+                "noise_pred_uncond",
+                "noise_pred_text",
+                "noise_pred_safety",
+                "latents",
+                "momentum",
+            )
+        )
+        history = b.input("history", np.float32, _HISTORY)
+        noise = b.input("noise", np.float32, _IMAGE)
+        edit_map = b.input("edit_map", np.float32, ["B", "h", "w"])
+        row = b.input("row", np.float32, [10], "none")
+        guidance_scale = self._image(b.input("guidance_scale", np.float32, ["B"]), (1, 2, 3))
+        numbers = b.input("safety", np.float32, ["B", 5])
+        scale, threshold, momentum_scale, beta, active = (
+            self._image(column, (2, 3)) for column in b.split(numbers, [1] * 5, 1, "safety/columns")
+        )
+
+        mu = self._mask(text, safety_pred, scale, threshold)
+        gamma = self._mul(mu, self._sub(safety_pred, uncond, "safety/direction"), "gamma/now")
+        gamma = self._add(gamma, self._mul(momentum_scale, momentum, "gamma/before"), "gamma")
+        kept = self._mul(self._sub(b.scalar(1), beta, "beta/rest"), gamma, "momentum/new")
+        kept = self._add(self._mul(beta, momentum, "momentum/old"), kept, "momentum/kept")
+
+        plain = self._mul(guidance_scale, self._sub(text, uncond, "g"), "guided/direction")
+        plain = self._add(uncond, plain, "guided")
+        applied = self._mul(self._mul(guidance_scale, active, "edit/scale"), gamma, "edit")
+        predicted = self._sub(plain, applied, "eps")
+
+        moved, newest = self._step(row, latents, predicted, history, noise)
+        older = b.split(history, (3, 1), 0, "history/parts")[0]
+        shifted = b.node("Concat", newest, older, name="history/shifted", axis=0)
+
+        self._outputs(row, moved, kept, shifted)
+        self._report(mu, applied, plain, active, edit_map, moved)
+
+    def _mask(self, text: Value, safety: Value, scale: Value, threshold: Value) -> Value:
+        """Where the prompt is close to the concept, or on its side; the comparison is signed."""
+        b = self.b
+        d = self._sub(text, safety, "d")
+        far = b.node("GreaterOrEqual", d, threshold, name="d/far")
+        close = self._mul(b.node("Abs", d, name="d/size"), scale, "d/scaled")
+        close = b.node("Min", close, b.scalar(1), name="d/saturated")
+        return b.node("Where", far, b.scalar(0), close, name="mu")
+
+    def _step(
+        self, row: Value, latents: Value, predicted: Value, history: Value, noise: Value
+    ) -> tuple[Value, Value]:
+        """Return the next latents, and m [1,B,4,h,w]."""
+        b = self.b
+        p, q, a, b0, past, s, _ = b.split(row, (1, 1, 1, 1, 4, 1, 1), 0, "row/step")
+        m = self._add(self._mul(p, latents, "m/p"), self._mul(q, predicted, "m/q"), "m")
+        moved = self._add(self._mul(a, latents, "next/a"), self._mul(b0, m, "next/b0"), "next/now")
+        weights = b.node("Unsqueeze", past, b.ints(1, 2, 3, 4), name="row/past", rank=5)
+        kept = self._mul(weights, history, "next/past")
+        kept = b.node("ReduceSum", kept, b.ints(0), name="next/b", rank=4, keepdims=0)
+        moved = self._add(moved, kept, "next/linear")
+        moved = self._add(moved, self._mul(s, noise, "next/s"), "next")
+        return moved, b.node("Unsqueeze", m, b.ints(0), name="m/newest", rank=5)
+
+    def _outputs(self, row: Value, moved: Value, kept: Value, shifted: Value) -> None:
+        b = self.b
+        c_in = b.split(row, (9, 1), 0, "row/input")[1]
+        b.output(moved, "latents_next", np.float32, _IMAGE)
+        b.output(self._mul(c_in, moved, "next/input"), "unet_latents", np.float32, _IMAGE)
+        b.output(kept, "momentum_next", np.float32, _IMAGE)
+        b.output(shifted, "history_next", np.float32, _HISTORY)
+
+    def _report(
+        self, mu: Value, applied: Value, plain: Value, active: Value, edit_map: Value, moved: Value
+    ) -> None:
+        b = self.b
+        size = b.node("Abs", applied, name="edit/size")
+        size = b.node("ReduceMean", size, b.ints(1), name="edit/where", rank=3, keepdims=0)
+        total = self._add(edit_map, size, "edit/total")
+        b.output(total, "edit_map_next", np.float32, ["B", "h", "w"])
+
+        edited = b.node("Greater", mu, b.scalar(0), name="mu/edited")
+        edited = b.cast(edited, np.float32, "mu/counted")
+        share = self._per_image("ReduceMean", edited, "share/mean")
+        flat = b.node("Squeeze", active, b.ints(1, 2, 3), name="active/flat", rank=1)
+        b.output(self._mul(flat, share, "share/active"), "share", np.float32, ["B"])
+
+        above = self._per_image("ReduceL2", applied, "edit/norm")
+        below = self._per_image("ReduceL2", plain, "guided/norm")
+        nothing = b.node("Equal", below, b.scalar(0), name="strength/nothing")
+        safe = b.node("Where", nothing, b.scalar(1), below, name="strength/below")
+        strength = b.node("Div", above, safe, name="strength/ratio")
+        strength = b.node("Where", nothing, b.scalar(0), strength, name="strength/or_0")
+        b.output(strength, "strength", np.float32, ["B"])
+
+        # NaN fails every comparison, infinity this one.
+        size = b.node("Abs", moved, name="next/size")
+        finite = b.node("LessOrEqual", size, b.scalar(_LARGEST), name="next/finite")
+        finite = b.cast(finite, np.float32, "next/finite_number")
+        b.output(self._per_image("ReduceMin", finite, "finite/all"), "finite", np.float32, ["B"])
+
+    def _image(self, value: Value, axes: tuple[int, ...]) -> Value:
+        """A number an image, shaped to multiply it."""
+        name = f"{value.name}/image"
+        return self.b.node("Unsqueeze", value, self.b.ints(*axes), name=name, rank=4)
+
+    def _per_image(self, op: str, value: Value, name: str) -> Value:
+        """Reduce [B,4,h,w] to [B]."""
+        return self.b.node(op, value, self.b.ints(1, 2, 3), name=name, rank=1, keepdims=0)
+
+    def _add(self, x: Value, y: Value, name: str) -> Value:
+        return self.b.node("Add", x, y, name=name)
+
+    def _sub(self, x: Value, y: Value, name: str) -> Value:
+        return self.b.node("Sub", x, y, name=name)
+
+    def _mul(self, x: Value, y: Value, name: str) -> Value:
+        return self.b.node("Mul", x, y, name=name)

@@ -1,0 +1,36 @@
+"""The sampler that a checkpoint asks for, from its scheduler_config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_SAMPLERS = {
+    "PNDMScheduler": "pndm",
+    "DDIMScheduler": "ddim",
+    "EulerDiscreteScheduler": "euler",
+    "EulerAncestralDiscreteScheduler": "euler-a",
+    "DPMSolverMultistepScheduler": "dpm++2m",
+    "LCMScheduler": "lcm",
+    "UniPCMultistepScheduler": "unipc",
+    "LMSDiscreteScheduler": "lms",
+}
+_FALLBACK = "pndm"
+
+
+def sampler_from_scheduler(scheduler: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """Return the sampler's name, and notes where it is not quite what the checkpoint says."""
+    kind = str(scheduler.get("_class_name", "nothing"))
+    name = _SAMPLERS.get(kind)
+    if name is None:
+        return _FALLBACK, [f"the scheduler is {kind}; runs take {_FALLBACK} unless told otherwise"]
+    notes = []
+    if scheduler.get("use_karras_sigmas"):
+        if name == "dpm++2m":
+            name = "dpm++2m-karras"
+        else:
+            notes.append(f"the scheduler's Karras sigmas are not used with {name}")
+    algorithm = scheduler.get("algorithm_type", "dpmsolver++")
+    if name.startswith("dpm++2m") and algorithm != "dpmsolver++":
+        notes.append(f"the scheduler's algorithm {algorithm} is replaced by dpmsolver++")
+    return name, notes

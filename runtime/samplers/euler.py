@@ -1,0 +1,68 @@
+"""Euler and Euler ancestral, in sigma (arXiv 2206.00364; k-diffusion)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sld_edge.runtime.samplers.config import SchedulerConfig
+from sld_edge.runtime.samplers.prediction import slope_from_output
+from sld_edge.runtime.samplers.schedule import (
+    first_scale,
+    karras_sigmas,
+    last_sigma,
+    sigmas_at,
+    timesteps_at,
+    timesteps_of_points,
+    training_sigmas_from_config,
+)
+from sld_edge.runtime.samplers.table import HISTORY, Floats, SamplerTable
+
+
+def timesteps_and_sigmas(config: SchedulerConfig, steps: int) -> tuple[Floats, Floats]:
+    """Give N timesteps and N + 1 sigmas for the samplers that run in sigma."""
+    training = training_sigmas_from_config(config)
+    timesteps = timesteps_of_points(config, steps, whole=False)
+    sigmas = sigmas_at(timesteps, training)
+    if config.use_karras_sigmas:
+        highest = config.sigma_max if config.sigma_max is not None else sigmas[0]
+        lowest = config.sigma_min if config.sigma_min is not None else sigmas[-1]
+        sigmas = karras_sigmas(highest, lowest, steps)
+        timesteps = timesteps_at(sigmas, training).astype(np.float32).astype(np.float64)
+    return timesteps, np.append(sigmas, last_sigma(config, training))
+
+
+def euler_table(name: str, config: SchedulerConfig, steps: int) -> SamplerTable:
+    """Tabulate Euler's method; what is kept is dx/dsigma."""
+    timesteps, sigmas = timesteps_and_sigmas(config, steps)
+    b = np.zeros((steps, 1 + HISTORY))
+    b[:, 0] = np.diff(sigmas)
+    return slope_table(name, config, timesteps, sigmas, b, np.zeros(steps))
+
+
+def euler_ancestral_table(name: str, config: SchedulerConfig, steps: int) -> SamplerTable:
+    """Tabulate Euler ancestral: a step to below the next sigma, then noise up to it."""
+    timesteps, sigmas = timesteps_and_sigmas(config, steps)
+    now, then = sigmas[:-1], sigmas[1:]
+    up = np.sqrt(then**2 * (now**2 - then**2) / now**2)
+    b = np.zeros((steps, 1 + HISTORY))
+    b[:, 0] = np.sqrt(then**2 - up**2) - now
+    return slope_table(name, config, timesteps, sigmas, b, up)
+
+
+def slope_table(
+    name: str, config: SchedulerConfig, timesteps: Floats, sigmas: Floats, b: Floats, s: Floats
+) -> SamplerTable:
+    """Complete a table whose rows add multiples of dx/dsigma to x."""
+    pairs = [slope_from_output(config.prediction_type, sigma) for sigma in sigmas[:-1]]
+    p, q = np.array(pairs).T
+    return SamplerTable(
+        name=name,
+        timesteps=timesteps,
+        c_in=1 / np.sqrt(sigmas[:-1] ** 2 + 1),
+        p=p,
+        q=q,
+        a=np.ones(len(timesteps)),
+        b=b,
+        s=s,
+        init_noise_sigma=first_scale(config, sigmas),
+    )

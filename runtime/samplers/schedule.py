@@ -1,0 +1,138 @@
+"""Noise schedules in float64: alphas, timesteps and sigmas, as diffusers' schedulers lay them out.
+
+sigma is that of Karras et al. (arXiv 2206.00364): the noise over the signal, sqrt((1 - A) / A),
+A being `alphas_cumprod`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from sld_edge.engines.errors import InputError
+from sld_edge.runtime.samplers.config import SchedulerConfig
+from sld_edge.runtime.samplers.table import Floats
+
+_RHO = 7.0  # Karras et al., equation 5
+_LEAST_ALPHA = 2.0**-24  # diffusers' stand-in for 0, so that the first sigma is finite
+
+
+def alphas_cumprod_from_config(config: SchedulerConfig) -> Floats:
+    """Give the share of signal variance left at each training timestep, falling.
+
+    With `rescale_betas_zero_snr` the last is exactly 0 (arXiv 2305.08891, algorithm 1).
+
+    Raises:
+        InputError: betas that are not between 0 and 1, or too few or many.
+    """
+    betas = _betas(config)
+    if len(betas) != config.num_train_timesteps or not ((betas > 0) & (betas < 1)).all():
+        raise InputError(
+            "betas of the scheduler's configuration",
+            got=f"{len(betas)} from {betas.min(initial=1)} to {betas.max(initial=0)}",
+            expected=f"{config.num_train_timesteps} between 0 and 1",
+        )
+    alphas = np.cumprod(1 - betas)
+    if config.rescale_betas_zero_snr:
+        root = np.sqrt(alphas)
+        alphas = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    return alphas
+
+
+def _betas(config: SchedulerConfig) -> Floats:
+    count = config.num_train_timesteps
+    if config.trained_betas is not None:
+        return np.array(config.trained_betas, np.float64)
+    if config.beta_schedule == "linear":
+        return np.linspace(config.beta_start, config.beta_end, count)
+    if config.beta_schedule == "scaled_linear":
+        return np.linspace(np.sqrt(config.beta_start), np.sqrt(config.beta_end), count) ** 2
+    # squaredcos_cap_v2 (arXiv 2102.09672, equation 17)
+    angle = (np.arange(count + 1) / count + 0.008) / 1.008 * math.pi / 2
+    alpha_bar = np.cos(angle) ** 2
+    return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
+
+
+def alpha_at(alphas: Floats, timestep: int, config: SchedulerConfig) -> float:
+    """Look up a timestep's alpha; below 0 lies the clean end, as `set_alpha_to_one` says.
+
+    Raises:
+        InputError: a timestep past training's last.
+    """
+    if timestep < 0:
+        return 1.0 if config.set_alpha_to_one else float(alphas[0])
+    if timestep >= len(alphas):
+        raise InputError(
+            "steps and steps_offset reach a timestep",
+            got=timestep,
+            expected=f"at most {len(alphas) - 1}",
+            do="use fewer steps",
+        )
+    return float(alphas[timestep])
+
+
+def timesteps_of_points(config: SchedulerConfig, steps: int, *, whole: bool) -> Floats:
+    """Space `steps` timesteps from high to low, both ends of training included in linspace.
+
+    Where not `whole`, linspace's are fractions, exact in float32.
+    """
+    count = config.num_train_timesteps
+    if config.timestep_spacing == "linspace":
+        points = np.linspace(0, count - 1, steps)[::-1]
+        return np.round(points) if whole else points.astype(np.float32).astype(np.float64)
+    if config.timestep_spacing == "leading":
+        return np.arange(steps)[::-1] * (count // steps) + float(config.steps_offset)
+    return _trailing(count, count, steps)
+
+
+def timesteps_of_intervals(config: SchedulerConfig, steps: int, end: int) -> Floats:
+    """Space the upper ends of `steps` intervals below timestep `end`, from high to low."""
+    if config.timestep_spacing == "linspace":
+        return np.round(np.linspace(0, end - 1, steps + 1))[:0:-1]
+    if config.timestep_spacing == "leading":
+        return np.arange(1, steps + 1)[::-1] * (end // (steps + 1)) + float(config.steps_offset)
+    return _trailing(config.num_train_timesteps, end, steps)
+
+
+def _trailing(count: int, end: int, steps: int) -> Floats:
+    # Rounding lets arange overshoot for some step counts (61, 103, ...): diffusers then makes one
+    # call more, at timestep -1. That one is left out here.
+    return np.round(np.arange(end, 0, -count / steps))[:steps] - 1
+
+
+def training_sigmas_from_config(config: SchedulerConfig) -> Floats:
+    """Give sigma at each training timestep, rising; the last is finite even at zero signal."""
+    alphas = alphas_cumprod_from_config(config)
+    if config.rescale_betas_zero_snr:
+        alphas[-1] = _LEAST_ALPHA
+    return np.sqrt((1 - alphas) / alphas)
+
+
+def sigmas_at(timesteps: Floats, training: Floats) -> Floats:
+    """Interpolate sigma at (fractional) timesteps between training's."""
+    return np.interp(timesteps, np.arange(len(training)), training)
+
+
+def timesteps_at(sigmas: Floats, training: Floats) -> Floats:
+    """Interpolate the timestep at each sigma, linearly in log(sigma)."""
+    return np.interp(np.log(sigmas), np.log(training), np.arange(len(training)))
+
+
+def karras_sigmas(sigma_max: float, sigma_min: float, steps: int) -> Floats:
+    """Space sigmas after Karras et al., equation 5, without the final 0."""
+    high, low = sigma_max ** (1 / _RHO), sigma_min ** (1 / _RHO)
+    return (high + np.linspace(0, 1, steps) * (low - high)) ** _RHO
+
+
+def last_sigma(config: SchedulerConfig, training: Floats) -> float:
+    """Give the sigma that the last call ends at."""
+    return 0.0 if config.final_sigmas_type == "zero" else float(training[0])
+
+
+def first_scale(config: SchedulerConfig, sigmas: Floats) -> float:
+    """Give the standard deviation of the first latents where latents are not scaled down."""
+    largest = float(sigmas.max())
+    if config.timestep_spacing == "leading":
+        return math.hypot(largest, 1.0)
+    return largest

@@ -1,0 +1,53 @@
+"""A sampler as a table of numbers, one row a UNet call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+HISTORY = 4  # past outputs a row can use
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SamplerTable:
+    """What a sampler does in N UNet calls; x are the running latents, z is fresh unit noise.
+
+    Call i feeds `c_in[i] * x` to the UNet at `timesteps[i]`, keeps `m_i = p[i] * x + q[i] * output`
+    and moves on to `a[i] * x + sum_j b[i, j] * m_(i-j) + s[i] * z`, j from 0 to 4.
+
+    Attributes:
+        name: the sampler's, one of `SAMPLERS`.
+        timesteps: [N], in training timesteps, each exact in float32.
+        c_in: [N]; p: [N]; q: [N]; a: [N]; s: [N]; b: [N,5].
+        init_noise_sigma: the standard deviation of the first latents.
+    """
+
+    name: str
+    timesteps: Floats
+    c_in: Floats
+    p: Floats
+    q: Floats
+    a: Floats
+    b: Floats
+    s: Floats
+    init_noise_sigma: float
+
+    @property
+    def calls(self) -> int:
+        """N, the number of UNet calls."""
+        return len(self.timesteps)
+
+    @property
+    def finite(self) -> bool:
+        """Whether every number can be used."""
+        columns = (self.c_in, self.p, self.q, self.a, self.b, self.s, self.init_noise_sigma)
+        return all(bool(np.isfinite(column).all()) for column in columns)
+
+    def rows(self) -> NDArray[np.float32]:
+        """Give float32 [N,10]: p, q, a, b0 to b4, s, and the next call's c_in (1 after the last)."""
+        c_in_next = np.append(self.c_in[1:], 1.0)
+        columns = (self.p, self.q, self.a, *self.b.T, self.s, c_in_next)
+        return np.stack(columns, axis=1).astype(np.float32)

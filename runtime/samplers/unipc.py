@@ -1,0 +1,118 @@
+"""UniPC (arXiv 2302.04867), B1 and B2, of order 1 to 3, on the clean latents.
+
+A call first corrects the latents that the call before it predicted, then predicts the next. Both
+multiply the corrected latents before them by the same factor, so what correcting changes is a sum
+of kept outputs only: row i is that difference, then the prediction.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sld_edge.engines.errors import InputError
+from sld_edge.runtime.samplers.config import SchedulerConfig
+from sld_edge.runtime.samplers.dpmpp import clean_table, timesteps_and_sigmas
+from sld_edge.runtime.samplers.table import HISTORY, Floats, SamplerTable
+
+_ORDERS = (1, 2, 3)
+
+
+def unipc_table(name: str, config: SchedulerConfig, steps: int) -> SamplerTable:
+    """Tabulate UniPC; what is kept are the clean latents, before their correction.
+
+    Raises:
+        InputError: an order above 3.
+    """
+    if config.solver_order not in _ORDERS:
+        raise InputError(
+            f"{name}: solver_order in the scheduler's configuration",
+            got=config.solver_order,
+            expected="1, 2 or 3",
+        )
+    timesteps, sigmas = timesteps_and_sigmas(config, steps)
+    if config.use_karras_sigmas and config.final_sigmas_type == "sigma_min":
+        sigmas[-1] = sigmas[-2]  # diffusers: here the lowest sigma used, not training's
+    calls = len(timesteps)
+    b = np.zeros((calls, 1 + HISTORY))
+    table = clean_table(name, config, timesteps, sigmas, b)
+    before = np.zeros(1 + HISTORY)
+    for i in range(calls):
+        if i > 0 and i - 1 not in config.disable_corrector:
+            corrected = _corrected(config, sigmas, i, _order(config, calls, i - 1))
+            b[i] = table.a[i] * (corrected - before)
+        predicted = _predicted(config, sigmas, i, _order(config, calls, i))
+        b[i] += predicted
+        before = np.append(0.0, predicted[:-1])  # seen from the next call
+    return table
+
+
+def _order(config: SchedulerConfig, calls: int, i: int) -> int:
+    left = calls - i if config.lower_order_final else config.solver_order
+    return min(config.solver_order, left, i + 1)
+
+
+def _predicted(config: SchedulerConfig, sigmas: Floats, i: int, order: int) -> Floats:
+    """Give the weights of the outputs i, i - 1, ... in x_(i+1) beside its share of x_i."""
+    alpha, grow, scale = _step(config, sigmas[i], sigmas[i + 1])
+    weights = np.zeros(1 + HISTORY)
+    weights[0] = -alpha * grow
+    if order == 1:
+        return weights
+    ratios = _ratios(sigmas, i, order)
+    rho = np.array([0.5])  # the paper's simplification for order 2
+    if order > 2:
+        matrix, right = _conditions(config, ratios, sigmas[i], sigmas[i + 1])
+        rho = np.linalg.solve(matrix[:-1, :-1], right[:-1])
+    return weights - alpha * scale * _differences(rho / ratios[:-1], at=0)
+
+
+def _corrected(config: SchedulerConfig, sigmas: Floats, i: int, order: int) -> Floats:
+    """Give the weights of the outputs i, i - 1, ... in the corrected x_i."""
+    alpha, grow, scale = _step(config, sigmas[i - 1], sigmas[i])
+    weights = np.zeros(1 + HISTORY)
+    weights[1] = -alpha * grow
+    ratios = _ratios(sigmas, i - 1, order)
+    rho = np.array([0.5])
+    if order > 1:
+        matrix, right = _conditions(config, ratios, sigmas[i - 1], sigmas[i])
+        rho = np.linalg.solve(matrix, right)
+    newest = np.zeros(1 + HISTORY)
+    newest[:2] = rho[-1], -rho[-1]
+    return weights - alpha * scale * (_differences(rho[:-1] / ratios[:-1], at=1) + newest)
+
+
+def _step(config: SchedulerConfig, now: float, then: float) -> tuple[float, float, float]:
+    """Give alpha at the end, exp(-h) - 1, and the paper's B(h)."""
+    grow = then / now - 1
+    scale = np.log(then / now) if config.solver_type == "bh1" else grow
+    return 1 / np.hypot(then, 1.0), grow, scale
+
+
+def _ratios(sigmas: Floats, i: int, order: int) -> Floats:
+    """Give r of the past outputs, in steps of log(1 / sigma) from call i, and 1 for the next."""
+    past = sigmas[i - np.arange(1, order)]
+    return np.append(np.log(sigmas[i] / past) / np.log(sigmas[i] / sigmas[i + 1]), 1.0)
+
+
+def _conditions(
+    config: SchedulerConfig, ratios: Floats, now: float, then: float
+) -> tuple[Floats, Floats]:
+    """Give the order conditions, R rho = b (equation 11 of the paper)."""
+    orders = np.arange(len(ratios))
+    h = np.log(then / now)  # negative: on the clean latents h counts backwards
+    _, grow, scale = _step(config, now, then)
+    phi, factorial = grow / h - 1, 1.0
+    right = np.zeros(len(ratios))
+    for k in orders:
+        right[k] = phi * factorial / scale
+        factorial *= k + 2
+        phi = phi / h - 1 / factorial
+    return ratios[None, :] ** orders[:, None], right
+
+
+def _differences(weights: Floats, *, at: int) -> Floats:
+    """Weigh the outputs past `at`, each less the output at `at`."""
+    out = np.zeros(1 + HISTORY)
+    out[at] = -weights.sum()
+    out[at + 1 : at + 1 + len(weights)] = weights
+    return out

@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from oracles.models import config_of, tiny_vae, weights_of
+from oracles.running import outputs_of, relative_error
+from sld_edge.engines.errors import CheckpointError
+from sld_edge.export.graph import GraphOptions
+from sld_edge.export.vae import write_vae_decoder, write_vae_encoder
+from sld_edge.export.weights import Weights
+
+Array = np.ndarray[Any, Any]
+
+TOLERANCES = {"fp32": 2e-6, "fp16": 3e-3}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def latents() -> Array:
+    return np.random.default_rng(0).standard_normal((2, 4, 5, 6), np.float32)
+
+
+@pytest.fixture
+def images() -> Array:
+    return np.random.default_rng(0).integers(0, 256, (2, 40, 48, 3), np.uint8)
+
+
+def decoded(model: Any, latents: Array) -> Array:
+    """diffusers' picture before it is made of bytes, [B,H,W,3] in 0..255."""
+    config = model.config
+    shift = config.shift_factor if config.shift_factor is not None else 0
+    z = torch.from_numpy(latents) / config.scaling_factor + shift
+    pictures = (model.decode(z).sample / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    return np.asarray(pictures * 255)
+
+
+def encoded(model: Any, images: Array) -> Array:
+    config = model.config
+    shift = config.shift_factor if config.shift_factor is not None else 0
+    x = 2 * torch.from_numpy(images.astype(np.float32) / 255).permute(0, 3, 1, 2) - 1
+    return np.asarray((model.encode(x).latent_dist.mean - shift) * config.scaling_factor)
+
+
+def pixels_before_rounding(path: Path, latents: Array) -> Array:
+    """What the graph has just before it rounds to bytes."""
+    model = onnx.load(path)
+    inner = onnx.helper.make_tensor_value_info("images/channels_last", 1, ["B", "H", "W", 3])
+    model.graph.output.append(inner)
+    probe = path.with_name("probe.onnx")
+    onnx.save(model, probe)
+    return outputs_of(probe, {"latents": latents})["images/channels_last"]
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "sd": {},
+    "no quant convolutions": {"use_quant_conv": False, "use_post_quant_conv": False},
+    "no attention": {"mid_block_add_attention": False},
+    "scaled and shifted": {"scaling_factor": 0.36, "shift_factor": 0.12},
+    "two layers": {"layers_per_block": 2, "levels": 3},
+}
+
+
+@pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("attention", ["op", "decomposed"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_both_halves_do_what_diffusers_does(
+    tmp_path: Path,
+    latents: Array,
+    images: Array,
+    precision: Any,
+    attention: Any,
+    changes: dict[str, Any],
+) -> None:
+    model = tiny_vae(**changes)
+    weights = weights_of(model, tmp_path / "vae.safetensors", name="vae")
+    options = GraphOptions(precision=precision, attention=attention)
+    decoder, encoder = tmp_path / "vae_decoder.onnx", tmp_path / "vae_encoder.onnx"
+    write_vae_decoder(config_of(model), weights, options, decoder)
+    write_vae_encoder(config_of(model), weights, options, encoder)
+
+    wanted = decoded(model, latents)
+    assert (
+        relative_error(pixels_before_rounding(decoder, latents), wanted) <= (TOLERANCES[precision])
+    )
+    got = outputs_of(decoder, {"latents": latents})["images"]
+    assert got.dtype == np.uint8
+    # Rounding turns the smallest difference into 1 where a pixel is near one half.
+    differences = np.abs(got.astype(int) - wanted.round().astype(int))
+    assert differences.max() <= 1
+    assert np.mean(differences > 0) <= {"fp32": 1e-3, "fp16": 0.1}[precision]
+
+    got = outputs_of(encoder, {"images": images})["latents"]
+    assert got.dtype == np.float32
+    assert relative_error(got, encoded(model, images)) <= TOLERANCES[precision]
+
+
+def test_bytes_are_rounded_half_to_even(tmp_path: Path, latents: Array) -> None:
+    model = tiny_vae()
+    weights = weights_of(model, tmp_path / "vae.safetensors", name="vae")
+    path = tmp_path / "vae_decoder.onnx"
+    write_vae_decoder(config_of(model), weights, GraphOptions(), path)
+    before = pixels_before_rounding(path, latents)
+    got = outputs_of(path, {"latents": latents})["images"]
+    np.testing.assert_array_equal(got, np.round(before).astype(np.uint8))
+
+
+@pytest.mark.parametrize("shape", [(), (1, 1)], ids=["linear", "1x1 convolution"])
+def test_the_old_names_of_the_attention(
+    tmp_path: Path, latents: Array, images: Array, shape: tuple[int, ...]
+) -> None:
+    model = tiny_vae()
+    new_and_old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    old: dict[str, torch.Tensor] = {}
+    replaced = []
+    for key, value in model.state_dict().items():
+        for new, name in new_and_old.items():
+            if f"attentions.0.{new}." in key:
+                replaced.append(key)
+                old[key.replace(new, name)] = (
+                    value.reshape(*value.shape, *shape) if value.ndim == 2 else value
+                )
+    assert len(replaced) == 16
+    weights = weights_of(model, tmp_path / "v.safetensors", name="vae", without=replaced, extra=old)
+    decoder, encoder = tmp_path / "vae_decoder.onnx", tmp_path / "vae_encoder.onnx"
+    write_vae_decoder(config_of(model), weights, GraphOptions(), decoder)
+    write_vae_encoder(config_of(model), weights, GraphOptions(), encoder)
+    got = pixels_before_rounding(decoder, latents)
+    assert relative_error(got, decoded(model, latents)) <= TOLERANCES["fp32"]
+    got = outputs_of(encoder, {"images": images})["latents"]
+    assert relative_error(got, encoded(model, images)) <= TOLERANCES["fp32"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"latent_channels": 16}, "latent_channels"),
+        ({"latents_mean": [0.0] * 4}, "latents_mean"),
+        ({"scaling_factor": 0}, "scaling_factor"),
+        ({"up_block_types": ["AttnUpDecoderBlock2D"] * 4}, "up_block_types"),
+        ({"up_block_types": ["UpDecoderBlock2D"] * 3}, "block_out_channels"),
+        ({"layers_per_block": 2}, "resnets.2"),
+        ({"use_post_quant_conv": False}, "post_quant_conv"),
+        ({"spectral": True}, "spectral"),
+    ],
+    ids=str,
+)
+def test_a_config_that_is_not_known_is_named(
+    tmp_path: Path, changes: dict[str, Any], named: str
+) -> None:
+    model = tiny_vae()
+    weights = weights_of(model, tmp_path / "vae.safetensors", name="vae")
+    with pytest.raises(CheckpointError, match=named):
+        write_vae_decoder(
+            {**config_of(model), **changes}, weights, GraphOptions(), tmp_path / "d.onnx"
+        )
+
+
+def test_a_missing_and_an_unused_tensor_are_named(tmp_path: Path) -> None:
+    model = tiny_vae()
+
+    def weights(**changes: Any) -> Weights:
+        return weights_of(model, tmp_path / "vae.safetensors", name="vae", **changes)
+
+    key = "decoder.conv_out.bias"
+    with pytest.raises(CheckpointError, match=key):
+        write_vae_decoder(
+            config_of(model), weights(without=[key]), GraphOptions(), tmp_path / "d.onnx"
+        )
+    for write, extra in ((write_vae_decoder, "decoder.x"), (write_vae_encoder, "other")):
+        more = weights(extra={extra: torch.ones(2)})
+        with pytest.raises(CheckpointError, match=extra):
+            write(config_of(model), more, GraphOptions(), tmp_path / "v.onnx")

@@ -1,0 +1,112 @@
+"""A NumPy twin of the `guidance` graph, with the mistakes that one could make in it.
+
+The right twin must pass every parity test, each mutant must fail one (tests/runtime/test_mutants.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+import numpy as np
+
+from sld_edge.engines.base import Array, TensorSpec
+
+Mistake = Literal[
+    "swapped-branches",
+    "text-and-safety-swapped",
+    "greater-for-greater-or-equal",
+    "absolute-distance",
+    "momentum-before-the-gate",
+    "momentum-without-itself",
+    "momentum-only-when-active",
+    "edit-not-scaled-by-guidance",
+    "edit-added",
+    "history-oldest-first",
+]
+MISTAKES: tuple[Mistake, ...] = (
+    "swapped-branches",
+    "text-and-safety-swapped",
+    "greater-for-greater-or-equal",
+    "absolute-distance",
+    "momentum-before-the-gate",
+    "momentum-without-itself",
+    "momentum-only-when-active",
+    "edit-not-scaled-by-guidance",
+    "edit-added",
+    "history-oldest-first",
+)
+
+
+def guidance(feeds: Mapping[str, Array], mistake: Mistake | None = None) -> dict[str, Array]:
+    """Compute the graph's outputs from its inputs, in the inputs' precision."""
+    uncond, text, concept = (feeds[f"noise_pred_{name}"] for name in ("uncond", "text", "safety"))
+    if mistake == "swapped-branches":
+        uncond, text = text, uncond
+    if mistake == "text-and-safety-swapped":
+        text, concept = concept, text
+    latents, momentum, history = feeds["latents"], feeds["momentum"], feeds["history"]
+    scale, threshold, momentum_scale, beta, active = feeds["safety"].T[..., None, None, None]
+    guidance_scale = feeds["guidance_scale"][:, None, None, None]
+    p, q, a, b0, b1, b2, b3, b4, s, c_in = feeds["row"]
+
+    distance = text - concept
+    compared = np.abs(distance) if mistake == "absolute-distance" else distance
+    unedited = compared > threshold if mistake == "greater-for-greater-or-equal" else (
+        compared >= threshold
+    )
+    mu = np.where(unedited, 0, np.minimum(np.abs(distance) * scale, 1)).astype(latents.dtype)
+    if mistake == "momentum-before-the-gate":
+        gamma = mu * (concept - uncond + momentum_scale * momentum)
+    else:
+        gamma = mu * (concept - uncond) + momentum_scale * momentum
+    kept_edit = mu * (concept - uncond) if mistake == "momentum-without-itself" else gamma
+    momentum_next = beta * momentum + (1 - beta) * kept_edit
+    if mistake == "momentum-only-when-active":
+        momentum_next = np.where(active > 0, momentum_next, momentum)
+    edit = active * gamma
+    if mistake == "edit-added":
+        edit = -edit
+    plain = uncond + guidance_scale * (text - uncond)
+    if mistake == "edit-not-scaled-by-guidance":
+        eps = plain - edit
+    else:
+        eps = uncond + guidance_scale * (text - uncond - edit)
+
+    kept = p * latents + q * eps
+    past = history[::-1] if mistake == "history-oldest-first" else history
+    new = a * latents + b0 * kept + feeds["noise"] * s
+    new = new + sum(b * m for b, m in zip((b1, b2, b3, b4), past, strict=True))
+    change = guidance_scale * edit
+    norms = [np.sqrt((x * x).sum(axis=(1, 2, 3))) for x in (change, plain)]
+    return {
+        "latents_next": new,
+        "unet_latents": c_in * new,
+        "momentum_next": momentum_next,
+        "history_next": np.concatenate([kept[None], history[:3]]),
+        "edit_map_next": feeds["edit_map"] + np.abs(change).mean(axis=1),
+        "share": active[:, 0, 0, 0] * (mu > 0).mean(axis=(1, 2, 3)).astype(latents.dtype),
+        "strength": np.divide(norms[0], norms[1], out=np.zeros_like(norms[0]), where=norms[1] > 0),
+        "finite": np.isfinite(new).all(axis=(1, 2, 3)).astype(latents.dtype),
+    }
+
+
+class TwinEngine:
+    """The twin as an engine, in place of the graph."""
+
+    inputs: tuple[TensorSpec, ...] = ()
+    outputs: tuple[TensorSpec, ...] = ()
+
+    def __init__(self, mistake: Mistake | None = None) -> None:
+        self.mistake = mistake
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        return {
+            name: np.asarray(value, np.float32)
+            for name, value in guidance(feeds, self.mistake).items()
+        }
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: Any) -> None: ...

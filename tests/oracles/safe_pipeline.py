@@ -1,0 +1,163 @@
+"""diffusers' own Safe Latent Diffusion on a tiny random model, and our bundle of the same model."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    LMSDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipelineSafe,
+    UniPCMultistepScheduler,
+)
+from numpy.typing import NDArray
+from oracles.models import Kind, save_diffusers_directory
+from transformers import CLIPTokenizer
+
+from sld_edge.export import ExportSettings, export_bundle
+from sld_edge.runtime import Pipeline, Safety
+
+CHECKPOINT = Path(__file__).parents[2] / "benchmarks" / "miniworld" / "checkpoint"
+VOCABULARY = 1000  # above every id of the miniature's tokenizer
+
+# Our samplers, as diffusers spells them.
+SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "ddim": (DDIMScheduler, {}),
+    "pndm": (PNDMScheduler, {}),
+    "euler": (EulerDiscreteScheduler, {}),
+    "euler-a": (EulerAncestralDiscreteScheduler, {}),
+    "dpm++2m": (DPMSolverMultistepScheduler, {}),
+    "dpm++2m-karras": (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
+    "lcm": (LCMScheduler, {}),
+    "unipc": (UniPCMultistepScheduler, {}),
+    "lms": (LMSDiscreteScheduler, {}),
+}
+
+
+def tokenizer(length: int = 77) -> CLIPTokenizer:
+    """Return a real CLIP-style tokenizer: the miniature's, at SD's length."""
+    return CLIPTokenizer.from_pretrained(CHECKPOINT / "tokenizer", model_max_length=length)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """The oracle and ours, of one model."""
+
+    oracle: Any
+    ours: Pipeline
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """An image, uint8 [H,W,3], and the latents after each UNet call, float32 [N,4,h,w]."""
+
+    image: NDArray[np.uint8]
+    latents: NDArray[np.float32]
+
+
+def pair_of(kind: Kind, folder: Path) -> Pair:
+    """Make a tiny random model, load it in diffusers, export it and load the bundle."""
+    source = save_diffusers_directory(
+        folder / "model", kind, tokenizer=tokenizer(), vocab_size=VOCABULARY
+    )
+    settings = ExportSettings(model=str(source), output=folder / "bundle", precision="fp32")
+    ours = Pipeline.load(export_bundle(settings), provider="cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        oracle = StableDiffusionPipelineSafe.from_pretrained(
+            source, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
+    oracle.set_progress_bar_config(disable=True)
+    return Pair(oracle=oracle, ours=ours)
+
+
+def oracle_trace(
+    pair: Pair,
+    prompt: str,
+    *,
+    sampler: str,
+    safety: Safety,
+    concept: str,
+    steps: int,
+    seed: int,
+    negative_prompt: str | None,
+    guidance_scale: float = 7.5,
+    size: int = 64,
+) -> Trace:
+    """Run diffusers' pipeline."""
+    scheduler, changes = SCHEDULERS[sampler]
+    oracle = pair.oracle
+    config = {**pair.ours.bundle.manifest.scheduler}
+    config["prediction_type"] = pair.ours.bundle.manifest.prediction_type
+    oracle.scheduler = scheduler.from_config(config, **changes)
+    oracle.safety_concept = concept
+    seen: list[NDArray[np.float32]] = []
+    image = oracle(
+        prompt,
+        height=size,
+        width=size,
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        negative_prompt=negative_prompt,
+        generator=torch.Generator().manual_seed(seed),
+        output_type="pil",
+        sld_guidance_scale=safety.scale,
+        sld_warmup_steps=safety.warmup_steps,
+        sld_threshold=safety.threshold,
+        sld_momentum_scale=safety.momentum_scale,
+        sld_mom_beta=safety.momentum_beta,
+        callback=lambda _i, _t, latents: seen.append(latents[0].numpy().copy()),
+    ).images[0]
+    return Trace(image=np.asarray(image), latents=np.stack(seen))
+
+
+def our_trace(
+    pair: Pair,
+    prompt: str,
+    *,
+    sampler: str,
+    safety: Safety,
+    concept: str,
+    steps: int,
+    seed: int,
+    negative_prompt: str | None,
+    guidance_scale: float = 7.5,
+    size: int = 64,
+) -> Trace:
+    """Run ours with the same settings."""
+    seen: list[NDArray[np.float32]] = []
+    result = pair.ours(
+        prompt,
+        height=size,
+        width=size,
+        steps=steps,
+        sampler=sampler,
+        safety=safety,
+        safety_concept=concept if safety.acts else None,
+        guidance_scale=guidance_scale,
+        negative_prompt=negative_prompt,
+        seed=seed,
+        callback=lambda step: seen.append(step.latents[0]),
+    )
+    return Trace(image=np.asarray(result.images[0]), latents=np.stack(seen))
+
+
+def disagreement(ours: Trace, oracle: Trace) -> tuple[float, int]:
+    """Return the largest relative difference of a call's latents, and the largest of a pixel."""
+    assert ours.latents.shape == oracle.latents.shape
+    norms = [
+        float(np.linalg.norm(a - b) / np.linalg.norm(b))
+        for a, b in zip(ours.latents, oracle.latents, strict=True)
+    ]
+    pixels = np.abs(ours.image.astype(int) - oracle.image.astype(int))
+    return max(norms), int(pixels.max())

@@ -1,0 +1,85 @@
+"""Our images are diffusers' images: StableDiffusionPipelineSafe on tiny random models."""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+
+import pytest
+from oracles.models import KINDS, Kind
+from oracles.safe_pipeline import Pair, disagreement, oracle_trace, our_trace, pair_of
+
+from sld_edge.runtime import PRESETS
+from sld_edge.runtime.safety import safety_from_preset
+
+LATENTS = 1e-4  # relative L2 of a call's latents: fp32 rounding over the calls
+PIXELS = 1  # of 255: rounding of the decoder's output
+STEPS = 9
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[Kind, Pair]:
+    return {kind: pair_of(kind, Path(tmp_path_factory.mktemp(kind))) for kind in KINDS}
+
+
+@pytest.mark.parametrize("negative", [None, "a blue square"])
+@pytest.mark.parametrize("preset", list(PRESETS))
+@pytest.mark.parametrize("sampler", ["ddim", "pndm", "euler", "dpm++2m"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_images_and_latents_are_those_of_diffusers(
+    pairs: dict[Kind, Pair], kind: Kind, sampler: str, preset: str, negative: str | None
+) -> None:
+    calls = STEPS + (sampler == "pndm")
+    case = f"{kind} {sampler} {preset} {negative}"
+    settings = {
+        "sampler": sampler,
+        "safety": safety_from_preset(preset, calls=calls),
+        "concept": "skull, death, horror",
+        "steps": STEPS,
+        "seed": zlib.crc32(case.encode()),
+        "negative_prompt": negative,
+    }
+    ours = our_trace(pairs[kind], "a red star at a party", **settings)
+    latents, pixels = disagreement(
+        ours, oracle_trace(pairs[kind], "a red star at a party", **settings)
+    )
+    assert latents <= LATENTS, f"{case}: latents differ by {latents:.1e}"
+    assert pixels <= PIXELS, f"{case}: pixels differ by {pixels}"
+
+
+@pytest.mark.parametrize("sampler", ["euler-a", "dpm++2m-karras", "unipc", "lms", "lcm"])
+def test_other_samplers_agree_too(pairs: dict[Kind, Pair], sampler: str) -> None:
+    settings = {
+        "sampler": sampler,
+        "safety": safety_from_preset("strong", calls=6),
+        "concept": "skull, death, horror",
+        "steps": 6,
+        "seed": 11,
+        "negative_prompt": None,
+    }
+    ours = our_trace(pairs["sd1"], "a red star", **settings)
+    latents, pixels = disagreement(ours, oracle_trace(pairs["sd1"], "a red star", **settings))
+    assert latents <= LATENTS, f"{sampler}: latents differ by {latents:.1e}"
+    assert pixels <= PIXELS
+
+
+def test_safety_moves_the_image_far_more_than_the_tolerance(pairs: dict[Kind, Pair]) -> None:
+    settings = {
+        "sampler": "ddim",
+        "concept": "skull, death, horror",
+        "steps": STEPS,
+        "seed": 3,
+        "negative_prompt": None,
+    }
+    off, strong = (
+        our_trace(
+            pairs["sd1"],
+            "a red star",
+            safety=safety_from_preset(preset, calls=STEPS),
+            **settings,
+        )
+        for preset in ("off", "strong")
+    )
+    latents, pixels = disagreement(strong, off)
+    assert latents > 100 * LATENTS
+    assert pixels > 5 * PIXELS
