@@ -62,7 +62,7 @@ def checkpoint_from_source(
         return checkpoint_from_ldm_file(
             path, id=path.name, tokenizer=words, prediction_type=prediction_type
         )
-    if path.is_dir():
+    if model and path.is_dir():
         # The directory's own name: a bundle must not carry paths of the machine that made it.
         checkpoint = checkpoint_from_directory(
             path, id=path.resolve().name, variant=variant, tokenizer=words

@@ -69,7 +69,8 @@ def write_vae_decoder(
 ) -> None:
     """Write the decoder: latents f32 [B,4,h,w] -> images u8 [B,H,W,3], rounded half to even.
 
-    The latents are as the sampler leaves them: the graph divides by the scaling factor. Raises
+    A second output, finite f32 [B], is 1 where the decoder gave no NaN or infinity for the image:
+    bytes cannot show that. The latents are as the sampler leaves them: the graph divides by the scaling factor. Raises
     CheckpointError, naming it, for a config key or tensor that is unknown, missing or bad.
     Source: diffusers, models/autoencoders/autoencoder_kl.py and image_processor.py.
     """
@@ -81,7 +82,9 @@ def write_vae_decoder(
         if settings["shift_factor"] is not None:
             x = b.node("Add", x, b.scalar(settings["shift_factor"], _F32), name="latents/shifted")
         x = _decoder(b, b.inner(x), settings)
-        b.output(_pixels(b, b.outer(x)), "images", np.uint8, ["B", "H", "W", 3])
+        x = b.outer(x)
+        b.output(_pixels(b, x), "images", np.uint8, ["B", "H", "W", 3])
+        b.output(_finite(b, x), "finite", np.float32, ["B"])
 
 
 def write_vae_encoder(
@@ -183,6 +186,14 @@ def _pixels(b: GraphBuilder, x: Value) -> Value:
     x = b.node("Mul", x, b.scalar(255, _F32), name="images/scaled")
     x = b.node("Transpose", x, name="images/channels_last", perm=[0, 2, 3, 1])
     return b.cast(b.node("Round", x, name="images/rounded"), np.uint8, "images/bytes")
+
+
+def _finite(b: GraphBuilder, x: Value) -> Value:
+    """FP32 [B,3,H,W] to FP32 [B]: 1 where all is finite; NaN fails every comparison."""
+    size = b.node("Abs", x, name="finite/size")
+    limit = b.scalar(float(np.finfo(np.float32).max), _F32)
+    each = b.cast(b.node("LessOrEqual", size, limit, name="finite/each"), np.float32, "finite/is")
+    return b.node("ReduceMin", each, b.ints(1, 2, 3), name="finite/all", rank=1, keepdims=0)
 
 
 def _channels(b: GraphBuilder, settings: dict[str, Any], blocks: str) -> list[int]:

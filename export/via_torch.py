@@ -74,20 +74,21 @@ class UNet(torch.nn.Module):
 
 
 class VaeDecoder(torch.nn.Module):
-    """latents f32 [B,4,h,w] as the sampler leaves them -> images u8 [B,H,W,3]."""
+    """latents f32 [B,4,h,w] as the sampler leaves them -> images u8 [B,H,W,3], finite f32 [B]."""
 
     def __init__(self, inner: torch.nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
         self.inner, self.dtype = inner, dtype
 
-    def forward(self, latents: torch.Tensor) -> torch.Tensor:
-        """Decode and round half to even, as numpy does."""
+    def forward(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Decode and round half to even, as numpy does; finite is 1 where all numbers are."""
         config = self.inner.config
         shift = config.shift_factor if config.shift_factor is not None else 0.0
         scaled = latents / config.scaling_factor + shift
         pictures = self.inner.decode(scaled.to(self.dtype)).sample.float()
         levels = ((pictures / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-        return levels.permute(0, 2, 3, 1)
+        finite = (pictures.abs() <= torch.finfo(torch.float32).max).float().amin(dim=(1, 2, 3))
+        return levels.permute(0, 2, 3, 1), finite
 
 
 class VaeEncoder(torch.nn.Module):
@@ -198,11 +199,11 @@ def _write(
     batch = Dim("B", min=1, max=64)
     latents = torch.zeros(images, channels, 2 * _STEP, 3 * _STEP)  # a size of 1 would become fixed
     latent_axes = {0: batch, 2: cells["h"], 3: cells["w"]}
-    examples: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
+    examples: dict[str, tuple[tuple[Any, ...], dict[str, Any], list[str]]] = {
         "text_encoder": (
             (torch.zeros(images, length, dtype=torch.int64),),
             {"input_ids": {0: Dim("N", min=1, max=64)}},
-            "hidden_states",
+            ["hidden_states"],
         ),
         "unet": (
             (latents, torch.zeros(images), torch.zeros(3 * images, length, width)),
@@ -211,16 +212,16 @@ def _write(
                 "timestep": {0: batch},
                 "context": {0: Dim("KB", min=1, max=256)},
             },
-            "noise_pred",
+            ["noise_pred"],
         ),
-        "vae_decoder": ((latents,), {"latents": latent_axes}, "images"),
+        "vae_decoder": ((latents,), {"latents": latent_axes}, ["images", "finite"]),
         "vae_encoder": (
             (torch.zeros(images, 16 * _STEP, 24 * _STEP, 3, dtype=torch.uint8),),
             {"images": {0: batch, 1: 8 * cells["h"], 2: 8 * cells["w"]}},
-            "latents",
+            ["latents"],
         ),
     }
-    inputs, dynamic, output = examples[name]
+    inputs, dynamic, outputs = examples[name]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -228,7 +229,7 @@ def _write(
             module,
             inputs,
             input_names=list(dynamic),
-            output_names=[output],
+            output_names=outputs,
             dynamic_shapes=dynamic,
             opset_version=opset,
             dynamo=True,
@@ -264,7 +265,11 @@ _SIZES: dict[str, dict[str, tuple[str | None, ...]]] = {
         "context": ("K*B", None, None),
         "noise_pred": ("K*B", None, "h", "w"),
     },
-    "vae_decoder": {"latents": ("B", None, "h", "w"), "images": ("B", "H", "W", None)},
+    "vae_decoder": {
+        "latents": ("B", None, "h", "w"),
+        "images": ("B", "H", "W", None),
+        "finite": ("B",),
+    },
     "vae_encoder": {"images": ("B", "H", "W", None), "latents": ("B", None, "h", "w")},
 }
 
