@@ -9,9 +9,9 @@ from sld_edge.runtime.samplers.config import SchedulerConfig
 from sld_edge.runtime.samplers.prediction import clean_from_output
 from sld_edge.runtime.samplers.schedule import (
     karras_sigmas,
+    karras_timesteps,
     last_sigma,
     sigmas_at,
-    timesteps_at,
     timesteps_of_intervals,
     training_sigmas_from_config,
 )
@@ -68,10 +68,8 @@ def timesteps_and_sigmas(config: SchedulerConfig, steps: int) -> tuple[Floats, F
         timesteps = timesteps_of_intervals(config, steps, len(training) - int(clipped))
         sigmas = sigmas_at(timesteps, training)
     else:
-        highest = config.sigma_max if config.sigma_max is not None else training[-1]
-        lowest = config.sigma_min if config.sigma_min is not None else training[0]
-        sigmas = karras_sigmas(highest, lowest, steps)
-        timesteps = np.round(timesteps_at(sigmas, training))
+        sigmas = karras_sigmas(config, training[::-1], steps)
+        timesteps = np.round(karras_timesteps(config, steps))
     return timesteps, np.append(sigmas, last_sigma(config, training))
 
 

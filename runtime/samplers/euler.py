@@ -9,9 +9,9 @@ from sld_edge.runtime.samplers.prediction import slope_from_output
 from sld_edge.runtime.samplers.schedule import (
     first_scale,
     karras_sigmas,
+    karras_timesteps,
     last_sigma,
     sigmas_at,
-    timesteps_at,
     timesteps_of_points,
     training_sigmas_from_config,
 )
@@ -24,10 +24,10 @@ def timesteps_and_sigmas(config: SchedulerConfig, steps: int) -> tuple[Floats, F
     timesteps = timesteps_of_points(config, steps, whole=False)
     sigmas = sigmas_at(timesteps, training)
     if config.use_karras_sigmas:
-        highest = config.sigma_max if config.sigma_max is not None else sigmas[0]
-        lowest = config.sigma_min if config.sigma_min is not None else sigmas[-1]
-        sigmas = karras_sigmas(highest, lowest, steps)
-        timesteps = timesteps_at(sigmas, training).astype(np.float32).astype(np.float64)
+        ends = (timesteps[0], timesteps[-1])
+        sigmas = karras_sigmas(config, sigmas, steps)
+        timesteps = karras_timesteps(config, steps, ends=ends)
+        timesteps = timesteps.astype(np.float32).astype(np.float64)
     return timesteps, np.append(sigmas, last_sigma(config, training))
 
 

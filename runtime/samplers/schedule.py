@@ -7,12 +7,17 @@ A being `alphas_cumprod`.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sld_edge.engines.errors import InputError
 from sld_edge.runtime.samplers.config import SchedulerConfig
 from sld_edge.runtime.samplers.table import Floats
+
+Linspace = Callable[[float, float, int], Floats]
 
 _RHO = 7.0  # Karras et al., equation 5
 _LEAST_ALPHA = 2.0**-24  # diffusers' stand-in for 0, so that the first sigma is finite
@@ -40,14 +45,14 @@ def alphas_cumprod_from_config(config: SchedulerConfig) -> Floats:
     return alphas
 
 
-def _betas(config: SchedulerConfig) -> Floats:
+def _betas(config: SchedulerConfig, linspace: Linspace = np.linspace) -> Floats:
     count = config.num_train_timesteps
     if config.trained_betas is not None:
         return np.array(config.trained_betas, np.float64)
     if config.beta_schedule == "linear":
-        return np.linspace(config.beta_start, config.beta_end, count)
+        return linspace(config.beta_start, config.beta_end, count)
     if config.beta_schedule == "scaled_linear":
-        return np.linspace(np.sqrt(config.beta_start), np.sqrt(config.beta_end), count) ** 2
+        return linspace(np.sqrt(config.beta_start), np.sqrt(config.beta_end), count) ** 2
     # squaredcos_cap_v2 (arXiv 2102.09672, equation 17)
     angle = (np.arange(count + 1) / count + 0.008) / 1.008 * math.pi / 2
     alpha_bar = np.cos(angle) ** 2
@@ -114,15 +119,48 @@ def sigmas_at(timesteps: Floats, training: Floats) -> Floats:
     return np.interp(timesteps, np.arange(len(training)), training)
 
 
-def timesteps_at(sigmas: Floats, training: Floats) -> Floats:
-    """Interpolate the timestep at each sigma, linearly in log(sigma)."""
+def karras_sigmas(config: SchedulerConfig, ends: Floats, steps: int) -> Floats:
+    """Space sigmas after Karras et al., equation 5, without the final 0.
+
+    `ends` are the highest and the lowest where the configuration names none.
+    """
+    highest = config.sigma_max if config.sigma_max is not None else ends[0]
+    lowest = config.sigma_min if config.sigma_min is not None else ends[-1]
+    high, low = highest ** (1 / _RHO), lowest ** (1 / _RHO)
+    return np.asarray((high + np.linspace(0, 1, steps) * (low - high)) ** _RHO)
+
+
+def karras_timesteps(
+    config: SchedulerConfig, steps: int, *, ends: tuple[float, float] | None = None
+) -> Floats:
+    """Give the timestep of each of Karras' sigmas, linear in log(sigma) between training's.
+
+    `ends` are the timesteps of the highest and lowest sigma where the configuration has no
+    `sigma_max` and `sigma_min`; None are training's own. diffusers rounds these timesteps (to whole
+    ones, or down) after computing them from float32 tables, so those tables are used here.
+    """
+    training = _training_sigmas_float32(config)
+    high, low = ends if ends is not None else (len(training) - 1, 0)
+    sigmas = karras_sigmas(config, sigmas_at(np.array([high, low]), training), steps)
     return np.interp(np.log(sigmas), np.log(training), np.arange(len(training)))
 
 
-def karras_sigmas(sigma_max: float, sigma_min: float, steps: int) -> Floats:
-    """Space sigmas after Karras et al., equation 5, without the final 0."""
-    high, low = sigma_max ** (1 / _RHO), sigma_min ** (1 / _RHO)
-    return (high + np.linspace(0, 1, steps) * (low - high)) ** _RHO
+def _training_sigmas_float32(config: SchedulerConfig) -> NDArray[np.float32]:
+    """Give `training_sigmas_from_config` as torch rounds it on the way."""
+    if config.rescale_betas_zero_snr:
+        return training_sigmas_from_config(config).astype(np.float32)
+    betas = _betas(config, _linspace_float32).astype(np.float32)
+    alphas = np.cumprod(1 - betas, dtype=np.float64).astype(np.float32)
+    return np.sqrt((1 - alphas) / alphas)
+
+
+def _linspace_float32(start: float, end: float, count: int) -> NDArray[Any]:
+    """Space numbers as torch.linspace does: from both ends, with a rounded step."""
+    first, last = np.float32(start), np.float32(end)
+    step = np.float64((last - first) / np.float32(count - 1))
+    index = np.arange(count)
+    rising, falling = first + step * index, last - step * index[::-1]
+    return np.where(index < count // 2, rising, falling).astype(np.float32)
 
 
 def last_sigma(config: SchedulerConfig, training: Floats) -> float:

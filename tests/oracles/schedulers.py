@@ -8,7 +8,6 @@ float32's rounding. Nothing else of them is changed.
 from __future__ import annotations
 
 import importlib
-import sys
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,13 +58,10 @@ def _quad(function: Any, start: Any, end: Any, **_: Any) -> tuple[float]:
 def scheduler_module(name: str) -> types.ModuleType:
     """Import the module of a sampler's scheduler; LMS' needs one function of SciPy, given here."""
     path = f"diffusers.schedulers.scheduling_{CLASSES[name].split('.')[0]}"
-    if name != "lms" or path in sys.modules:
-        return importlib.import_module(path)
-    scipy = types.ModuleType("scipy")
-    vars(scipy)["integrate"] = types.SimpleNamespace(quad=_quad)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "scipy", scipy)
-        return importlib.import_module(path)
+    module = importlib.import_module(path)
+    if name == "lms":
+        vars(module).setdefault("integrate", types.SimpleNamespace(quad=_quad))
+    return module
 
 
 def scheduler_from_config(name: str, config: dict[str, Any]) -> Any:

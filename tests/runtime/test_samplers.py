@@ -190,11 +190,13 @@ SOLVERS = [
     ("dpm++2m", {"use_karras_sigmas": True}),
     ("dpm++2m-karras", {"sigma_min": 0.1, "sigma_max": 10.0}),
     ("dpm++2m-karras", {"final_sigmas_type": "sigma_min"}),
-    ("unipc", {"solver_type": "bh1"}),
+    # diffusers' bh1 gives NaN where the last sigma is 0.
+    ("unipc", {"solver_type": "bh1", "final_sigmas_type": "sigma_min"}),
     ("unipc", {"solver_type": "midpoint"}),  # of a DPM-Solver checkpoint: bh2
     ("unipc", {"solver_order": 1}),
     ("unipc", {"solver_order": 3}),
-    ("unipc", {"solver_order": 3, "solver_type": "bh1", "prediction_type": "v_prediction"}),
+    ("unipc", {"solver_order": 3, "solver_type": "bh1", "final_sigmas_type": "sigma_min"}),
+    ("unipc", {"solver_order": 3, "prediction_type": "v_prediction"}),
     ("unipc", {"lower_order_final": False, "final_sigmas_type": "sigma_min"}),
     ("unipc", {"disable_corrector": [0, 1, 3]}),
     ("unipc", {"use_karras_sigmas": True}),
