@@ -33,7 +33,9 @@ def dpmpp_table(name: str, config: SchedulerConfig, steps: int) -> SamplerTable:
             expected="1 or 2",
             do="choose unipc",
         )
-    timesteps, sigmas = timesteps_and_sigmas(config, steps)
+    # diffusers rounds Karras' timesteps only for the other schedules, then cuts them all.
+    cut = config.beta_schedule == "squaredcos_cap_v2"
+    timesteps, sigmas = timesteps_and_sigmas(config, steps, cut=cut)
     calls = len(timesteps)
     b = np.zeros((calls, 1 + HISTORY))
     first_order_end = (
@@ -60,8 +62,10 @@ def _weights(config: SchedulerConfig, sigmas: Floats, i: int, *, second: bool) -
     return alpha * np.array([shrink + extrapolate / r, -extrapolate / r])
 
 
-def timesteps_and_sigmas(config: SchedulerConfig, steps: int) -> tuple[Floats, Floats]:
-    """Give N timesteps and N + 1 sigmas."""
+def timesteps_and_sigmas(
+    config: SchedulerConfig, steps: int, *, cut: bool = False
+) -> tuple[Floats, Floats]:
+    """Give N timesteps and N + 1 sigmas; Karras' timesteps are rounded, or cut to whole ones."""
     training = training_sigmas_from_config(config)
     if not config.use_karras_sigmas:
         clipped = np.searchsorted(-np.log(training[::-1]), config.lambda_min_clipped)
@@ -69,7 +73,8 @@ def timesteps_and_sigmas(config: SchedulerConfig, steps: int) -> tuple[Floats, F
         sigmas = sigmas_at(timesteps, training)
     else:
         sigmas = karras_sigmas(config, training[::-1], steps)
-        timesteps = np.round(karras_timesteps(config, steps))
+        timesteps = karras_timesteps(config, steps)
+        timesteps = np.floor(timesteps) if cut else np.round(timesteps)
     return timesteps, np.append(sigmas, last_sigma(config, training))
 
 

@@ -170,6 +170,7 @@ SD1_SCHEDULER = {
     "beta_schedule": "scaled_linear",
     "num_train_timesteps": 1000,
     "set_alpha_to_one": False,
+    "clip_sample": False,
     "skip_prk_steps": True,
     "steps_offset": 1,
     "prediction_type": "epsilon",

@@ -33,7 +33,7 @@ VOCABULARY = 1000  # above every id of the miniature's tokenizer
 # Our samplers, as diffusers spells them.
 SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "ddim": (DDIMScheduler, {}),
-    "pndm": (PNDMScheduler, {}),
+    "pndm": (PNDMScheduler, {"skip_prk_steps": True}),  # as every Stable Diffusion config says
     "euler": (EulerDiscreteScheduler, {}),
     "euler-a": (EulerAncestralDiscreteScheduler, {}),
     "dpm++2m": (DPMSolverMultistepScheduler, {}),

@@ -129,10 +129,10 @@ def assert_same(
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_every_call_is_diffusers(name: str, prediction: str) -> None:
-    for spacing, steps in product(SPACINGS, (1, 2, 3, 7, 20, 50)):
-        assert_same(
-            name, {**SD, "prediction_type": prediction, "timestep_spacing": spacing}, steps
-        )
+    cases = [*product(SPACINGS, (1, 2, 3, 7, 20)), ("leading", 50)]
+    for spacing, steps in cases:
+        config = {**SD, "prediction_type": prediction, "timestep_spacing": spacing}
+        assert_same(name, config, steps)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -214,10 +214,23 @@ def test_solver_options(name: str, extra: dict[str, Any]) -> None:
 @pytest.mark.parametrize("extra", [{}, {"sigma_min": 0.2, "sigma_max": 12.0}], ids=str)
 @pytest.mark.parametrize("name", ["euler", "lms"])
 def test_karras_sigmas_give_fractional_timesteps(name: str, extra: dict[str, Any]) -> None:
-    # diffusers interpolates these timesteps between float32 logarithms of sigma; 2e-3 of a training
-    # step is what those bring near t = 0.
+    # diffusers' float32 tables hang on the square root of the machine's maths library: 6.1e-5, one
+    # float32 step at t = 999, is all that it moves these fractions.
     for steps in (2, 6, 18):
-        assert_same(name, {**SD, "use_karras_sigmas": True, **extra}, steps, atol=2e-3)
+        assert_same(name, {**SD, "use_karras_sigmas": True, **extra}, steps, atol=6.2e-5)
+
+
+@pytest.mark.parametrize("name", ["dpm++2m-karras", "unipc"])
+@pytest.mark.parametrize("schedule", ["scaled_linear", "squaredcos_cap_v2"])
+def test_whole_karras_timesteps_round_as_diffusers(name: str, schedule: str) -> None:
+    """Some lie so near a half (575.5 of 18 steps) that only float32 tables round them alike."""
+    config = {**SD, "beta_schedule": schedule, "use_karras_sigmas": True}
+    scheduler = scheduler_from_config(name, config)
+    for steps in (*range(1, 30), 35, 40, 50, 75, 100):
+        scheduler.set_timesteps(steps)
+        np.testing.assert_array_equal(
+            sampler_table(name, config, steps).timesteps, scheduler.timesteps.numpy(), str(steps)
+        )
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
