@@ -64,6 +64,7 @@ class ExportSettings:
         height: likewise.
         safety_concept: what Safe Latent Diffusion steers away from where a run does not say.
         preset: its strength where a run does not say.
+        name: what the bundle calls the model; None is the checkpoint's own name.
         verify: compare every graph with diffusers' module (needs torch).
         force: replace an existing bundle.
         variant: "fp16" reads the half-size weight files of the checkpoint.
@@ -81,6 +82,7 @@ class ExportSettings:
     height: int | None = None
     safety_concept: str = PAPER_CONCEPT
     preset: str = "medium"
+    name: str | None = None
     verify: bool = False
     force: bool = False
     variant: str | None = None
@@ -145,7 +147,10 @@ def export_bundle(
         embeddings = _write_embeddings(checkpoint, settings, folder, shape, say)
         manifest = Manifest(
             created_by=f"sld-edge {_version()}",
-            model=ModelInfo(id=checkpoint.id, source=checkpoint.source),
+            model=ModelInfo(
+                id=settings.name if settings.name is not None else checkpoint.id,
+                source=checkpoint.source,
+            ),
             prediction_type=shape.prediction_type,
             latents=shape.latents,
             text=shape.text,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,7 @@ from tqdm import tqdm
 
 from sld_edge.export.bundle import ExportSettings, Watch, export_bundle
 from sld_edge.export.sources import ALIASES, PREDICTION_TYPES
-from sld_edge.runtime.console import HelpFormatter, run_command
+from sld_edge.runtime.console import Parser, run_command
 from sld_edge.runtime.safety import PAPER_CONCEPT, PRESETS
 
 _EXAMPLES = """\
@@ -28,14 +27,12 @@ Needs no PyTorch, but for --verify and --via torch. Exit code 2 is a mistake in 
 """
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """Return the command line's parser."""
-    cli = argparse.ArgumentParser(
+    cli = Parser(
         prog="sld-export",
         description="Turn a Stable Diffusion checkpoint into a bundle that runs without PyTorch.",
         epilog=_EXAMPLES,
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
     )
     cli.add_argument(
         "--model",
@@ -47,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
     cli.add_argument(
         "--output", required=True, type=Path, metavar="DIR", help="the bundle's directory"
     )
+    cli.add_argument("--name", metavar="TEXT", help="what the bundle calls the model")
     cli.add_argument("--force", action="store_true", help="replace an existing bundle")
 
     graphs = cli.add_argument_group("graphs")
@@ -119,12 +117,13 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `sld-export`; return its exit code."""
+    return run_command(lambda: _run(arguments))
+
+
+def _run(arguments: Sequence[str] | None) -> None:
     options = vars(parser().parse_args(arguments))
     quiet = options.pop("quiet")
-    return run_command(lambda: _run(ExportSettings(**options), quiet=quiet))
-
-
-def _run(settings: ExportSettings, *, quiet: bool) -> None:
+    settings = ExportSettings(**options)
     start = time.perf_counter()
     with _progress(quiet=quiet) as (bar, watch):
         path = export_bundle(

@@ -127,10 +127,11 @@ def graph_modules(checkpoint: Checkpoint, *, precision: Precision) -> dict[str, 
 
 
 def run_module(module: torch.nn.Module, inputs: Sequence[Array]) -> Array:
-    """Run a module of `graph_modules` on arrays."""
+    """Run a module of `graph_modules` on arrays; return its first output."""
     with torch.inference_mode():
-        output: Array = module(*(torch.from_numpy(array) for array in inputs)).numpy()
-    return output
+        output = module(*(torch.from_numpy(array) for array in inputs))
+    first: Array = (output[0] if isinstance(output, tuple) else output).numpy()
+    return first
 
 
 def torch_writers(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
@@ -16,7 +15,7 @@ from sld_edge.runtime.samplers import SAMPLERS
 from tqdm import tqdm
 
 from sld_edge.engines.errors import InputError
-from sld_edge.runtime.console import HelpFormatter, run_command
+from sld_edge.runtime.console import Parser, run_command
 from sld_edge.runtime.files import check_writable, write_whole
 from sld_edge.runtime.loop import Step
 from sld_edge.runtime.picture import edit_map_picture, png_from_image
@@ -69,14 +68,12 @@ class RunSettings:
     quiet: bool
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """Return the command line's parser."""
-    cli = argparse.ArgumentParser(
+    cli = Parser(
         prog="sld-run",
         description="Make images with Safe Latent Diffusion, without PyTorch.",
         epilog=_EXAMPLES,
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
     )
     cli.add_argument(
         "prompt",
@@ -194,8 +191,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `sld-run`; return its exit code."""
-    settings = RunSettings(**vars(parser().parse_args(arguments)))
-    return run_command(lambda: _run(settings))
+    return run_command(lambda: _run(RunSettings(**vars(parser().parse_args(arguments)))))
 
 
 def _run(settings: RunSettings) -> None:
@@ -329,3 +325,7 @@ def _story(safety: Mapping[str, object]) -> str:
     if safety["preset"] == "off":
         return "safety off"
     return f"safety {safety['preset']}: edited {safety['mean_share']:.0%} of the latent on average"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

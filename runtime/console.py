@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 from rich_argparse import RawDescriptionRichHelpFormatter
 
-from sld_edge.engines.errors import UserError
+from sld_edge.engines.errors import InputError, UserError
 
 EXIT_OK, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 2, 130
 
 
 class HelpFormatter(RawDescriptionRichHelpFormatter):
     """Help in colour on a terminal, plain in a pipe; examples keep their lines."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaint is one line, as every other mistake's."""
+
+    def __init__(self, *, prog: str, description: str, epilog: str) -> None:
+        super().__init__(
+            prog=prog,
+            description=description,
+            epilog=epilog,
+            formatter_class=HelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what `run_command` prints."""
+        raise InputError(message, do=f"see {self.prog} --help")
 
 
 def run_command(body: Callable[[], None]) -> int:

@@ -48,9 +48,10 @@ class TorchNoise:
     """`torch.randn(shape, generator=torch.Generator().manual_seed(seed))`, float32 on the CPU.
 
     The draws are torch's exactly. The logarithms, sines and cosines are rounded as float32 should
-    be, where torch's AVX2 code is a few units in the last place off: 83 % of the numbers are equal
-    bit for bit, 99.9 % within 2 such units, all within 5e-7. torch without AVX2 rounds the angle
-    otherwise and is within 3e-6. Source: ATen/native/cpu/DistributionTemplates.h.
+    be, where torch's AVX2 code is a few units in the last place off: of 2e7 numbers 83 % were
+    equal bit for bit, 97.8 % within 1 such unit, 99.9 % within 2, and all within 5e-7. torch
+    without AVX2 rounds the angle otherwise and is within 3e-6.
+    Source: ATen/native/cpu/DistributionTemplates.h.
     """
 
     def __init__(self, seed: int) -> None:
@@ -84,7 +85,7 @@ class TorchNoise:
         doubles = ((words[..., 0] << np.uint64(32) | words[..., 1]) & (2**53 - 1)) * 2.0**-53
         radius = np.sqrt(-2 * np.log1p(-doubles[:, 1]))
         angle = 2 * np.pi * doubles[:, 0]
-        values += np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).ravel().tolist()
+        values += np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1).ravel().tolist()
         if len(values) > count:
             self._spare = values.pop()
         return np.array(values, np.float32)
@@ -136,8 +137,8 @@ class PhiloxNoise:
         self._calls += 1
         first, second, _, _ = philox4x32(counter, self._key)
         radius = np.sqrt(-2 * np.log((first + 0.5) * 2.0**-32))
-        values = radius * np.sin((second + 0.5) * (2.0**-31 * np.pi))
-        return values.astype(np.float32).reshape(shape)
+        values: Floats = (radius * np.sin((second + 0.5) * (2.0**-31 * np.pi))).astype(np.float32)
+        return values.reshape(shape)
 
 
 def philox4x32(counter: Words, key: tuple[int, int]) -> Words:

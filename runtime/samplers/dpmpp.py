@@ -59,7 +59,7 @@ def _weights(config: SchedulerConfig, sigmas: Floats, i: int, *, second: bool) -
     h = np.log(now / then)
     r = np.log(sigmas[i - 1] / now) / h
     extrapolate = shrink / 2 if config.solver_type != "heun" else 1 - shrink / h
-    return alpha * np.array([shrink + extrapolate / r, -extrapolate / r])
+    return np.array([alpha * (shrink + extrapolate / r), -alpha * extrapolate / r])
 
 
 def timesteps_and_sigmas(

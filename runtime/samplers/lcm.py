@@ -1,4 +1,4 @@
-"""Latent consistency sampling (arXiv 2310.04378, algorithm 3), for UNets without a guidance input."""
+"""Latent consistency sampling (arXiv 2310.04378), for UNets without an input for guidance."""
 
 from __future__ import annotations
 

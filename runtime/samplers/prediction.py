@@ -1,6 +1,6 @@
-"""What a UNet's output says of the clean latents and of the noise: pairs (p, q), p * x + q * output.
+"""What a UNet's output says of the clean latents and of the noise, as p * x + q * output.
 
-x = alpha * clean + sigma * noise with alpha**2 + sigma**2 = 1; v is of arXiv 2202.00512, appendix D.
+x = alpha * clean + sigma * noise, alpha**2 + sigma**2 = 1; v is of arXiv 2202.00512, appendix D.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ def alphas_cumprod_from_config(config: SchedulerConfig) -> Floats:
             got=f"{len(betas)} from {betas.min(initial=1)} to {betas.max(initial=0)}",
             expected=f"{config.num_train_timesteps} between 0 and 1",
         )
-    alphas = np.cumprod(1 - betas)
+    alphas = np.cumprod(1 - betas, dtype=np.float64)
     if config.rescale_betas_zero_snr:
         root = np.sqrt(alphas)
         alphas = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
@@ -56,7 +56,8 @@ def _betas(config: SchedulerConfig, linspace: Linspace = np.linspace) -> Floats:
     # squaredcos_cap_v2 (arXiv 2102.09672, equation 17)
     angle = (np.arange(count + 1) / count + 0.008) / 1.008 * math.pi / 2
     alpha_bar = np.cos(angle) ** 2
-    return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
+    betas: Floats = np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
+    return betas
 
 
 def alpha_at(alphas: Floats, timestep: int, config: SchedulerConfig) -> float:
@@ -85,18 +86,20 @@ def timesteps_of_points(config: SchedulerConfig, steps: int, *, whole: bool) -> 
     count = config.num_train_timesteps
     if config.timestep_spacing == "linspace":
         points = np.linspace(0, count - 1, steps)[::-1]
-        return np.round(points) if whole else points.astype(np.float32).astype(np.float64)
+        return (np.round(points) if whole else points.astype(np.float32)).astype(np.float64)
     if config.timestep_spacing == "leading":
-        return np.arange(steps)[::-1] * (count // steps) + float(config.steps_offset)
+        return np.arange(steps)[::-1] * (count // steps) + np.float64(config.steps_offset)
     return _trailing(count, count, steps)
 
 
 def timesteps_of_intervals(config: SchedulerConfig, steps: int, end: int) -> Floats:
     """Space the upper ends of `steps` intervals below timestep `end`, from high to low."""
     if config.timestep_spacing == "linspace":
-        return np.round(np.linspace(0, end - 1, steps + 1))[:0:-1]
+        return np.linspace(0.0, end - 1, steps + 1).round()[:0:-1]
     if config.timestep_spacing == "leading":
-        return np.arange(1, steps + 1)[::-1] * (end // (steps + 1)) + float(config.steps_offset)
+        return np.arange(1, steps + 1)[::-1] * (end // (steps + 1)) + np.float64(
+            config.steps_offset
+        )
     return _trailing(config.num_train_timesteps, end, steps)
 
 
@@ -142,16 +145,17 @@ def karras_timesteps(
     training = _training_sigmas_float32(config)
     high, low = ends if ends is not None else (len(training) - 1, 0)
     sigmas = karras_sigmas(config, sigmas_at(np.array([high, low]), training), steps)
-    return np.interp(np.log(sigmas), np.log(training), np.arange(len(training)))
+    return np.interp(np.log(sigmas), np.log(training.astype(np.float32)), np.arange(len(training)))
 
 
-def _training_sigmas_float32(config: SchedulerConfig) -> NDArray[np.float32]:
-    """Give `training_sigmas_from_config` as torch rounds it on the way."""
+def _training_sigmas_float32(config: SchedulerConfig) -> Floats:
+    """Give `training_sigmas_from_config` as torch does, rounded to float32 at every stage."""
     if config.rescale_betas_zero_snr:
-        return training_sigmas_from_config(config).astype(np.float32)
+        return training_sigmas_from_config(config).astype(np.float32).astype(np.float64)
     betas = _betas(config, _linspace_float32).astype(np.float32)
     alphas = np.cumprod(1 - betas, dtype=np.float64).astype(np.float32)
-    return np.sqrt((1 - alphas) / alphas)
+    sigmas: Floats = np.sqrt((1 - alphas) / alphas).astype(np.float64)
+    return sigmas
 
 
 def _linspace_float32(start: float, end: float, count: int) -> NDArray[Any]:

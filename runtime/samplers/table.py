@@ -47,7 +47,7 @@ class SamplerTable:
         return all(bool(np.isfinite(column).all()) for column in columns)
 
     def rows(self) -> NDArray[np.float32]:
-        """Give float32 [N,10]: p, q, a, b0 to b4, s, and the next call's c_in (1 after the last)."""
+        """Give float32 [N,10]: p, q, a, b0 to b4, s, and the next c_in (after the last call, 1)."""
         c_in_next = np.append(self.c_in[1:], 1.0)
         columns = (self.p, self.q, self.a, *self.b.T, self.s, c_in_next)
         return np.stack(columns, axis=1).astype(np.float32)

@@ -97,7 +97,7 @@ def _ratios(sigmas: Floats, i: int, order: int) -> Floats:
 def _conditions(
     config: SchedulerConfig, ratios: Floats, now: float, then: float
 ) -> tuple[Floats, Floats]:
-    """Give the order conditions, R rho = b (equation 11 of the paper)."""
+    """Give the order conditions, R rho = b."""
     orders = np.arange(len(ratios))
     h = np.log(then / now)  # negative: on the clean latents h counts backwards
     _, grow, scale = _step(config, now, then)

@@ -94,7 +94,7 @@ def test_any_latent_size(tmp_path: Path, attention: Any, height: int, width: int
         {"norm_num_groups": 2},
         {"layers_per_block": (1, 2)},
         {"transformer_layers_per_block": (1, 2)},
-        {"block_out_channels": (16, 16)},
+        {"block_out_channels": (16, 16), "attention_head_dim": 4},
     ],
     ids=str,
 )

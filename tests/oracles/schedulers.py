@@ -1,8 +1,8 @@
 """diffusers' schedulers, run in float64.
 
 They compute their tables, and some of them the latents, in float32. Inside `in_float64` their
-modules see a numpy and a torch whose float32 is float64, so that the maths can be compared far below
-float32's rounding. Nothing else of them is changed.
+modules see a numpy and a torch whose float32 is float64, so that the maths can be compared far
+below float32's rounding. Nothing else of them is changed.
 """
 
 from __future__ import annotations

@@ -1,0 +1,360 @@
+"""A bundle: what is in it, that it is whole or absent, and that it tells nothing of this machine."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from oracles.models import save_diffusers_directory
+from oracles.tokenizers import VOCAB_SIZE, save_tokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from sld_edge.engines.errors import CheckpointError, InputError, NumericsError, OutputError
+from sld_edge.export import ExportSettings, bundle, export_bundle
+from sld_edge.export.scheduler import sampler_from_scheduler
+from sld_edge.export.verify import require_agreement
+from sld_edge.runtime.bundle import Bundle
+from sld_edge.runtime.safety import PAPER_CONCEPT
+
+CONCEPT = "a cat"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    save_diffusers_directory(root, "sd1", vocab_size=VOCAB_SIZE)
+    save_tokenizer(root / "tokenizer")
+    return root
+
+
+@pytest.fixture(scope="module")
+def settings(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> ExportSettings:
+    return ExportSettings(
+        model=str(folder),
+        output=tmp_path_factory.mktemp("bundles") / "tiny",
+        precision="fp32",
+        safety_concept=CONCEPT,
+        preset="strong",
+    )
+
+
+@pytest.fixture(scope="module")
+def exported(settings: ExportSettings) -> Bundle:
+    return Bundle.open(export_bundle(settings))
+
+
+@pytest.fixture
+def damaged(folder: Path, tmp_path: Path) -> Path:
+    """A copy of the checkpoint to change."""
+    return Path(shutil.copytree(folder, tmp_path / "tiny"))
+
+
+def change(file: Path, **entries: object) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **entries}))
+
+
+def test_every_file_is_what_the_manifest_says(exported: Bundle) -> None:
+    named = {file.path for file in exported.manifest.files()}
+    assert named | {"bundle.json"} == {file.name for file in exported.path.iterdir()}
+    for file in exported.manifest.files():
+        exported.check(file)
+
+
+def test_manifest(exported: Bundle) -> None:
+    manifest = exported.manifest
+    assert (manifest.model.id, manifest.model.source) == ("tiny", "diffusers-directory")
+    assert manifest.prediction_type == "epsilon"
+    assert (manifest.latents.channels, manifest.latents.downscale) == (4, 8)
+    assert manifest.latents.scaling_factor == pytest.approx(0.18215)
+    assert (manifest.text.length, manifest.text.width) == (77, 24)
+    assert (manifest.size.width, manifest.size.height) == (64, 64)
+    assert "_class_name" not in manifest.scheduler
+    assert manifest.scheduler["beta_schedule"] == "scaled_linear"
+    defaults = manifest.defaults
+    assert (defaults.sampler, defaults.steps, defaults.safety) == ("pndm", 50, "strong")
+    assert tuple(manifest.components) == bundle.COMPONENTS
+
+
+def test_tensors_are_those_of_the_graphs(exported: Bundle) -> None:
+    for name, part in exported.manifest.components.items():
+        model = onnx.load(str(exported.path / part.files[0].path), load_external_data=False)
+        assert [spec.name for spec in part.inputs] == [item.name for item in model.graph.input]
+        assert part.opset == max(item.version for item in model.opset_import), name
+    unet = exported.manifest.components["unet"]
+    assert {spec.name: spec.shape for spec in unet.inputs}["latents"] == ("B", 4, "h", "w")
+    assert unet.outputs[0].shape == ("K*B", 4, "h", "w")
+    assert (unet.precision, unet.attention, unet.opset) == ("fp32", "op", 23)
+    assert exported.manifest.components["guidance"].attention == "none"
+
+
+def test_constant_embeddings_are_the_text_encoders(exported: Bundle, folder: Path) -> None:
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    encoder = CLIPTextModel.from_pretrained(folder / "text_encoder").eval()
+    embeddings = exported.embeddings()
+    assert tuple(embeddings) == ("", CONCEPT)
+    for text, got in embeddings.items():
+        ids = tokenizer(text, padding="max_length", max_length=77, return_tensors="pt")
+        with torch.inference_mode():
+            want = encoder(ids["input_ids"]).last_hidden_state[0].numpy()
+        # Two implementations of the same FP32 sums.
+        np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_the_same_checkpoint_gives_the_same_bytes(
+    exported: Bundle, settings: ExportSettings, tmp_path: Path
+) -> None:
+    again = export_bundle(replace(settings, output=tmp_path / "again"))
+    for file in exported.path.iterdir():
+        assert file.read_bytes() == (again / file.name).read_bytes(), file.name
+
+
+def test_nothing_of_this_machine_is_in_it(exported: Bundle, folder: Path) -> None:
+    secrets = [str(folder.parent), str(exported.path.parent), str(Path(__file__).parents[2])]
+    for file in exported.path.iterdir():
+        raw = file.read_bytes()
+        assert not any(secret.encode() in raw for secret in secrets), file.name
+
+
+def test_storage_halves_the_file_of_a_fp32_graph(
+    exported: Bundle, settings: ExportSettings, tmp_path: Path
+) -> None:
+    small = Bundle.open(
+        export_bundle(replace(settings, output=tmp_path / "small", storage="fp16"))
+    )
+    part = small.manifest.components["unet"]
+    assert (part.precision, part.storage) == ("fp32", "fp16")
+    size, whole = (
+        sum(file.bytes for file in b.manifest.components["unet"].files)
+        for b in (small, exported)
+    )
+    assert size < 0.7 * whole
+
+
+def test_size_concept_and_watch(settings: ExportSettings, tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    lines: list[str] = []
+    output = export_bundle(
+        replace(
+            settings,
+            output=tmp_path / "deep" / "wide",
+            width=128,
+            height=72,
+            safety_concept="",
+        ),
+        say=lines.append,
+        watch=lambda done, total: seen.append((done, total)),
+    )
+    opened = Bundle.open(output)
+    assert (opened.manifest.size.width, opened.manifest.size.height) == (128, 72)
+    assert tuple(opened.embeddings()) == ("",)
+    done = [done for done, _ in seen]
+    assert done == sorted(done)
+    assert seen[-1][0] >= 0.9 * seen[-1][1] > 0
+    assert any("unet" in line for line in lines)
+
+
+def test_a_concept_that_is_too_long_is_said(settings: ExportSettings, tmp_path: Path) -> None:
+    lines: list[str] = []
+    long = replace(settings, output=tmp_path / "long", safety_concept=PAPER_CONCEPT)
+    export_bundle(long, say=lines.append)
+    assert any("does not read the end of the safety concept" in line for line in lines)
+
+
+# --- whole or not at all ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", [KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_nothing_is_left_of_a_bundle_that_failed(
+    fault: Any, settings: ExportSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise fault
+
+    monkeypatch.setattr(bundle, "_write_embeddings", fail)  # the graphs are written by then
+    with pytest.raises((KeyboardInterrupt, OutputError)):
+        export_bundle(replace(settings, output=tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_output_is_refused_before_anything_is_read(
+    exported: Bundle, settings: ExportSettings
+) -> None:
+    with pytest.raises(OutputError, match=r"exists .* --force"):
+        export_bundle(replace(settings, model="no-such-model"))
+    assert exported.path.exists()
+
+
+def test_force_replaces_a_bundle_and_nothing_else(
+    settings: ExportSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "diary").mkdir()
+    (tmp_path / "diary" / "page").write_text("dear diary")
+    with pytest.raises(OutputError, match="not a bundle"):
+        export_bundle(replace(settings, output=tmp_path / "diary", force=True))
+    assert (tmp_path / "diary" / "page").exists()
+
+    here = replace(settings, output=tmp_path / "here", force=True)
+    export_bundle(here)
+    (tmp_path / "here" / "stale").write_text("")
+    export_bundle(replace(here, preset="max"))
+    assert Bundle.open(tmp_path / "here").manifest.defaults.safety == "max"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["diary", "here"]
+    assert not (tmp_path / "here" / "stale").exists()
+
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bundle, "_write_embeddings", fail)
+    with pytest.raises(KeyboardInterrupt):
+        export_bundle(here)
+    assert Bundle.open(tmp_path / "here").manifest.defaults.safety == "max"  # the old one stands
+
+
+def test_unwritable_output(settings: ExportSettings, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot write"):
+        export_bundle(replace(settings, output=tmp_path / "file" / "bundle"))
+
+
+# --- what cannot be honoured --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("precision", "int8"),
+        ("storage", "int4"),
+        ("attention", "flash"),
+        ("via", "magic"),
+        ("preset", "extreme"),
+        ("prediction_type", "noise"),
+    ],
+)
+def test_unknown_choices_name_the_known_ones(option: str, value: str) -> None:
+    with pytest.raises(InputError, match=f"{option} .* expected"):
+        ExportSettings(model="sd-1.5", output=Path("x"), **{option: value})
+
+
+def test_storage_that_makes_no_sense() -> None:
+    with pytest.raises(InputError, match="storage fp32"):
+        ExportSettings(model="sd-1.5", output=Path("x"), precision="fp16", storage="fp32")
+    with pytest.raises(InputError, match="via torch"):
+        ExportSettings(model="sd-1.5", output=Path("x"), storage="fp16", via="torch")
+
+
+@pytest.mark.parametrize(("side", "value"), [("width", 100), ("height", 0), ("width", -64)])
+def test_sizes_are_multiples_of_a_latent_cell(
+    side: str, value: int, settings: ExportSettings, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=f"{side} .* multiple of 8"):
+        export_bundle(replace(settings, output=tmp_path / "x", **{side: value}))
+
+
+@pytest.mark.parametrize(
+    ("file", "entries", "message"),
+    [
+        ("unet/config.json", {"cross_attention_dim": 32}, "text width"),
+        ("unet/config.json", {"in_channels": 9}, "latent channels"),
+        ("unet/config.json", {"flux_capacitor": 1}, "flux_capacitor is not known"),
+        ("unet/config.json", {"layers_per_block": 1}, "fit no place|lacks tensor|does not fit the config"),
+        ("scheduler/scheduler_config.json", {"prediction_type": "flow"}, "prediction_type"),
+    ],
+)
+def test_checkpoints_that_do_not_fit(
+    file: str, entries: dict[str, Any], message: str, damaged: Path, tmp_path: Path
+) -> None:
+    change(damaged / file, **entries)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        export_bundle(ExportSettings(model=str(damaged), output=tmp_path / "x"))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "name", "noted"),
+    [
+        ({"_class_name": "PNDMScheduler"}, "pndm", False),
+        ({"_class_name": "DDIMScheduler"}, "ddim", False),
+        ({"_class_name": "EulerDiscreteScheduler"}, "euler", False),
+        ({"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": True}, "euler", True),
+        ({"_class_name": "EulerAncestralDiscreteScheduler"}, "euler-a", False),
+        ({"_class_name": "DPMSolverMultistepScheduler"}, "dpm++2m", False),
+        (
+            {"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True},
+            "dpm++2m-karras",
+            False,
+        ),
+        (
+            {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++"},
+            "dpm++2m",
+            True,
+        ),
+        ({"_class_name": "LCMScheduler"}, "lcm", False),
+        ({"_class_name": "UniPCMultistepScheduler"}, "unipc", False),
+        ({"_class_name": "LMSDiscreteScheduler"}, "lms", False),
+        ({"_class_name": "SomeNewScheduler"}, "pndm", True),
+        ({}, "pndm", True),
+    ],
+)
+def test_sampler_from_scheduler(scheduler: dict[str, Any], name: str, noted: bool) -> None:
+    from sld_edge.runtime.samplers import SAMPLERS
+
+    got, notes = sampler_from_scheduler(scheduler)
+    assert (got, bool(notes)) == (name, noted)
+    assert got in SAMPLERS
+
+
+# --- checks of the graphs -----------------------------------------------------------------------
+
+
+def test_weights_that_overflow_in_fp16_are_refused(damaged: Path, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    file = damaged / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors["decoder.conv_in.weight"][...] = 60000.0  # finite in FP16, its sums are not
+    save_file(tensors, file)
+    with pytest.raises(NumericsError, match="--precision fp32"):
+        export_bundle(
+            ExportSettings(model=str(damaged), output=tmp_path / "x", safety_concept=CONCEPT)
+        )
+    assert not (tmp_path / "x").exists()
+
+
+def test_verify_agrees(settings: ExportSettings, tmp_path: Path) -> None:
+    lines: list[str] = []
+    export_bundle(replace(settings, output=tmp_path / "x", verify=True), say=lines.append)
+    compared = [line.split(":")[0] for line in lines if "distance to diffusers" in line]
+    assert compared == ["text_encoder", "unet", "vae_decoder", "vae_encoder"]
+
+
+def test_verify_finds_a_wrong_graph(
+    damaged: Path, settings: ExportSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = bundle._writers
+
+    def wrong(checkpoint: Any, chosen: Any) -> Any:
+        """Write graphs with another number of heads, which no shape depends on."""
+        config = {**checkpoint.unet.config, "attention_head_dim": 1}
+        unet = replace(checkpoint.unet, config=config)
+        return write(replace(checkpoint, unet=unet), chosen)
+
+    monkeypatch.setattr(bundle, "_writers", wrong)
+    with pytest.raises(CheckpointError, match="do not agree with diffusers .* unet"):
+        export_bundle(replace(settings, model=str(damaged), output=tmp_path / "x", verify=True))
+    assert not (tmp_path / "x").exists()
+
+
+def test_tolerances() -> None:
+    require_agreement({"unet": 9e-5, "vae_decoder": 9e-4}, precision="fp32")
+    require_agreement({"unet": 1.9e-2, "vae_decoder": 1.9e-2}, precision="fp16")
+    for error in (2e-4, float("nan")):
+        with pytest.raises(CheckpointError, match="do not agree"):
+            require_agreement({"unet": error}, precision="fp32")
