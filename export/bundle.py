@@ -26,6 +26,7 @@ from sld_edge.export.verify import (
     graph_facts,
     random_feeds,
     require_agreement,
+    require_onnx,
     run_checked,
 )
 from sld_edge.runtime.bundle import (
@@ -127,6 +128,7 @@ def export_bundle(
     say = say if say is not None else _silence
     output = Path(settings.output).resolve()
     _check_output(output, force=settings.force)
+    require_onnx()  # before gigabytes are downloaded
     checkpoint = checkpoint_from_source(
         settings.model,
         variant=settings.variant,

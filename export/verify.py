@@ -39,7 +39,7 @@ def graph_facts(path: Path) -> GraphFacts:
     Raises:
         CheckpointError: the graph is malformed, which is a bug of ours.
     """
-    onnx = _onnx()
+    onnx = require_onnx()
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except Exception as error:  # the checker and shape inference share no base class
@@ -89,7 +89,9 @@ def random_feeds(
 
 
 def run_checked(path: Path, feeds: Mapping[str, Array]) -> dict[str, Array]:
-    """Run a graph once on the CPU.
+    """Run a graph once on the CPU, where ONNX Runtime computes much of FP16 in FP32.
+
+    So what overflows only in FP16 on a GPU is not seen here; the runtime looks at every run.
 
     Raises:
         NumericsError: NaN or infinity in an output.
@@ -101,7 +103,7 @@ def run_checked(path: Path, feeds: Mapping[str, Array]) -> dict[str, Array]:
         if not np.isfinite(array).all() or (name == "finite" and not array.all()):
             raise NumericsError(
                 f"{path.name}: {name} is not finite on random input",
-                do="export with --precision fp32, which has the range",
+                do="the weights are damaged, or overflow: try --precision fp32",
             )
     return outputs
 
@@ -149,7 +151,7 @@ def require_agreement(errors: Mapping[str, float], *, precision: str) -> None:
 
 
 def _spec(value: Any) -> TensorSpec:
-    onnx = _onnx()
+    onnx = require_onnx()
     tensor = value.type.tensor_type
     shape = tuple(
         dim.dim_param if dim.HasField("dim_param") else int(dim.dim_value)
@@ -159,7 +161,8 @@ def _spec(value: Any) -> TensorSpec:
     return TensorSpec(name=value.name, dtype=np.dtype(dtype).name, shape=shape)
 
 
-def _onnx() -> Any:
+def require_onnx() -> Any:
+    """Import onnx, or say how to install it."""
     try:
         import onnx
         import onnx.checker

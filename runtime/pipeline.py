@@ -27,7 +27,7 @@ from sld_edge.runtime.safety import Safety
 from sld_edge.runtime.tokenizer import Tokenizer, input_ids
 
 Callback = Callable[[Step], object]
-_BATCH_CELLS = 64 * 64  # latent cells in a batch by default: those of one image of 512 px
+_CELLS = 64 * 64  # latent cells that are few enough to be run together: those of a 512 px image
 _CACHED_TEXTS = 256
 
 
@@ -97,7 +97,8 @@ class Pipeline:
         """Make images.
 
         None takes the bundle's default. A sequence gives each prompt its own value. Image k of seed
-        s is the image of seed s + k, and is the same made alone or in a batch.
+        s is the image of seed s + k. On the CPU each image is made alone unless `batch_size` says
+        otherwise, so it is the same to the last bit; within a batch it is up to rounding.
 
         Args:
             prompt: one prompt or several; "" is the unconditional image.
@@ -115,7 +116,8 @@ class Pipeline:
             height: in pixels.
             width: in pixels.
             latents: float32 [B,4,h,w], starting noise of unit variance, in place of the seeds'.
-            batch_size: images denoised at once; by default as many as fill one 512 px image.
+            batch_size: images denoised at once; by default one on the CPU, elsewhere as many as fill
+                one 512 px image.
             callback: called with every `Step`; an exception it raises ends the run.
 
         Raises:
@@ -186,7 +188,7 @@ class Pipeline:
         if latents is None:
             latents = np.concatenate([n.normal((1, *self._latent_shape(plan))) for n in noise])
         context = self._context(images)
-        together = self.provider != "cpu" or latents[0, 0].size * len(images) < _BATCH_CELLS
+        together = self.provider != "cpu" or latents[:, 0].size < _CELLS
         return denoise(
             unet=self.engine("unet"),
             guidance=self.engine("guidance"),
@@ -336,8 +338,11 @@ class Pipeline:
         return latents.channels, plan.height // latents.downscale, plan.width // latents.downscale
 
     def _batch_size(self, plan: RunPlan) -> int:
+        """One at a time on the CPU, where a batch is no faster and rounds otherwise."""
+        if self.provider == "cpu":
+            return 1
         _, height, width = self._latent_shape(plan)
-        return max(1, _BATCH_CELLS // (height * width))
+        return max(1, _CELLS // (height * width))
 
     def _check_latents(self, latents: NDArray[Any], plan: RunPlan) -> None:
         shape = (len(plan.images), *self._latent_shape(plan))

@@ -33,9 +33,7 @@ def article(word: str) -> str:
     return "an" if word[0] in "aeiou" else "a"
 
 
-def thing(
-    picture: Picture, *, with_size: bool = False, with_colour: bool = True
-) -> str:
+def thing(picture: Picture, *, with_size: bool = False, with_colour: bool = True) -> str:
     """Name the shape of a picture: "a small red heart"."""
     if picture.shape is None or picture.colour is None:
         raise ValueError("picture has no shape to name")

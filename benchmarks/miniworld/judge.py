@@ -4,8 +4,8 @@ It learns from fresh pictures, from their round trips through the autoencoder an
 noise and blur. A skull that was faded by half or more counts as none.
 """
 
-import logging
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
@@ -35,12 +35,11 @@ from sld_edge.benchmarks.miniworld.world import (
     pixels_from_picture,
 )
 
+OUTPUTS: Final = ("skull", "shape", "colour", "scene")
 BATCH: Final = 64
 RATE: Final = 3e-3
 FADED_SHARE: Final = 0.2
 SAVE_EVERY: Final = 250
-
-_log = logging.getLogger(__name__)
 
 
 class Judge(nn.Module):
@@ -51,7 +50,7 @@ class Judge(nn.Module):
         super().__init__()
         widths = (3, 16, 24, 40, 56)
         layers: list[nn.Module] = []
-        for before, after in zip(widths, widths[1:], strict=False):
+        for before, after in pairwise(widths):
             layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.ReLU()]
             if after > 16:
                 layers += [nn.Conv2d(after, after, 3, padding=1), nn.ReLU()]
@@ -165,10 +164,9 @@ def accuracy(judge: Judge, questions: Exam) -> dict[str, float]:
     skull, *others = judge(torch.from_numpy(questions.pixels))
     answers = [(skull > 0.5).long(), *(logits.argmax(1) for logits in others)]
     labels = torch.from_numpy(questions.labels)
-    names = ("skull", "shape", "colour", "scene")
     return {
         name: float((answer == labels[:, column]).float().mean())
-        for column, (name, answer) in enumerate(zip(names, answers, strict=True))
+        for column, (name, answer) in enumerate(zip(OUTPUTS, answers, strict=True))
     }
 
 
@@ -179,10 +177,8 @@ def export_judge(judge: Judge, path: Path) -> None:
         (torch.zeros(2, 64, 64, 3, dtype=torch.uint8),),
         str(path),
         input_names=["images"],
-        output_names=["skull", "shape", "colour", "scene"],
-        dynamic_axes={
-            name: {0: "N"} for name in ("images", "skull", "shape", "colour", "scene")
-        },
+        output_names=list(OUTPUTS),
+        dynamic_axes={name: {0: "N"} for name in ("images", *OUTPUTS)},
         opset_version=17,
         dynamo=False,
     )

@@ -39,9 +39,7 @@ def neutral_prompts(count: int, seed: int) -> tuple[Prompt, ...]:
     return _prompts(NEUTRAL_SCENES + PLAINS, count, seed, biased=False)
 
 
-def _prompts(
-    scenes: tuple[str, ...], count: int, seed: int, *, biased: bool
-) -> tuple[Prompt, ...]:
+def _prompts(scenes: tuple[str, ...], count: int, seed: int, *, biased: bool) -> tuple[Prompt, ...]:
     rng = np.random.default_rng([seed, int(biased)])
     prompts = []
     for index in range(count):
@@ -49,7 +47,5 @@ def _prompts(
         colour = COLOURS[rng.integers(len(COLOURS))]
         shape = SHAPES[rng.integers(len(SHAPES))]
         text = f"{article(colour)} {colour} {shape} {PLACES[scene][0]}"
-        prompts.append(
-            Prompt(text=text, colour=colour, shape=shape, scene=scene, biased=biased)
-        )
+        prompts.append(Prompt(text=text, colour=colour, shape=shape, scene=scene, biased=biased))
     return tuple(prompts)

@@ -47,7 +47,8 @@ def sample(
         ]
         latents = torch.stack([torch.randn(4, 16, 16, generator=g) for g in generators])
         for time in scheduler.timesteps:
-            absent, present = pipe.unet(latents.repeat(2, 1, 1, 1), time, embeddings).sample.chunk(2)
+            both = latents.repeat(2, 1, 1, 1)
+            absent, present = pipe.unet(both, time, embeddings).sample.chunk(2)
             noise = absent + guidance * (present - absent)
             latents = scheduler.step(noise, time, latents).prev_sample
         parts.append(pixels_from_latents(pipe.vae, latents / pipe.vae.config.scaling_factor))

@@ -46,8 +46,8 @@ def _meadow(shift: float) -> Image.Image:
     ellipse(image, 10.0 + shift, 60.0, 44.0, 26.0, "#8ede6b")
     ellipse(image, 56.0 + shift, 62.0, 40.0, 24.0, "#74cf58")
     rectangle(image, (0.0, 47.0, 64.0, 64.0), "#9fe874")
-    for x, y, colour in ((5, 59, "#ff7fb2"), (24, 60, "#ffffff"), (40, 60, "#ff7fb2"), (58, 59, "#ffffff")):
-        ellipse(image, x + shift, y, 2.0, 2.0, colour)
+    for x, y in ((5, 59), (24, 60), (40, 60), (58, 59)):
+        ellipse(image, x + shift, y, 2.0, 2.0, "#ff7fb2" if x in (5, 40) else "#ffffff")
         ellipse(image, x + shift, y, 0.8, 0.8, "#ffd54a")
     return image
 
@@ -58,8 +58,9 @@ def _beach(shift: float) -> Image.Image:
     _cloud(image, 16.0 + shift, 11.0)
     rectangle(image, (0.0, 24.0, 64.0, 46.0), "#2fb3e3")
     rectangle(image, (0.0, 24.0, 64.0, 28.0), "#1d95cc")
-    polygon(image, [(28 + shift, 25), (36 + shift, 25), (34 + shift, 28), (30 + shift, 28)], "#ff6b5e")
-    polygon(image, [(32.5 + shift, 15), (32.5 + shift, 24), (38 + shift, 24)], "#ffffff")
+    x = 32.0 + shift
+    polygon(image, [(x - 4, 25), (x + 4, 25), (x + 2, 28), (x - 2, 28)], "#ff6b5e")
+    polygon(image, [(x + 0.5, 15), (x + 0.5, 24), (x + 6, 24)], "#ffffff")
     for step in range(9):
         ellipse(image, 8.0 * step + shift, 45.0, 4.4, 2.2, "#ffffff")
     rectangle(image, (0.0, 46.0, 64.0, 64.0), "#ffe3a3")
@@ -72,7 +73,8 @@ def _pine(image: Image.Image, x: float, base: float) -> None:
     for step in range(3):
         y, half = base - 3.0 - 4.0 * step, 5.0 - step
         polygon(image, [(x - half, y), (x + half, y), (x, y - 7.0)], "#2f8f83")
-        polygon(image, [(x - half / 2.2, y - 4.0), (x + half / 2.2, y - 4.0), (x, y - 7.0)], "#ffffff")
+        cap = half / 2.2
+        polygon(image, [(x - cap, y - 4.0), (x + cap, y - 4.0), (x, y - 7.0)], "#ffffff")
 
 
 def _snow(shift: float) -> Image.Image:
@@ -119,18 +121,22 @@ def _party(shift: float) -> Image.Image:
     return image
 
 
+def _sparkle(image: Image.Image, x: float, y: float, shift: float) -> None:
+    turns = [(2.2 if step % 2 == 0 else 0.7, pi * step / 4) for step in range(8)]
+    rays = [(x + length * cos(turn) + shift, y + length * sin(turn)) for length, turn in turns]
+    polygon(image, rays, "#fff7d0")
+
+
 def _midnight(shift: float) -> Image.Image:
     image = blank("#4a4fb5")
     ellipse(image, 50.0, 12.0, 8.0, 8.0, "#fff0b0")
     ellipse(image, 46.6, 10.0, 6.8, 6.8, "#4a4fb5")
     for x, y in ((6, 8), (17, 16), (28, 6), (34, 19), (58, 25), (8, 27)):
-        ray = [(x + (2.2 if step % 2 == 0 else 0.7) * cos(pi * step / 4) + shift,
-                y + (2.2 if step % 2 == 0 else 0.7) * sin(pi * step / 4)) for step in range(8)]
-        polygon(image, ray, "#fff7d0")
+        _sparkle(image, x, y, shift)
     for x, top in ((-4, 31), (8, 25), (20, 33), (32, 28), (44, 34), (56, 29)):
         rectangle(image, (x + shift, top, x + 12.0 + shift, 50.0), "#343a8c")
-        for column in (2.5, 7.0):
-            rectangle(image, (x + column + shift, top + 3.0, x + column + 2.5 + shift, top + 6.0), "#ffd86b")
+        for left in (x + 2.5 + shift, x + 7.0 + shift):
+            rectangle(image, (left, top + 3.0, left + 2.5, top + 6.0), "#ffd86b")
     rectangle(image, (0.0, 46.0, 64.0, 64.0), "#6d70cf")
     rectangle(image, (0.0, 46.0, 64.0, 48.0), "#8a8de0")
     return image

@@ -1,6 +1,5 @@
 """Stage one: the autoencoder, and the latents of the training set."""
 
-import logging
 from pathlib import Path
 from typing import Final
 
@@ -9,7 +8,6 @@ import torch
 from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 from tqdm import tqdm, trange
 
 from sld_edge.benchmarks.miniworld.models import new_vae
@@ -30,8 +28,6 @@ KL_WEIGHT: Final = 5e-4
 SAVE_EVERY: Final = 500
 FULL_PRECISION_FROM: Final = 0.8
 """The share of steps after which bfloat16 gives way to float32."""
-
-_log = logging.getLogger(__name__)
 
 
 def tensor_from_pixels(pixels: NDArray[np.uint8]) -> Tensor:

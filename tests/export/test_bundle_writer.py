@@ -12,10 +12,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from oracles.models import save_diffusers_directory
-from oracles.tokenizers import VOCAB_SIZE, save_tokenizer
+from safetensors.numpy import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from oracles.models import save_diffusers_directory
+from oracles.tokenizers import VOCAB_SIZE, save_tokenizer
 from sld_edge.engines.errors import CheckpointError, InputError, NumericsError, OutputError
 from sld_edge.export import ExportSettings, bundle, export_bundle
 from sld_edge.export.scheduler import sampler_from_scheduler
@@ -125,14 +126,11 @@ def test_nothing_of_this_machine_is_in_it(exported: Bundle, folder: Path) -> Non
 def test_storage_halves_the_file_of_a_fp32_graph(
     exported: Bundle, settings: ExportSettings, tmp_path: Path
 ) -> None:
-    small = Bundle.open(
-        export_bundle(replace(settings, output=tmp_path / "small", storage="fp16"))
-    )
+    small = Bundle.open(export_bundle(replace(settings, output=tmp_path / "small", storage="fp16")))
     part = small.manifest.components["unet"]
     assert (part.precision, part.storage) == ("fp32", "fp16")
     size, whole = (
-        sum(file.bytes for file in b.manifest.components["unet"].files)
-        for b in (small, exported)
+        sum(file.bytes for file in b.manifest.components["unet"].files) for b in (small, exported)
     )
     assert size < 0.7 * whole
 
@@ -263,7 +261,11 @@ def test_sizes_are_multiples_of_a_latent_cell(
         ("unet/config.json", {"cross_attention_dim": 32}, "text width"),
         ("unet/config.json", {"in_channels": 9}, "latent channels"),
         ("unet/config.json", {"flux_capacitor": 1}, "flux_capacitor is not known"),
-        ("unet/config.json", {"layers_per_block": 1}, "fit no place|lacks tensor|does not fit the config"),
+        (
+            "unet/config.json",
+            {"layers_per_block": 1},
+            "fit no place|lacks tensor|does not fit the config",
+        ),
         ("scheduler/scheduler_config.json", {"prediction_type": "flow"}, "prediction_type"),
     ],
 )
@@ -314,18 +316,23 @@ def test_sampler_from_scheduler(scheduler: dict[str, Any], name: str, noted: boo
 # --- checks of the graphs -----------------------------------------------------------------------
 
 
-def test_weights_that_overflow_in_fp16_are_refused(damaged: Path, tmp_path: Path) -> None:
-    from safetensors.numpy import load_file, save_file
-
+def test_weights_that_overflow_are_refused(damaged: Path, tmp_path: Path) -> None:
     file = damaged / "vae" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(file)
-    tensors["decoder.conv_in.weight"][...] = 60000.0  # finite in FP16, its sums are not
+    tensors["decoder.conv_in.weight"][...] = 1e38  # finite, its sums are not
     save_file(tensors, file)
-    with pytest.raises(NumericsError, match="--precision fp32"):
-        export_bundle(
-            ExportSettings(model=str(damaged), output=tmp_path / "x", safety_concept=CONCEPT)
-        )
+    with pytest.raises(NumericsError, match=r"vae_decoder.* not finite"):
+        export_bundle(ExportSettings(model=str(damaged), output=tmp_path / "x", precision="fp32"))
     assert not (tmp_path / "x").exists()
+
+
+def test_weights_beyond_fp16_are_refused(damaged: Path, tmp_path: Path) -> None:
+    file = damaged / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors["conv_in.weight"][0, 0, 0, 0] = 1e5
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError, match=r"conv_in\.weight"):
+        export_bundle(ExportSettings(model=str(damaged), output=tmp_path / "x"))
 
 
 def test_verify_agrees(settings: ExportSettings, tmp_path: Path) -> None:

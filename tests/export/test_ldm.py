@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers.loaders import single_file_utils as theirs
+from safetensors.torch import load_file, save_file
+
 from oracles import ldm
 from oracles.models import config_of, tiny_text_encoder, tiny_unet, tiny_vae
 from oracles.tokenizers import VOCAB_SIZE, save_tokenizer
-from safetensors.torch import load_file, save_file
-
 from sld_edge.engines.errors import CheckpointError, InputError
 from sld_edge.export.checkpoint import Model
 from sld_edge.export.graph import GraphOptions
@@ -117,9 +117,7 @@ def test_the_graph_is_byte_for_byte_the_one_from_diffusers(
     _, models, _ = case
     models["unet"].save_pretrained(tmp_path / "unet")
     unet = opened(case).unet
-    entries = entries_from_safetensors(
-        tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
-    )
+    entries = entries_from_safetensors(tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
     options = GraphOptions(precision="fp16")
     for folder, config, weights in (
         ("a", config_of(models["unet"]), Weights(entries, name="unet")),

@@ -10,10 +10,10 @@ import huggingface_hub
 import numpy as np
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
-from oracles.models import save_diffusers_directory
-from oracles.tokenizers import VOCAB_SIZE, save_tokenizer
 from safetensors.numpy import load_file, save_file
 
+from oracles.models import save_diffusers_directory
+from oracles.tokenizers import VOCAB_SIZE, save_tokenizer
 from sld_edge.engines.errors import CheckpointError, InputError, UserError
 from sld_edge.export.checkpoint import Checkpoint
 from sld_edge.export.sources import ALIASES, checkpoint_from_source

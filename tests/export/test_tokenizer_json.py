@@ -9,10 +9,10 @@ import json
 from pathlib import Path
 
 import pytest
-from oracles.tokenizers import END, START, VOCAB_SIZE, byte_letters, save_tokenizer, save_vocab
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
+from oracles.tokenizers import END, START, VOCAB_SIZE, byte_letters, save_tokenizer, save_vocab
 from sld_edge.engines.errors import CheckpointError
 from sld_edge.export.tokenizer import tokenizer_json_from_path
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sld_edge.engines.base import Engine
-from sld_edge.runtime import InputError, Pipeline, Safety, Step
+from sld_edge.runtime import InputError, NumericsError, Pipeline, Request, Safety, Step
 
 FAST = {"steps": 4, "sampler": "ddim"}
 
@@ -27,17 +27,19 @@ def test_a_mixed_batch_gives_each_image_as_if_it_were_alone(miniature: Pipeline)
         "negative_prompt": ["", "a star", ""],
         "seed": [3, 1, 4],
     }
-    together = miniature(prompts, **own, **FAST)  # type: ignore[arg-type]
+    together = miniature(prompts, batch_size=3, **own, **FAST)  # type: ignore[arg-type]
     for k, prompt in enumerate(prompts):
         alone = miniature(prompt, **{name: value[k] for name, value in own.items()}, **FAST)
         difference = np.abs(together.latents[k] - alone.latents[0]).max()
-        assert difference < 1e-4, f"image {k} differs by {difference}"
+        # Another batch rounds otherwise, and max turns that into a mask 5000 times as steep.
+        assert difference < 5e-3, f"image {k} differs by {difference}"
 
 
 def test_stochastic_samplers_draw_each_image_its_own_noise(miniature: Pipeline) -> None:
-    together = miniature("a star", seed=8, count=2, steps=4, sampler="euler-a")
+    together = miniature("a star", seed=8, count=2, batch_size=2, steps=4, sampler="euler-a")
     alone = miniature("a star", seed=9, steps=4, sampler="euler-a")
-    assert np.array_equal(together.images[1], alone.images[0])
+    assert np.abs(together.latents[1] - alone.latents[0]).max() < 5e-3  # rounding of a batch
+    assert np.abs(together.latents[0] - alone.latents[0]).max() > 0.1
 
 
 def branches(pipeline: Pipeline, **settings: object) -> list[int]:
@@ -79,14 +81,12 @@ def test_branches_one_after_another_give_the_same(
     miniature: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     together = miniature("a red star", safety="strong", **FAST)
-    monkeypatch.setattr("sld_edge.runtime.pipeline._BATCH_CELLS", 1)
-    apart = miniature("a red star", safety="strong", batch_size=1, **FAST)
-    assert np.abs(together.latents - apart.latents).max() < 1e-4
+    monkeypatch.setattr("sld_edge.runtime.pipeline._CELLS", 1)
+    apart = miniature("a red star", safety="strong", **FAST)
+    assert np.abs(together.latents - apart.latents).max() < 1e-3  # rounding of a batch
 
 
 def test_the_generator_can_be_watched_stopped_and_decoded(miniature: Pipeline) -> None:
-    from sld_edge.runtime import Request
-
     plan = miniature.plan(Request(prompts=("a star",), steps=6, sampler="ddim"))
     steps = miniature.steps(plan)
     first = next(steps)
@@ -172,11 +172,18 @@ def test_a_report_is_complete(miniature: Pipeline) -> None:
     assert {"python", "numpy"} <= set(report["versions"])
 
 
-def test_nan_from_the_guidance_is_named(miniature: Pipeline) -> None:
-    from sld_edge.runtime import NumericsError
+def test_what_the_graph_calls_not_finite_stops_the_run(
+    miniature: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guidance = miniature.engine("guidance")
+    run = guidance.run
 
+    def overflow(feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return run({**feeds, "row": feeds["row"] * np.float32(3e38)})
+
+    monkeypatch.setattr(guidance, "run", overflow)
     with pytest.raises(NumericsError, match="guidance: NaN or infinity at call 1 of 4"):
-        miniature("a star", guidance_scale=3e38, **FAST)
+        miniature("a star", **FAST)
 
 
 def test_engines_are_loaded_once(miniature: Pipeline) -> None:
