@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def figures(ready: float, at_ready: dict[str, float], marks: list[float]) -> dic
         "ready_anonymous_gib": at_ready["anonymous"],
         "peak_gib": memory()["peak"],
         "anonymous_gib": memory()["anonymous"],
-        "steps_s": [after - before for before, after in zip(marks, marks[1:], strict=False)],
+        "steps_s": [after - before for before, after in pairwise(marks)],
     }
 
 

@@ -70,8 +70,9 @@ def write_vae_decoder(
     """Write the decoder: latents f32 [B,4,h,w] -> images u8 [B,H,W,3], rounded half to even.
 
     A second output, finite f32 [B], is 1 where the decoder gave no NaN or infinity for the image:
-    bytes cannot show that. The latents are as the sampler leaves them: the graph divides by the scaling factor. Raises
-    CheckpointError, naming it, for a config key or tensor that is unknown, missing or bad.
+    bytes cannot show that. The latents are as the sampler leaves them: the graph divides by the
+    scaling factor. Raises CheckpointError, naming it, for a config key or tensor that is unknown,
+    missing or bad.
     Source: diffusers, models/autoencoders/autoencoder_kl.py and image_processor.py.
     """
     settings = checked_config(config, VAE_KEYS, name=weights.name)

@@ -147,7 +147,5 @@ def entries_from_safetensors(path: Path) -> dict[str, Entry]:
         nbytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(_DTYPES[info["dtype"]]).itemsize
         if end - begin != nbytes or begin < 0 or 8 + length + end > size:
             raise CheckpointError(f"{path}: tensor {key} is cut short", do="download it again")
-        entries[key] = Entry(
-            file=path, offset=8 + length + begin, dtype=info["dtype"], shape=shape
-        )
+        entries[key] = Entry(file=path, offset=8 + length + begin, dtype=info["dtype"], shape=shape)
     return entries

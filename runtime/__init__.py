@@ -1,7 +1,5 @@
 """What runs on the device: bundle, tokenizer, samplers, safety, pipeline, commands. No PyTorch."""
 
-from sld_edge.runtime.samplers import SAMPLERS
-
 from sld_edge.engines.errors import (
     BundleError,
     EngineError,
@@ -16,6 +14,7 @@ from sld_edge.runtime.loop import Step
 from sld_edge.runtime.pipeline import Pipeline, Result
 from sld_edge.runtime.plan import ImagePlan, Request, RunPlan
 from sld_edge.runtime.safety import PAPER_CONCEPT, PRESETS, Safety
+from sld_edge.runtime.samplers import SAMPLERS
 
 __all__ = [
     "PAPER_CONCEPT",

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
-from sld_edge.runtime.samplers import SAMPLERS
 from tqdm import tqdm
 
 from sld_edge.engines.errors import InputError
@@ -22,6 +21,7 @@ from sld_edge.runtime.picture import edit_map_picture, png_from_image
 from sld_edge.runtime.pipeline import Callback, Pipeline, Result
 from sld_edge.runtime.plan import Request, Rng, RunPlan
 from sld_edge.runtime.safety import PRESETS
+from sld_edge.runtime.samplers import SAMPLERS
 
 _EXAMPLES = """\
 examples:

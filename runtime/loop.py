@@ -7,17 +7,17 @@ are consumers; closing the generator stops it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from sld_edge.runtime.random import NoiseSource
-from sld_edge.runtime.samplers import SamplerTable
 
 from sld_edge.engines.base import Engine
 from sld_edge.engines.errors import NumericsError
 from sld_edge.runtime.plan import ImagePlan
+from sld_edge.runtime.random import NoiseSource
+from sld_edge.runtime.samplers import SamplerTable
 
 Floats = NDArray[np.float32]
 HISTORY = 4  # past outputs that a sampler's row may use
@@ -58,7 +58,7 @@ def denoise(
     latents: Floats,
     noise: Sequence[NoiseSource],
     together: bool,
-) -> Iterator[Step]:
+) -> Generator[Step, None, None]:
     """Denoise B images, one Step a UNet call.
 
     Args:

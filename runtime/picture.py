@@ -85,8 +85,8 @@ def edit_map_picture(image: Image.Image, edit_map: NDArray[np.float32]) -> Image
     peak = float(edit_map.max(initial=0.0))
     heat = edit_map / peak if peak > 0 else np.zeros_like(edit_map)
     small = Image.fromarray(np.round(heat * 255).astype(np.uint8))
-    alpha = np.asarray(small.resize(image.size, Image.Resampling.BICUBIC), np.float32)[..., None]
-    alpha = alpha / 255
+    large = small.resize(image.size, Image.Resampling.BICUBIC)
+    alpha = np.asarray(large, np.float32)[..., None] / np.float32(255)
     colour = np.concatenate(
         [np.full_like(alpha, 255), 255 * np.clip(2 * alpha - 1, 0, 1) + 30, np.zeros_like(alpha)],
         axis=-1,

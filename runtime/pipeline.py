@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from sld_edge.runtime.random import noise_source
 
 from sld_edge.engines.base import Engine, TensorSpec
 from sld_edge.engines.errors import BundleError, InputError, NumericsError
@@ -22,6 +21,7 @@ from sld_edge.engines.sessions import prepared_engine
 from sld_edge.runtime.bundle import Bundle, Component
 from sld_edge.runtime.loop import Floats, Step, denoise
 from sld_edge.runtime.plan import ImagePlan, Request, Rng, RunPlan, plan_from_request
+from sld_edge.runtime.random import noise_source
 from sld_edge.runtime.report import image_report
 from sld_edge.runtime.safety import Safety
 from sld_edge.runtime.tokenizer import Tokenizer, input_ids
@@ -116,8 +116,8 @@ class Pipeline:
             height: in pixels.
             width: in pixels.
             latents: float32 [B,4,h,w], starting noise of unit variance, in place of the seeds'.
-            batch_size: images denoised at once; by default one on the CPU, elsewhere as many as fill
-                one 512 px image.
+            batch_size: images denoised at once; by default one on the CPU, elsewhere as many as
+                fill one 512 px image.
             callback: called with every `Step`; an exception it raises ends the run.
 
         Raises:
@@ -178,10 +178,10 @@ class Pipeline:
         plan: RunPlan,
         images: Sequence[ImagePlan] | None = None,
         latents: NDArray[np.float32] | None = None,
-    ) -> Iterator[Step]:
+    ) -> Generator[Step, None, None]:
         """Denoise a plan's images (or some of them) in one batch, one `Step` a UNet call.
 
-        Close the iterator to stop; `decode` turns any step's latents into pictures.
+        Close the generator to stop; `decode` turns any step's latents into pictures.
         """
         images = plan.images if images is None else images
         noise = [noise_source(plan.rng, image.seed) for image in images]

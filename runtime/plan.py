@@ -6,13 +6,12 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, TypeVar, cast, get_args
-
-from sld_edge.runtime.samplers import SamplerTable, sampler_table
+from typing import Any, Literal, TypeVar, get_args
 
 from sld_edge.engines.errors import InputError
 from sld_edge.runtime.bundle import Manifest
 from sld_edge.runtime.safety import Safety, safety_from_preset
+from sld_edge.runtime.samplers import SamplerTable, sampler_table
 
 Rng = Literal["torch", "philox"]
 _MAX_SEED = 2**64 - 1
@@ -31,7 +30,7 @@ class Request:
     negative_prompt: str | Sequence[str] | None = None
     safety: str | Safety | Sequence[str | Safety] | None = None
     safety_concept: str | Sequence[str] | None = None
-    safety_numbers: Mapping[str, float] = field(default_factory=dict)  # replace the preset's
+    safety_numbers: Mapping[str, Any] = field(default_factory=dict)  # replace the preset's
     steps: int | None = None
     guidance_scale: float | Sequence[float] | None = None
     sampler: str | None = None
@@ -91,21 +90,21 @@ def plan_from_request(request: Request, manifest: Manifest) -> RunPlan:
     if not prompts:
         raise InputError("no prompt given")
     negative = _each("negative_prompt", request.negative_prompt, prompts, "")
-    safety = _each("safety", request.safety, prompts, defaults.safety)
-    concept = _each("safety_concept", request.safety_concept, prompts, None)
+    preset: str | Safety = defaults.safety
+    safety = _each("safety", request.safety, prompts, preset)
+    no_concept: str | None = None  # the bundle's own
+    concept = _each("safety_concept", request.safety_concept, prompts, no_concept)
     scale = _each("guidance_scale", request.guidance_scale, prompts, defaults.guidance_scale)
     seeds = _each("seed", request.seed, prompts, 0)
     images: list[ImagePlan] = []
     for index, prompt in enumerate(request.prompts):
-        preset, numbers = _safety(
-            safety[index], concept[index], request.safety_numbers, table.calls
-        )
+        name, numbers = _safety(safety[index], concept[index], request.safety_numbers, table.calls)
         first = ImagePlan(
             prompt=_text("prompt", prompt),
             negative_prompt=_text("negative prompt", negative[index]),
             seed=_seed(seeds[index]),
             guidance_scale=_guidance_scale(scale[index]),
-            preset=preset,
+            preset=name,
             safety=numbers,
             concept=manifest.safety_concept if numbers.concept is None else numbers.concept,
         )
@@ -127,7 +126,7 @@ def _each(name: str, value: T | Sequence[T] | None, count: int, default: T) -> S
     if value is None:
         return [default] * count
     if isinstance(value, str) or not isinstance(value, Sequence):
-        return [cast(T, value)] * count
+        return [value] * count
     if len(value) != count:
         raise InputError(
             name, got=f"{len(value)} values", expected=f"one, or {count}: one a prompt"
@@ -136,7 +135,7 @@ def _each(name: str, value: T | Sequence[T] | None, count: int, default: T) -> S
 
 
 def _safety(
-    value: str | Safety, concept: str | None, changed: Mapping[str, float], calls: int
+    value: str | Safety, concept: str | None, changed: Mapping[str, Any], calls: int
 ) -> tuple[str, Safety]:
     if isinstance(value, Safety):
         preset, numbers = "custom", value

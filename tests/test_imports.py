@@ -55,19 +55,19 @@ def test_importing_every_module_loads_nothing_heavy(package: str, tmp_path: Path
     assert not loaded_by(code, tmp_path) & HEAVY
 
 
+RUN = "from sld_edge.runtime.cli import main; main(['a star'])"
+EXPORT = "from sld_edge.export.cli import main; main(['--model', {!r}, '--output', 'bundle'])"
+
+
 @pytest.mark.parametrize(
     ("module", "code", "extra"),
-    [
-        ("onnxruntime", "from sld_edge.runtime.cli import main; main(['a'])", "cpu"),
-        ("onnx", f"from sld_edge.export.cli import main; main({['--model', str(CHECKPOINT), '--output', 'b']})", "export"),  # noqa: E501 one command
-    ],
+    [("onnxruntime", RUN, "cpu"), ("onnx", EXPORT.format(str(CHECKPOINT)), "export")],
 )
 def test_a_missing_package_is_named_with_its_extra(
     module: str, code: str, extra: str, tmp_path: Path
 ) -> None:
-    hide = f"import sys; sys.modules[{module!r}] = None\n"
-    done = subprocess.run(
-        [sys.executable, "-c", hide + code], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
+    hide = f"import sys; sys.modules[{module!r}] = None; "
+    command = [sys.executable, "-c", hide + code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stderr.count("\n") == 1, done.stderr
     assert f'pip install "sld-edge[{extra}]"' in done.stderr

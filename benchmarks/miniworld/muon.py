@@ -35,7 +35,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(parameters, defaults)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure is used
+    def step(self, closure: None = None) -> None:
         """Update every weight that has a gradient; weights of one shape in one batch."""
         for group in self.param_groups:
             batches: dict[tuple[int, ...], list[nn.Parameter]] = {}

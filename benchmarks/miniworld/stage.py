@@ -27,7 +27,8 @@ def optimisers_for(
     modules: Sequence[nn.Module], *, lr: float, muon_steps: int
 ) -> tuple[torch.optim.Optimizer, ...]:
     """Give hidden weights to Muon, and biases, norms, embeddings and both ends to AdamW."""
-    hidden, rest = [], []
+    hidden: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for module in modules:
         for name, parameter in module.named_parameters():
             edge = any(part in name for part in EDGE_NAMES) and "time_embedding" not in name

@@ -1,4 +1,4 @@
-"""A bundle: what is in it, that it is whole or absent, and that it tells nothing of this machine."""
+"""A bundle: what is in it, that it is whole or absent, and tells nothing of this machine."""
 
 from __future__ import annotations
 
@@ -237,7 +237,7 @@ def test_unwritable_output(settings: ExportSettings, tmp_path: Path) -> None:
 )
 def test_unknown_choices_name_the_known_ones(option: str, value: str) -> None:
     with pytest.raises(InputError, match=f"{option} .* expected"):
-        ExportSettings(model="sd-1.5", output=Path("x"), **{option: value})
+        ExportSettings(model="sd-1.5", output=Path("x"), **{option: value})  # type: ignore[arg-type]  # wrong on purpose
 
 
 def test_storage_that_makes_no_sense() -> None:
@@ -252,7 +252,7 @@ def test_sizes_are_multiples_of_a_latent_cell(
     side: str, value: int, settings: ExportSettings, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match=f"{side} .* multiple of 8"):
-        export_bundle(replace(settings, output=tmp_path / "x", **{side: value}))
+        export_bundle(replace(settings, output=tmp_path / "x", **{side: value}))  # type: ignore[arg-type]  # width or height
 
 
 @pytest.mark.parametrize(

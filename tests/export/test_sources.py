@@ -48,7 +48,7 @@ def shard(unet: Path, index: str = f"{UNET_FILE}.index.json") -> dict[str, str]:
     """Split the UNet's file in two, with an index, as diffusers does; return the index's map."""
     tensors = load_file(unet / UNET_FILE)
     names = sorted(tensors)
-    places = {}
+    places: dict[str, str] = {}
     for number, part in enumerate((names[::2], names[1::2]), 1):
         name = f"diffusion_pytorch_model-{number:05}-of-00002.safetensors"
         save_file({key: tensors[key] for key in part}, unet / name)
@@ -176,7 +176,7 @@ def test_bad_directories_are_one_line(damage: str, message: str, folder: Path) -
         index = unet / f"{UNET_FILE}.index.json"
         places = shard(unet)
         if what == "no map":
-            places = {}
+            places: dict[str, str] = {}
         elif what == "no shard":
             (unet / "diffusion_pytorch_model-00002-of-00002.safetensors").unlink()
         elif what == "wrong shard":

@@ -7,6 +7,7 @@ import gzip
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
@@ -131,7 +132,7 @@ def test_length_is_the_smaller_of_model_and_tokenizer(tmp_path: Path) -> None:
 
 def test_a_file_is_taken_as_a_directory_is(tmp_path: Path) -> None:
     save_tokenizer(tmp_path, files="json")
-    options = {"length": 77, "vocab_size": VOCAB_SIZE}
+    options: dict[str, Any] = {"length": 77, "vocab_size": VOCAB_SIZE}
     whole = tokenizer_json_from_path(tmp_path, **options)
     assert tokenizer_json_from_path(tmp_path / "tokenizer.json", **options) == whole
 

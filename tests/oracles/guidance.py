@@ -1,6 +1,6 @@
 """A NumPy twin of the `guidance` graph, with the mistakes that one could make in it.
 
-The right twin must pass every parity test, each mutant must fail one (tests/runtime/test_mutants.py).
+The right twin must pass the parity test, each mutant must fail it (runtime/test_mutants.py).
 """
 
 from __future__ import annotations
@@ -52,8 +52,10 @@ def guidance(feeds: Mapping[str, Array], mistake: Mistake | None = None) -> dict
 
     distance = text - concept
     compared = np.abs(distance) if mistake == "absolute-distance" else distance
-    unedited = compared > threshold if mistake == "greater-for-greater-or-equal" else (
-        compared >= threshold
+    unedited = (
+        compared > threshold
+        if mistake == "greater-for-greater-or-equal"
+        else (compared >= threshold)
     )
     mu = np.where(unedited, 0, np.minimum(np.abs(distance) * scale, 1)).astype(latents.dtype)
     if mistake == "momentum-before-the-gate":

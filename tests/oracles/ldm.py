@@ -134,7 +134,8 @@ def clip(text: Tensors) -> Tensors:
 def open_clip(text: Tensors) -> Tensors:
     """OpenCLIP's names and fused projections, with one block more, which SD 2.x leaves out."""
     prefix = "cond_stage_model.model."
-    names, fused = {}, {}
+    names: dict[str, str] = {}
+    fused: dict[str, Any] = {}
     for key, tensor in text.items():
         new = key.removeprefix("text_model.")
         for theirs, original in _OPENCLIP.items():

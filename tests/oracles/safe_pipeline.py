@@ -21,9 +21,9 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from numpy.typing import NDArray
-from oracles.models import Kind, save_diffusers_directory
 from transformers import CLIPTokenizer
 
+from oracles.models import Kind, save_diffusers_directory
 from sld_edge.export import ExportSettings, export_bundle
 from sld_edge.runtime import Pipeline, Safety
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sld_edge.runtime import Pipeline, files
+from sld_edge.runtime import Pipeline
 from sld_edge.runtime.cli import main
 from sld_edge.runtime.picture import parameters_text
 
@@ -149,7 +149,7 @@ def test_a_full_disk_leaves_nothing(
     def full(_descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     assert main(["a star", "--output", "full.png", *FAST]) == 2
     assert "cannot write full.png | got No space left on device" in only_line(capsys)
     assert list(Path().iterdir()) == []
@@ -170,11 +170,8 @@ def test_interrupted_leaves_no_half_file_and_exit_code_130(tmp_path: Path) -> No
 
 
 def test_a_read_only_folder_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    if os.access("/proc", os.W_OK):
-        folder = "/proc/self"  # even root cannot make files there
-    else:
-        folder = "/proc"
-    assert main(["a star", "--output", f"{folder}/x.png", *FAST]) == 2
+    # even root cannot make files there
+    assert main(["a star", "--output", "/proc/x.png", *FAST]) == 2
     assert "cannot write" in only_line(capsys)
 
 

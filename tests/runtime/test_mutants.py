@@ -15,18 +15,16 @@ from typing import Any, Self
 import numpy as np
 import pytest
 import torch
+
 from oracles.guidance import MISTAKES, Mistake, TwinEngine
 from oracles.safe_pipeline import Pair, Trace, disagreement, oracle_trace, our_trace, pair_of
-
 from sld_edge.engines.base import Array, TensorSpec
 from sld_edge.runtime import ImagePlan, Safety, loop
 
 STEPS, SEED, SIZE = 7, 5, 64
 LATENTS = 1e-5  # both sides get the same predictions; only the arithmetic after them differs
 # Threshold on the grid, so that >= and > differ; momentum and warm-up that matter.
-SAFETY = Safety(
-    scale=1.5, warmup_steps=3, threshold=0.25, momentum_scale=0.5, momentum_beta=0.7
-)
+SAFETY = Safety(scale=1.5, warmup_steps=3, threshold=0.25, momentum_scale=0.5, momentum_beta=0.7)
 SETTINGS: dict[str, Any] = {
     "sampler": "pndm",
     "safety": SAFETY,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import zlib
 from pathlib import Path
+from typing import Any
 
 import pytest
+
 from oracles.models import KINDS, Kind
 from oracles.safe_pipeline import Pair, disagreement, oracle_trace, our_trace, pair_of
-
 from sld_edge.runtime import PRESETS
 from sld_edge.runtime.safety import safety_from_preset
 
@@ -31,7 +32,7 @@ def test_images_and_latents_are_those_of_diffusers(
 ) -> None:
     calls = STEPS + (sampler == "pndm")
     case = f"{kind} {sampler} {preset} {negative}"
-    settings = {
+    settings: dict[str, Any] = {
         "sampler": sampler,
         "safety": safety_from_preset(preset, calls=calls),
         "concept": "skull, death, horror",
@@ -49,7 +50,7 @@ def test_images_and_latents_are_those_of_diffusers(
 
 @pytest.mark.parametrize("sampler", ["euler-a", "dpm++2m-karras", "unipc", "lms", "lcm"])
 def test_other_samplers_agree_too(pairs: dict[Kind, Pair], sampler: str) -> None:
-    settings = {
+    settings: dict[str, Any] = {
         "sampler": sampler,
         "safety": safety_from_preset("strong", calls=6),
         "concept": "skull, death, horror",
@@ -64,7 +65,7 @@ def test_other_samplers_agree_too(pairs: dict[Kind, Pair], sampler: str) -> None
 
 
 def test_safety_moves_the_image_far_more_than_the_tolerance(pairs: dict[Kind, Pair]) -> None:
-    settings = {
+    settings: dict[str, Any] = {
         "sampler": "ddim",
         "concept": "skull, death, horror",
         "steps": STEPS,

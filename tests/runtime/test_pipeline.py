@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
-from sld_edge.engines.base import Engine
+from sld_edge.engines.base import Array, Engine
 from sld_edge.runtime import InputError, NumericsError, Pipeline, Request, Safety, Step
 
-FAST = {"steps": 4, "sampler": "ddim"}
+FAST: dict[str, Any] = {"steps": 4, "sampler": "ddim"}
 
 
 def test_image_k_of_seed_s_is_the_image_of_seed_s_plus_k(miniature: Pipeline) -> None:
     together = miniature("a red star at a party", seed=5, count=3, **FAST)
     alone = [miniature("a red star at a party", seed=5 + k, **FAST) for k in range(3)]
     for k in range(3):
-        assert np.array_equal(together.images[k], alone[k].images[0]), f"image {k}"
+        assert together.images[k].tobytes() == alone[k].images[0].tobytes(), f"image {k}"
         assert together.reports[k]["seed"] == 5 + k
 
 
 def test_a_mixed_batch_gives_each_image_as_if_it_were_alone(miniature: Pipeline) -> None:
     prompts = ["a red star at a party", "a skull", "a blue heart in the snow"]
-    own = {
+    own: dict[str, Any] = {
         "safety": ["off", "max", Safety(scale=300, warmup_steps=1, momentum_scale=0)],
         "guidance_scale": [7.5, 1.0, 3.0],
         "negative_prompt": ["", "a star", ""],
         "seed": [3, 1, 4],
     }
-    together = miniature(prompts, batch_size=3, **own, **FAST)  # type: ignore[arg-type]
+    together = miniature(prompts, batch_size=3, **own, **FAST)
     for k, prompt in enumerate(prompts):
         alone = miniature(prompt, **{name: value[k] for name, value in own.items()}, **FAST)
         difference = np.abs(together.latents[k] - alone.latents[0]).max()
@@ -42,9 +44,9 @@ def test_stochastic_samplers_draw_each_image_its_own_noise(miniature: Pipeline) 
     assert np.abs(together.latents[0] - alone.latents[0]).max() > 0.1
 
 
-def branches(pipeline: Pipeline, **settings: object) -> list[int]:
+def branches(pipeline: Pipeline, **settings: Any) -> list[int]:
     seen: list[Step] = []
-    pipeline("a star", callback=seen.append, **{**FAST, **settings})  # type: ignore[arg-type]
+    pipeline("a star", callback=seen.append, **{**FAST, **settings})
     return [step.branches for step in seen]
 
 
@@ -60,10 +62,10 @@ def test_only_the_branches_that_matter_are_computed(miniature: Pipeline) -> None
 def test_skipping_the_branch_of_weak_is_exact(
     miniature: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = {"safety": "weak", "steps": 10, "sampler": "ddim", "seed": 2}
-    skipped = miniature("a red star at a party", **settings)  # type: ignore[arg-type]
+    settings: dict[str, Any] = {"safety": "weak", "steps": 10, "sampler": "ddim", "seed": 2}
+    skipped = miniature("a red star at a party", **settings)
     monkeypatch.setattr("sld_edge.runtime.loop._branches_needed", lambda *_: 3)
-    whole = miniature("a red star at a party", **settings)  # type: ignore[arg-type]
+    whole = miniature("a red star at a party", **settings)
     assert np.abs(skipped.latents - whole.latents).max() < 1e-4
 
 
@@ -111,7 +113,8 @@ def test_given_latents_take_the_place_of_the_seed(miniature: Pipeline) -> None:
 
     start = noise_source("torch", 9).normal((1, 4, 16, 16))
     given = miniature("a star", latents=start, **FAST)
-    assert np.array_equal(given.images[0], miniature("a star", seed=9, **FAST).images[0])
+    seeded = miniature("a star", seed=9, **FAST)
+    assert given.images[0].tobytes() == seeded.images[0].tobytes()
 
 
 @pytest.mark.parametrize(
@@ -124,7 +127,7 @@ def test_given_latents_take_the_place_of_the_seed(miniature: Pipeline) -> None:
     ],
 )
 def test_latents_that_do_not_fit_are_refused(
-    miniature: Pipeline, latents: np.ndarray, says: str
+    miniature: Pipeline, latents: Array, says: str
 ) -> None:
     with pytest.raises(InputError, match=says):
         miniature("a star", latents=latents, **FAST)
@@ -178,7 +181,7 @@ def test_what_the_graph_calls_not_finite_stops_the_run(
     guidance = miniature.engine("guidance")
     run = guidance.run
 
-    def overflow(feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def overflow(feeds: dict[str, Array]) -> dict[str, Array]:
         return run({**feeds, "row": feeds["row"] * np.float32(3e38)})
 
     monkeypatch.setattr(guidance, "run", overflow)
