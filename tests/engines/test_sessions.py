@@ -1,0 +1,142 @@
+"""Prepared sessions: made once, used only where they fit, done without where they cannot be."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sld_edge.engines import sessions
+from sld_edge.engines.base import Array
+from sld_edge.engines.errors import EngineError, InputError
+from sld_edge.engines.ort import OrtEngine, resolve_provider
+from sld_edge.engines.sessions import prepared_engine
+from sld_edge.engines.settings import cache_folder, thread_count
+from sld_edge.runtime.bundle import EMBEDDED
+
+GRAPH = EMBEDDED / "vae_decoder.onnx"
+SHA = "ab" * 32
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SLD_EDGE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def latents() -> dict[str, Array]:
+    return {"latents": np.random.default_rng(0).standard_normal((1, 4, 16, 16), np.float32)}
+
+
+def never() -> Path:
+    raise AssertionError("the graph was read although it was prepared")
+
+
+def test_a_prepared_graph_gives_the_same_and_is_not_read_again(cache: Path) -> None:
+    expected = OrtEngine(GRAPH).run(latents())["images"].astype(int)
+    first = prepared_engine(SHA, lambda: GRAPH)
+    again = prepared_engine(SHA, never)
+    for engine in (first, again):
+        assert cache in engine.path.parents
+        assert np.abs(engine.run(latents())["images"] - expected).max() <= 1
+    assert again.inputs == OrtEngine(GRAPH).inputs
+
+
+def test_weights_are_beside_the_prepared_graph_and_not_in_it(cache: Path) -> None:
+    graph = prepared_engine(SHA, lambda: GRAPH).path
+    weights = graph.with_name("model.onnx.data")
+    assert weights.stat().st_size > 10 * graph.stat().st_size
+
+
+@pytest.mark.parametrize("what", ["graph", "processor", "version"])
+def test_another_graph_processor_or_version_is_prepared_anew(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    prepared_engine(SHA, lambda: GRAPH)
+    if what == "processor":
+        monkeypatch.setattr(sessions, "_processor", lambda: "another")
+    if what == "version":
+        monkeypatch.setattr(sessions.onnxruntime(), "__version__", "0.0.1")
+    with pytest.raises(AssertionError, match="was read"):
+        prepared_engine("cd" * 32 if what == "graph" else SHA, never)
+
+
+@pytest.mark.parametrize("damage", ["cut short", "no stamp", "garbage of the same size"])
+def test_a_damaged_one_is_prepared_anew(cache: Path, damage: str) -> None:
+    graph = prepared_engine(SHA, lambda: GRAPH).path
+    if damage == "cut short":
+        graph.with_name("model.onnx.data").write_bytes(b"")
+    elif damage == "no stamp":
+        graph.with_name("prepared.json").unlink()
+    else:
+        graph.write_bytes(bytes(graph.stat().st_size))
+    engine = prepared_engine(SHA, lambda: GRAPH)
+    assert engine.run(latents())["images"].shape == (1, 64, 64, 3)
+    assert prepared_engine(SHA, never).path == engine.path
+
+
+def test_without_a_cache_the_graph_runs_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocked = tmp_path / "a-file"
+    blocked.write_text("")
+    for value in ("0", "off", str(blocked / "below-a-file")):
+        monkeypatch.setenv("SLD_EDGE_CACHE", value)
+        assert prepared_engine(SHA, lambda: GRAPH).path == GRAPH
+
+
+def test_nothing_half_made_is_left(cache: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.onnx"
+    broken.write_bytes(b"not a graph")
+    with pytest.raises(EngineError, match=r"cannot load .*broken\.onnx"):
+        prepared_engine(SHA, lambda: broken)
+    assert list((cache / "sessions").iterdir()) == []
+
+
+def test_a_graph_without_its_weights_is_one_line(tmp_path: Path) -> None:
+    shutil.copy(GRAPH, tmp_path)
+    with pytest.raises(EngineError, match="cannot load") as caught:
+        OrtEngine(tmp_path / GRAPH.name)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("feeds", "says"),
+    [
+        ({}, "input latents | got nothing"),
+        ({"latents": np.zeros((1, 4, 16, 16))}, "got float64"),
+        ({"latents": np.zeros((1, 3, 16, 16), np.float32)}, "expected float32"),
+        ({"latents": np.zeros((4, 16, 16), np.float32)}, "input latents"),
+        ({**latents(), "more": np.zeros(1, np.float32)}, "no such input | got more"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_named(feeds: dict[str, Array], says: str) -> None:
+    with pytest.raises(EngineError, match=says.replace(" | ", r" \| ")):
+        OrtEngine(GRAPH).run(feeds)
+
+
+def test_providers(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve_provider("cpu") == "cpu"
+    with pytest.raises(InputError, match="provider .* one of auto, cpu, cuda"):
+        resolve_provider("tpu")
+    ort = sessions.onnxruntime()
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    assert resolve_provider("auto") == "cpu"
+    with pytest.raises(InputError, match=r"cuda is not in .*sld-edge\[gpu\]"):
+        resolve_provider("cuda")
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    assert resolve_provider("auto") == "cuda"
+
+
+def test_environment_variables() -> None:
+    assert cache_folder({"SLD_EDGE_CACHE": "0"}) is None
+    assert cache_folder({"SLD_EDGE_CACHE": "/x"}) == Path("/x")
+    assert cache_folder({"XDG_CACHE_HOME": "/y"}) == Path("/y/sld-edge")
+    assert cache_folder({}) == Path.home() / ".cache" / "sld-edge"
+    assert [thread_count({"SLD_EDGE_THREADS": value}) for value in ("0", "3")] == [0, 3]
+    assert thread_count({}) == 0
+    for value in ("-1", "two", ""):
+        with pytest.raises(InputError, match="SLD_EDGE_THREADS"):
+            thread_count({"SLD_EDGE_THREADS": value})
