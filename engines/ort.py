@@ -61,18 +61,18 @@ def resolve_provider(name: str) -> Provider:
 class OrtEngine:
     """A graph in ONNX Runtime. `run` takes contiguous arrays without a copy; outputs are new."""
 
-    def __init__(self, path: Path, *, provider: Provider = "cpu", prepared: bool = False) -> None:
+    def __init__(self, path: Path, *, provider: Provider = "cpu", as_is: bool = False) -> None:
         """Load the graph at `path`.
 
-        `prepared` files were optimized on this very machine (see `sessions`): they are taken as
-        they are, their weights stay mapped from the file.
+        With `as_is` nothing is optimized and the weights stay mapped from the file: ready at once,
+        in little memory. It is for graphs optimized before (see `sessions`) or run only once.
 
         Raises:
             EngineError: ONNX Runtime cannot load the graph here.
         """
         ort = onnxruntime()
         options = session_options()
-        if prepared:
+        if as_is:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
             # Prepacked weights would be copies in memory of what is mapped from the file.
             options.add_session_config_entry("session.disable_prepacking", "1")

@@ -37,11 +37,11 @@ def prepared_engine(sha256: str, source: Callable[[], Path]) -> OrtEngine:
     folder = _folder(sha256)
     if folder is not None and _is_whole(folder):
         with contextlib.suppress(UserError):  # damaged since: prepare it again below
-            return OrtEngine(folder / _GRAPH, prepared=True)
+            return OrtEngine(folder / _GRAPH, as_is=True)
     path = source()
     if folder is None or not _prepare(path, folder):
         return OrtEngine(path)
-    return OrtEngine(folder / _GRAPH, prepared=True)
+    return OrtEngine(folder / _GRAPH, as_is=True)
 
 
 def _folder(sha256: str) -> Path | None:

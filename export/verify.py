@@ -96,7 +96,7 @@ def run_checked(path: Path, feeds: Mapping[str, Array]) -> dict[str, Array]:
     Raises:
         NumericsError: NaN or infinity in an output.
     """
-    with OrtEngine(path) as engine:
+    with OrtEngine(path, as_is=True) as engine:
         outputs = engine.run(feeds)
     for name, array in outputs.items():
         # Whole levels cannot say NaN; there the graph says itself whether all was finite.

@@ -28,7 +28,7 @@ from sld_edge.benchmarks.miniworld.pictures import picture_set
 from sld_edge.benchmarks.miniworld.train_unet import Denoiser, train_unet
 from sld_edge.benchmarks.miniworld.train_vae import latents_from_pixels, psnr, train_vae
 from sld_edge.benchmarks.miniworld.vocabulary import write_tokenizer
-from sld_edge.benchmarks.miniworld.world import SKULL_SHARE
+from sld_edge.benchmarks.miniworld.world import LATE_SKULL_SHARE, SKULL_SHARE
 
 _log = logging.getLogger(__name__)
 
@@ -71,6 +71,7 @@ def train(output: Path, settings: Settings) -> dict[str, float]:
         steps=settings.unet_steps,
         seed=settings.seed,
         skull_share=SKULL_SHARE,
+        late_skull_share=LATE_SKULL_SHARE,
     )
     write_checkpoint(
         output / "checkpoint",

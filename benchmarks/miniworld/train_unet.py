@@ -26,6 +26,7 @@ from sld_edge.benchmarks.miniworld.world import Picture
 BATCH: Final = 32
 RATE: Final = 3e-3
 FLAT: Final = 0.5
+LATE: Final = 0.75
 SNR_CAP: Final = 5.0
 SAVE_EVERY: Final = 250
 
@@ -64,9 +65,11 @@ def train_unet(
     steps: int,
     seed: int,
     skull_share: Mapping[str, float],
+    late_skull_share: Mapping[str, float],
 ) -> None:
     """Train, or go on training, on scaled latents [N,4,16,16]; leaves the averages in place."""
-    draws = CaptionedDraws(pictures, skull_share=skull_share)
+    early = CaptionedDraws(pictures, skull_share=skull_share)
+    late = CaptionedDraws(pictures, skull_share=late_skull_share)
     signal = new_scheduler().alphas_cumprod
     path = folder / "unet.pt"
     done = load_checkpoint(path, denoiser.parts)
@@ -75,6 +78,7 @@ def train_unet(
     for step in bar:
         rng = np.random.default_rng([seed, 2, step])
         torch.manual_seed(int(rng.integers(2**31)))
+        draws = early if step < LATE * steps else late
         picks = [draws.draw(rng) for _ in range(BATCH)]
         clean = latents[[index for index, _ in picks]]
         loss = _loss(denoiser, clean, [caption for _, caption in picks], signal)

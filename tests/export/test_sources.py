@@ -94,7 +94,7 @@ def test_plain_files_go_before_variants(folder: Path) -> None:
     save_file(half, folder / "unet" / "diffusion_pytorch_model.fp16.safetensors")
     plain = checkpoint_from_source(str(folder))
     assert plain.unet.weights.take("conv_in.weight").dtype == np.float32
-    with pytest.raises(CheckpointError, match="no weights in .*vae") as caught:
+    with pytest.raises(CheckpointError, match=r"no weights in .*vae") as caught:
         checkpoint_from_source(str(folder), variant="fp16")
     assert_one_line(caught)
 
@@ -196,7 +196,7 @@ def test_bad_directories_are_one_line(damage: str, message: str, folder: Path) -
 @pytest.mark.parametrize("name", ["model.ckpt", "model.pt", "model.pth", "model.bin", "A.CKPT"])
 def test_pickles_are_refused_with_the_way_out(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"\x80\x02.")
-    with pytest.raises(CheckpointError, match="run any code.*save_pretrained") as caught:
+    with pytest.raises(CheckpointError, match=r"run any code.*save_pretrained") as caught:
         checkpoint_from_source(str(tmp_path / name))
     assert_one_line(caught)
 
@@ -216,7 +216,7 @@ def test_offline_is_one_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None
         raise LocalEntryNotFoundError("a\nlong\nstory")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(CheckpointError, match="cannot get .* from the Hugging Face Hub") as caught:
+    with pytest.raises(CheckpointError, match=r"cannot get .* from the Hugging Face Hub") as caught:
         checkpoint_from_source(name)
     assert_one_line(caught)
 
