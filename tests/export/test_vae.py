@@ -114,6 +114,21 @@ def test_bytes_are_rounded_half_to_even(tmp_path: Path, latents: Array) -> None:
     np.testing.assert_array_equal(got, np.round(before).astype(np.uint8))
 
 
+@pytest.mark.parametrize("damage", [np.nan, np.inf, -np.inf])
+def test_an_image_that_is_not_finite_is_said_to_be_so(
+    tmp_path: Path, latents: Array, damage: float
+) -> None:
+    model = tiny_vae()
+    weights = weights_of(model, tmp_path / "vae.safetensors", name="vae")
+    path = tmp_path / "vae_decoder.onnx"
+    write_vae_decoder(config_of(model), weights, GraphOptions(), path)
+    assert outputs_of(path, {"latents": latents})["finite"].tolist() == [1.0] * len(latents)
+    damaged = latents.copy()
+    damaged[-1, 0, 0, 0] = damage
+    finite = outputs_of(path, {"latents": damaged})["finite"]
+    assert finite.tolist() == [1.0] * (len(latents) - 1) + [0.0]
+
+
 @pytest.mark.parametrize("shape", [(), (1, 1)], ids=["linear", "1x1 convolution"])
 def test_the_old_names_of_the_attention(
     tmp_path: Path, latents: Array, images: Array, shape: tuple[int, ...]
