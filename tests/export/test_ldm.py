@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.loaders import single_file_utils as theirs
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from oracles import ldm
 from oracles.models import config_of, tiny_text_encoder, tiny_unet, tiny_vae
@@ -127,6 +129,60 @@ def test_the_graph_is_byte_for_byte_the_one_from_diffusers(
         write_unet(config, weights, options, tmp_path / folder / "unet.onnx")
     for name in ("unet.onnx", "unet.onnx.data"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sd2"])
+def test_published_sizes(kind: str, tmp_path: Path) -> None:
+    """The whole architecture of SD 1.5 and 2.1, as a file with holes in place of the weights."""
+    second = kind == "sd2"
+    width, layers = (1024, 23) if second else (768, 12)
+    act = "gelu" if second else "quick_gelu"
+    with torch.device("meta"):
+        models = {
+            "unet": UNet2DConditionModel(
+                sample_size=96 if second else 64,
+                cross_attention_dim=width,
+                attention_head_dim=(5, 10, 20, 20) if second else 8,
+                use_linear_projection=second,
+            ),
+            "text_encoder": CLIPTextModel(
+                CLIPTextConfig(
+                    hidden_size=width,
+                    intermediate_size=4 * width,
+                    num_hidden_layers=layers,
+                    num_attention_heads=width // 64,
+                    hidden_act=act,
+                )
+            ),
+            "vae": AutoencoderKL(
+                block_out_channels=(128, 256, 512, 512),
+                down_block_types=("DownEncoderBlock2D",) * 4,
+                up_block_types=("UpDecoderBlock2D",) * 4,
+                layers_per_block=2,
+            ),
+        }
+        tensors = ldm.ldm_tensors(models, openclip=second)
+    # As many as the published UNets and VAE have.
+    assert len(models["unet"].state_dict()) == 686
+    assert len(models["vae"].state_dict()) == 248
+    file = ldm.save_hollow(tmp_path / "model.safetensors", tensors)
+    save_tokenizer(tmp_path / "tokenizer")
+    checkpoint = checkpoint_from_source(
+        str(file), prediction_type="v_prediction" if second else None
+    )
+    for name, model in models.items():
+        ours = getattr(checkpoint, name)
+        want = {key.removeprefix("text_model."): t.shape for key, t in model.state_dict().items()}
+        got = {
+            key.removeprefix("text_model."): ours.weights.shape(key)
+            for key in ours.weights.keys()  # noqa: SIM118 -- no mapping
+            if not key.endswith("position_ids")
+        }
+        assert got == {key: tuple(shape) for key, shape in want.items()}, name
+        published = config_of(model)
+        for key, value in ours.config.items():
+            if not key.startswith("_") and key != "architectures":
+                assert value == published[key], (name, key)
 
 
 def test_source_prediction_and_tokenizer(case: tuple[str, dict[str, Any], Path]) -> None:

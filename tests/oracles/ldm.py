@@ -6,7 +6,9 @@ with diffusers' own conversion of such files.
 
 from __future__ import annotations
 
+import json
 import re
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +46,29 @@ _OPENCLIP = {
 
 
 def save_ldm_file(path: Path, models: dict[str, Any], *, openclip: bool) -> Path:
-    """Save unet, vae and text_encoder in one file, with the buffers that published files have."""
+    """Save unet, vae and text_encoder in one file."""
+    tensors = ldm_tensors(models, openclip=openclip)
+    save_file({key: tensor.contiguous().clone() for key, tensor in tensors.items()}, path)
+    return path
+
+
+def save_hollow(path: Path, tensors: Tensors) -> Path:
+    """Save a file of the right size that holds no numbers: its names and shapes are tested."""
+    header, end = {}, 0
+    for key, tensor in tensors.items():
+        begin, end = end, end + 4 * tensor.numel()
+        header[key] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with path.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        stream.truncate(8 + len(text) + end)
+    return path
+
+
+def ldm_tensors(models: dict[str, Any], *, openclip: bool) -> Tensors:
+    """All tensors of a file, with the buffers that published ones have."""
     text = models["text_encoder"].state_dict()
-    tensors = {
+    return {
         **{f"model.diffusion_model.{k}": t for k, t in ldm_unet(models["unet"]).items()},
         **{f"first_stage_model.{k}": t for k, t in ldm_vae(models["vae"]).items()},
         **(open_clip(text) if openclip else clip(text)),
@@ -54,8 +76,6 @@ def save_ldm_file(path: Path, models: dict[str, Any], *, openclip: bool) -> Path
         "alphas_cumprod": torch.zeros(1000),
         "model_ema.decay": torch.zeros(()),
     }
-    save_file({key: tensor.contiguous().clone() for key, tensor in tensors.items()}, path)
-    return path
 
 
 def ldm_unet(unet: Any) -> Tensors:
