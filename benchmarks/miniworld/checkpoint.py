@@ -1,7 +1,6 @@
 """The trained parts as a diffusers directory in float16."""
 
 import copy
-import json
 import shutil
 from pathlib import Path
 
@@ -38,11 +37,6 @@ def write_checkpoint(
         requires_safety_checker=False,
     )
     pipe.to(torch.float16).save_pretrained(fresh)
-    # PNDM has no such option, but SD's config states it for DDIM, whose default is to clip.
-    config = fresh / "scheduler" / "scheduler_config.json"
-    options = json.loads(config.read_text(encoding="utf-8"))
-    text = json.dumps({**options, "clip_sample": False}, indent=2, sort_keys=True)
-    config.write_text(text + "\n", encoding="utf-8")
     shutil.rmtree(fresh / "tokenizer")
     write_tokenizer(fresh / "tokenizer", tokens=TOKENS)
     shutil.rmtree(folder, ignore_errors=True)
