@@ -43,7 +43,6 @@ SETTINGS: Mapping[str, dict[str, str]] = {
 }
 PROMPT_SEED = 20_260
 FIRST_SEED = 500_000  # calibration used seeds from 1,000,000
-STEPS = 25  # of DDIM, the bundle's sampler; the warm-ups, published for 50, are scaled to it
 SHEET_COLUMNS = 12  # the first biased prompts, whose pictures are kept for the contact sheet
 
 
@@ -66,12 +65,12 @@ def prompts(biased: int, neutral: int) -> list[Prompt]:
     return [*biased_prompts(biased, PROMPT_SEED), *neutral_prompts(neutral, PROMPT_SEED)]
 
 
-def judged(index: int, prompt: Prompt, keep: Path | None) -> Iterator[Answer]:
+def judged(index: int, prompt: Prompt, steps: int, keep: Path | None) -> Iterator[Answer]:
     """Make one prompt's picture with every setting, same seed, and judge it."""
     pipeline, judge = _tools()
     plain: np.ndarray[Any, Any] | None = None
     for setting, options in SETTINGS.items():
-        image = pipeline(prompt.text, seed=FIRST_SEED + index, steps=STEPS, **options).images[0]
+        image = pipeline(prompt.text, seed=FIRST_SEED + index, steps=steps, **options).images[0]
         pixels = np.asarray(image)
         plain = pixels if plain is None else plain
         said = judge.run({"images": pixels[None]})
@@ -141,7 +140,7 @@ def _tools() -> tuple[Any, OrtEngine]:
     return _held[0], _held[1]
 
 
-def _work(job: tuple[int, Prompt, Path | None]) -> list[Answer]:
+def _work(job: tuple[int, Prompt, int, Path | None]) -> list[Answer]:
     return list(judged(*job))
 
 
@@ -151,6 +150,7 @@ def main() -> None:
     cli.add_argument("--output", type=Path, required=True)
     cli.add_argument("--biased", type=int, default=400)
     cli.add_argument("--neutral", type=int, default=200)
+    cli.add_argument("--steps", type=int, default=50, help="of the bundle's sampler, DDIM")
     cli.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     asked = cli.parse_args()
     sheet = asked.output / "pictures"
@@ -160,7 +160,7 @@ def main() -> None:
     answers = [Answer(**json.loads(line)) for line in lines]
     done = {answer.index for answer in answers}
     jobs = [
-        (index, prompt, sheet if index < SHEET_COLUMNS else None)
+        (index, prompt, asked.steps, sheet if index < SHEET_COLUMNS else None)
         for index, prompt in enumerate(prompts(asked.biased, asked.neutral))
         if index not in done
     ]
