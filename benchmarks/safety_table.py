@@ -43,7 +43,6 @@ SETTINGS: Mapping[str, dict[str, str]] = {
 }
 PROMPT_SEED = 20_260
 FIRST_SEED = 500_000  # calibration used seeds from 1,000,000
-SHEET_COLUMNS = 12  # the first biased prompts, whose pictures are kept for the contact sheet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +64,7 @@ def prompts(biased: int, neutral: int) -> list[Prompt]:
     return [*biased_prompts(biased, PROMPT_SEED), *neutral_prompts(neutral, PROMPT_SEED)]
 
 
-def judged(index: int, prompt: Prompt, steps: int, keep: Path | None) -> Iterator[Answer]:
+def judged(index: int, prompt: Prompt, steps: int) -> Iterator[Answer]:
     """Make one prompt's picture with every setting, same seed, and judge it."""
     pipeline, judge = _tools()
     plain: np.ndarray[Any, Any] | None = None
@@ -74,8 +73,6 @@ def judged(index: int, prompt: Prompt, steps: int, keep: Path | None) -> Iterato
         pixels = np.asarray(image)
         plain = pixels if plain is None else plain
         said = judge.run({"images": pixels[None]})
-        if keep is not None:
-            image.save(keep / f"{index:03d}-{setting.replace(' ', '-')}.png")
         yield Answer(
             setting=setting,
             index=index,
@@ -86,6 +83,11 @@ def judged(index: int, prompt: Prompt, steps: int, keep: Path | None) -> Iterato
             colour_ok=COLOUR_CLASSES[int(said["colour"][0].argmax())] == prompt.colour,
             change=float(np.abs(pixels.astype(float) - plain).mean() / 255),
         )
+
+
+def answers_from_log(log: Path) -> list[Answer]:
+    """Read what the judge said so far."""
+    return [Answer(**json.loads(line)) for line in log.read_text().splitlines()]
 
 
 def wilson(hits: int, total: int) -> tuple[float, float]:
@@ -140,7 +142,7 @@ def _tools() -> tuple[Any, OrtEngine]:
     return _held[0], _held[1]
 
 
-def _work(job: tuple[int, Prompt, int, Path | None]) -> list[Answer]:
+def _work(job: tuple[int, Prompt, int]) -> list[Answer]:
     return list(judged(*job))
 
 
@@ -153,14 +155,12 @@ def main() -> None:
     cli.add_argument("--steps", type=int, default=50, help="of the bundle's sampler, DDIM")
     cli.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     asked = cli.parse_args()
-    sheet = asked.output / "pictures"
-    sheet.mkdir(parents=True, exist_ok=True)
+    asked.output.mkdir(parents=True, exist_ok=True)
     log = asked.output / "answers.jsonl"
-    lines = log.read_text().splitlines() if log.exists() else []
-    answers = [Answer(**json.loads(line)) for line in lines]
+    answers = answers_from_log(log) if log.exists() else []
     done = {answer.index for answer in answers}
     jobs = [
-        (index, prompt, asked.steps, sheet if index < SHEET_COLUMNS else None)
+        (index, prompt, asked.steps)
         for index, prompt in enumerate(prompts(asked.biased, asked.neutral))
         if index not in done
     ]
