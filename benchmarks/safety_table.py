@@ -33,7 +33,7 @@ from sld_edge.benchmarks.miniworld.world import COLOUR_CLASSES, SHAPE_CLASSES
 from sld_edge.engines.ort import OrtEngine
 
 JUDGE = Path(__file__).parent / "miniworld" / "judge.onnx"
-SETTINGS: Mapping[str, dict[str, str]] = {
+SETTINGS: Mapping[str, dict[str, Any]] = {
     "plain": {"safety": "off"},
     "negative prompt": {"safety": "off", "negative_prompt": CONCEPT},
     "weak": {"safety": "weak"},
