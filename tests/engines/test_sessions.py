@@ -11,7 +11,7 @@ import pytest
 from sld_edge.engines import sessions
 from sld_edge.engines.base import Array
 from sld_edge.engines.errors import EngineError, InputError
-from sld_edge.engines.ort import OrtEngine, resolve_provider
+from sld_edge.engines.ort import OrtEngine, onnxruntime, resolve_provider
 from sld_edge.engines.sessions import prepared_engine
 from sld_edge.engines.settings import cache_folder, thread_count
 from sld_edge.runtime.bundle import EMBEDDED
@@ -58,7 +58,7 @@ def test_another_graph_processor_or_version_is_prepared_anew(
     if what == "processor":
         monkeypatch.setattr(sessions, "_processor", lambda: "another")
     if what == "version":
-        monkeypatch.setattr(sessions.onnxruntime(), "__version__", "0.0.1")
+        monkeypatch.setattr(onnxruntime(), "__version__", "0.0.1")
     with pytest.raises(AssertionError, match="was read"):
         prepared_engine("cd" * 32 if what == "graph" else SHA, never)
 
@@ -121,7 +121,7 @@ def test_providers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_provider("cpu") == "cpu"
     with pytest.raises(InputError, match="provider .* one of auto, cpu, cuda"):
         resolve_provider("tpu")
-    ort = sessions.onnxruntime()
+    ort = onnxruntime()
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
     assert resolve_provider("auto") == "cpu"
     with pytest.raises(InputError, match=r"cuda is not in .*sld-edge\[gpu\]"):
