@@ -18,6 +18,8 @@ EXIT_OK, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 2, 130
 class HelpFormatter(RawDescriptionRichHelpFormatter):
     """Help in colour on a terminal, plain in a pipe; examples keep their lines."""
 
+    group_name_formatter = str.capitalize
+
 
 class Parser(argparse.ArgumentParser):
     """A parser whose complaint is one line, as every other mistake's."""
