@@ -6,7 +6,7 @@ The right twin must pass the parity test, each mutant must fail it (runtime/test
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 
@@ -24,18 +24,7 @@ Mistake = Literal[
     "edit-added",
     "history-oldest-first",
 ]
-MISTAKES: tuple[Mistake, ...] = (
-    "swapped-branches",
-    "text-and-safety-swapped",
-    "greater-for-greater-or-equal",
-    "absolute-distance",
-    "momentum-before-the-gate",
-    "momentum-without-itself",
-    "momentum-only-when-active",
-    "edit-not-scaled-by-guidance",
-    "edit-added",
-    "history-oldest-first",
-)
+MISTAKES: tuple[Mistake, ...] = get_args(Mistake)
 
 
 def guidance(feeds: Mapping[str, Array], mistake: Mistake | None = None) -> dict[str, Array]:
