@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
-import re
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from numpy.typing import NDArray
 
 from sld_edge.engines.errors import CheckpointError
 from sld_edge.export.tokenizer import tokenizer_json_from_path
@@ -29,43 +24,12 @@ _SAFE_COPY = (
 )
 
 
-class WatchedWeights(Weights):
-    """Weights that tell `watch` how many bytes each tensor taken has in the file."""
-
-    watch: Callable[[int], None] | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors in the file."""
-        return sum(map(entry_nbytes, self._entries.values()))
-
-    def take(self, key: str) -> NDArray[Any]:
-        """Read a tensor and count it as used, as Weights does."""
-        array = super().take(key)
-        if self.watch is not None:
-            self.watch(entry_nbytes(self._entries[key]))
-        return array
-
-    def renamed(self, names: Mapping[str, str]) -> WatchedWeights:
-        """Return the same tensors under new names, watched as before."""
-        entries = {names.get(key, key): entry for key, entry in self._entries.items()}
-        renamed = WatchedWeights(entries, name=self.name)
-        renamed.watch = self.watch
-        return renamed
-
-
-def entry_nbytes(entry: Entry) -> int:
-    """Bytes of one tensor in the file; a dtype's name says its bits, BOOL takes a byte."""
-    bits = re.search(r"\d+", entry.dtype)
-    return math.prod(entry.shape) * (int(bits[0]) // 8 if bits else 1)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Model:
     """One model: its config in diffusers' (or transformers') words, and its tensors."""
 
     config: dict[str, Any]
-    weights: WatchedWeights
+    weights: Weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,16 +140,16 @@ def refuse_pickle(path: Path) -> None:
         )
 
 
-def _weights_from_folder(folder: Path, variant: str | None) -> WatchedWeights:
+def _weights_from_folder(folder: Path, variant: str | None) -> Weights:
     stem = WEIGHT_STEMS[folder.name]
     for kind in [variant] if variant else [None, "fp16"]:
         dotted = f".{kind}" if kind else ""
         whole = folder / f"{stem}{dotted}.safetensors"
         index = folder / f"{stem}.safetensors.index{dotted}.json"
         if whole.is_file():
-            return WatchedWeights(entries_from_safetensors(whole), name=folder.name)
+            return Weights(entries_from_safetensors(whole), name=folder.name)
         if index.is_file():
-            return WatchedWeights(_entries_from_index(index), name=folder.name)
+            return Weights(_entries_from_index(index), name=folder.name)
     there = sorted(file.name for file in folder.iterdir() if file.suffix == ".safetensors")
     for file in sorted(folder.iterdir()):
         if not there:

@@ -127,7 +127,7 @@ def _run(arguments: Sequence[str] | None) -> None:
     start = time.perf_counter()
     with _progress(quiet=quiet) as (bar, watch):
         path = export_bundle(
-            settings, say=_silent if quiet else lambda line: _tell(bar, line), watch=watch
+            settings, say=None if quiet else lambda line: _tell(bar, line), watch=watch
         )
     if quiet:
         return
@@ -156,10 +156,6 @@ def _progress(*, quiet: bool) -> Iterator[tuple[tqdm[NoReturn], Watch]]:
 def _tell(bar: tqdm[NoReturn], line: str) -> None:
     bar.clear()  # a bar on a terminal would be left standing above the line
     print(line, file=sys.stderr)
-
-
-def _silent(line: str) -> None:
-    pass
 
 
 def _peak_memory() -> int | None:

@@ -16,12 +16,10 @@ from sld_edge.engines.errors import CheckpointError
 from sld_edge.export.checkpoint import (
     Checkpoint,
     Model,
-    WatchedWeights,
-    entry_nbytes,
     tokenizer_json_for,
 )
 from sld_edge.export.tokenizer import OPENCLIP_PAD
-from sld_edge.export.weights import Entry, entries_from_safetensors
+from sld_edge.export.weights import Entry, Weights, entries_from_safetensors
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 CLIP, OPENCLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
@@ -208,7 +206,7 @@ def _unet(entries: Mapping[str, Entry], *, openclip: bool, size: int) -> Model:
         "attention_head_dim": [width // _HEAD_WIDTH for width in widths] if openclip else 8,
         "use_linear_projection": len(projection.shape) == 2,
     }
-    return Model(config=config, weights=WatchedWeights(new, name="unet"))
+    return Model(config=config, weights=Weights(new, name="unet"))
 
 
 def _start_renamed(key: str, names: Mapping[str, str]) -> str:
@@ -276,7 +274,7 @@ def _vae(entries: Mapping[str, Entry]) -> Model:
         "norm_num_groups": 32,
         "scaling_factor": 0.18215,
     }
-    return Model(config=config, weights=WatchedWeights(new, name="vae"))
+    return Model(config=config, weights=Weights(new, name="vae"))
 
 
 # --- text encoders ------------------------------------------------------------------------------
@@ -328,7 +326,7 @@ def _thirds(entry: Entry) -> list[Entry]:
     """Split a tensor's rows into three views of the file."""
     rows = entry.shape[0] // 3
     part = replace(entry, shape=(rows, *entry.shape[1:]))
-    return [replace(part, offset=part.offset + i * entry_nbytes(part)) for i in range(3)]
+    return [replace(part, offset=part.offset + i * part.nbytes) for i in range(3)]
 
 
 def _text_model(new: dict[str, Entry], *, activation: str) -> Model:
@@ -348,4 +346,4 @@ def _text_model(new: dict[str, Entry], *, activation: str) -> Model:
         "hidden_act": activation,
         "layer_norm_eps": 1e-5,
     }
-    return Model(config=config, weights=WatchedWeights(new, name="text_encoder"))
+    return Model(config=config, weights=Weights(new, name="text_encoder"))

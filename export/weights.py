@@ -6,8 +6,9 @@ Tensors are read with seek and read, not mapped: mapped pages would count as mem
 from __future__ import annotations
 
 import json
+import math
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,11 @@ class Entry:
     dtype: str
     shape: tuple[int, ...]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor in the file."""
+        return math.prod(self.shape) * np.dtype(_DTYPES[self.dtype]).itemsize
+
     def read(self) -> NDArray[Any]:
         """Read the tensor; bfloat16 becomes float32, which holds it exactly."""
         count = int(np.prod(self.shape, dtype=np.int64))
@@ -60,6 +66,7 @@ class Weights:
         self.name = name
         self._entries = dict(entries)
         self._unused = set(self._entries)
+        self.watch: Callable[[int], None] | None = None  # told the bytes of every tensor taken
 
     def __contains__(self, key: str) -> bool:
         return key in self._entries
@@ -71,6 +78,11 @@ class Weights:
         """Every tensor's name, in the file's order."""
         return list(self._entries)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors in their files."""
+        return sum(entry.nbytes for entry in self._entries.values())
+
     def shape(self, key: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading it."""
         return self._entry(key).shape
@@ -79,7 +91,10 @@ class Weights:
         """Read a tensor and count it as used. A missing one is a CheckpointError that names it."""
         entry = self._entry(key)
         self._unused.discard(key)
-        return entry.read()
+        array = entry.read()
+        if self.watch is not None:
+            self.watch(entry.nbytes)
+        return array
 
     def ignore(self, keys: Iterable[str]) -> None:
         """Count tensors as used that a graph rightly does not need (each caller says why)."""
@@ -87,7 +102,10 @@ class Weights:
 
     def renamed(self, names: Mapping[str, str]) -> Weights:
         """Return the same tensors, with those in `names` (old to new) under their new names."""
-        return Weights({names.get(k, k): e for k, e in self._entries.items()}, name=self.name)
+        entries = {names.get(key, key): entry for key, entry in self._entries.items()}
+        renamed = Weights(entries, name=self.name)
+        renamed.watch = self.watch
+        return renamed
 
     def reshaped(self, key: str, shape: tuple[int, ...]) -> None:
         """Give a tensor another shape of the same size (a 1x1 convolution as a linear layer)."""
@@ -144,8 +162,8 @@ def entries_from_safetensors(path: Path) -> dict[str, Entry]:
             raise CheckpointError(
                 f"{path}: tensor {key} has dtype", got=info["dtype"], expected=", ".join(_DTYPES)
             )
-        nbytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(_DTYPES[info["dtype"]]).itemsize
-        if end - begin != nbytes or begin < 0 or 8 + length + end > size:
+        entry = Entry(file=path, offset=8 + length + begin, dtype=info["dtype"], shape=shape)
+        if end - begin != entry.nbytes or begin < 0 or 8 + length + end > size:
             raise CheckpointError(f"{path}: tensor {key} is cut short", do="download it again")
-        entries[key] = Entry(file=path, offset=8 + length + begin, dtype=info["dtype"], shape=shape)
+        entries[key] = entry
     return entries

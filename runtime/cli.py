@@ -19,7 +19,8 @@ from sld_edge.runtime.files import check_writable, write_whole
 from sld_edge.runtime.loop import Step
 from sld_edge.runtime.picture import edit_map_picture, png_from_image
 from sld_edge.runtime.pipeline import Callback, Pipeline, Result
-from sld_edge.runtime.plan import Request, Rng, RunPlan
+from sld_edge.runtime.plan import Request, RunPlan
+from sld_edge.runtime.random import Rng
 from sld_edge.runtime.safety import PRESETS
 from sld_edge.runtime.samplers import SAMPLERS
 

@@ -18,9 +18,9 @@ from sld_edge.engines.errors import NumericsError
 from sld_edge.runtime.plan import ImagePlan
 from sld_edge.runtime.random import NoiseSource
 from sld_edge.runtime.samplers import SamplerTable
+from sld_edge.runtime.samplers.table import HISTORY
 
 Floats = NDArray[np.float32]
-HISTORY = 4  # past outputs that a sampler's row may use
 
 
 @dataclass(frozen=True, kw_only=True)

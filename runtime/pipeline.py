@@ -20,9 +20,9 @@ from sld_edge.engines.ort import OrtEngine, Provider, resolve_provider
 from sld_edge.engines.sessions import prepared_engine
 from sld_edge.runtime.bundle import Bundle, Component
 from sld_edge.runtime.loop import Floats, Step, denoise
-from sld_edge.runtime.plan import ImagePlan, Request, Rng, RunPlan, plan_from_request
-from sld_edge.runtime.random import noise_source
-from sld_edge.runtime.report import image_report
+from sld_edge.runtime.plan import ImagePlan, Request, RunPlan, plan_from_request
+from sld_edge.runtime.random import Rng, noise_source
+from sld_edge.runtime.report import StepReport, image_report, step_report
 from sld_edge.runtime.safety import Safety
 from sld_edge.runtime.tokenizer import Tokenizer, input_ids
 
@@ -280,14 +280,14 @@ class Pipeline:
         begin = clock()
         steps = self.steps(plan, images, latents)
         encoded = before = clock()
-        timed: list[tuple[Step, float]] = []
+        calls: list[list[StepReport]] = [[] for _ in images]
         for step in steps:
-            now = clock()
-            timed.append((step, now - before))
+            elapsed = clock() - before
+            for position, own in enumerate(calls):
+                own.append(step_report(step, position, elapsed))
             if callback is not None:
                 callback(step)
-            before = clock()
-        last = timed[-1][0]
+            last, before = step, clock()
         denoised = clock()
         pictures = self.decode(last.latents)
         seconds = {
@@ -301,13 +301,12 @@ class Pipeline:
                 bundle=self.bundle,
                 plan=plan,
                 image=image,
-                position=position,
-                steps=timed,
+                calls=own,
                 seconds=seconds,
                 cut=self._cut_texts(image),
                 provider=self.provider,
             )
-            for position, image in enumerate(images)
+            for image, own in zip(images, calls, strict=True)
         ]
         return Result(
             images=[Image.fromarray(picture) for picture in pictures],

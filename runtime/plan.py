@@ -6,15 +6,14 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 from sld_edge.engines.errors import InputError
 from sld_edge.runtime.bundle import Manifest
+from sld_edge.runtime.random import MAX_SEED, Rng
 from sld_edge.runtime.safety import Safety, safety_from_preset
 from sld_edge.runtime.samplers import SamplerTable, sampler_table
 
-Rng = Literal["torch", "philox"]
-_MAX_SEED = 2**64 - 1
 T = TypeVar("T")
 
 
@@ -109,7 +108,7 @@ def plan_from_request(request: Request, manifest: Manifest) -> RunPlan:
             concept=manifest.safety_concept if numbers.concept is None else numbers.concept,
         )
         seed_range = range(first.seed, first.seed + request.count)
-        images.extend(replace(first, seed=seed % (_MAX_SEED + 1)) for seed in seed_range)
+        images.extend(replace(first, seed=seed % (MAX_SEED + 1)) for seed in seed_range)
     return RunPlan(
         images=tuple(images),
         table=table,
@@ -165,8 +164,8 @@ def _text(name: str, value: str) -> str:
 
 
 def _seed(value: int) -> int:
-    if not isinstance(value, int) or not 0 <= value <= _MAX_SEED:
-        raise InputError("seed", got=value, expected=f"a whole number from 0 to {_MAX_SEED}")
+    if not isinstance(value, int) or not 0 <= value <= MAX_SEED:
+        raise InputError("seed", got=value, expected=f"a whole number from 0 to {MAX_SEED}")
     return value
 
 

@@ -18,6 +18,7 @@ Rng = Literal["torch", "philox"]
 Floats = NDArray[np.float32]
 Words = NDArray[np.uint64]  # 32-bit words, with room for their products
 
+MAX_SEED = 2**64 - 1
 _WORD = 0xFFFFFFFF
 _BLOCK = 16  # normals that torch makes at once on the CPU: 8 cosines, 8 sines
 
@@ -35,7 +36,7 @@ def noise_source(rng: Rng, seed: int) -> NoiseSource:
     Raises:
         InputError: an unknown stream, or a seed outside 0 to 2**64 - 1.
     """
-    if not isinstance(seed, int) or not 0 <= seed < 2**64:
+    if not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
         raise InputError("seed", got=seed, expected="a whole number from 0 to 2**64 - 1")
     if rng == "torch":
         return TorchNoise(seed)

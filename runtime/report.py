@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib import metadata
 from typing import Any
 
@@ -24,31 +25,31 @@ class StepReport:
     seconds: float
 
 
+def step_report(step: Step, position: int, seconds: float) -> StepReport:
+    """Return what a call did to the image at a place in its batch."""
+    return StepReport(
+        timestep=step.timestep,
+        branches=step.branches,
+        share=round(float(step.share[position]), 6),
+        strength=round(float(step.strength[position]), 6),
+        seconds=round(seconds, 6),
+    )
+
+
 def image_report(
     *,
     bundle: Bundle,
     plan: RunPlan,
     image: ImagePlan,
-    position: int,
-    steps: Sequence[tuple[Step, float]],
+    calls: Sequence[StepReport],
     seconds: dict[str, float],
     cut: dict[str, str],
     provider: str,
 ) -> dict[str, Any]:
     """Return one image's report, ready for JSON.
 
-    `position` is the image's place in its batch, whose size `seconds` (per stage) are for.
+    `seconds`, per stage, are those of the image's whole batch.
     """
-    calls = [
-        StepReport(
-            timestep=step.timestep,
-            branches=step.branches,
-            share=round(float(step.share[position]), 6),
-            strength=round(float(step.strength[position]), 6),
-            seconds=round(elapsed, 6),
-        )
-        for step, elapsed in steps
-    ]
     manifest = bundle.manifest
     safety = asdict(image.safety)
     safety.pop("concept")
@@ -79,11 +80,12 @@ def image_report(
         "model_sha256": manifest.components["unet"].files[-1].sha256,
         "bundle_sha256": bundle.sha256,
         "provider": provider,
-        "versions": versions(),
+        "versions": dict(versions()),
     }
 
 
-def versions() -> dict[str, str]:
+@cache
+def versions() -> Mapping[str, str]:
     """Return the versions that a result depends on."""
     found = {"python": platform.python_version(), "machine": platform.machine()}
     for package in ("sld-edge", "onnxruntime", "onnxruntime-gpu", "numpy", "tokenizers"):

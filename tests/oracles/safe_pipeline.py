@@ -58,6 +58,21 @@ class Pair:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Case:
+    """One run, for both sides; `size` is width and height in pixels."""
+
+    sampler: str
+    safety: Safety
+    steps: int
+    seed: int
+    prompt: str = "a red star at a party"
+    concept: str = "skull, death, horror"
+    negative_prompt: str | None = None
+    guidance_scale: float = 7.5
+    size: int = 64
+
+
+@dataclass(frozen=True, kw_only=True)
 class Trace:
     """An image, uint8 [H,W,3], and the latents after each UNet call, float32 [N,4,h,w]."""
 
@@ -81,72 +96,48 @@ def pair_of(kind: Kind, folder: Path) -> Pair:
     return Pair(oracle=oracle, ours=ours)
 
 
-def oracle_trace(
-    pair: Pair,
-    prompt: str,
-    *,
-    sampler: str,
-    safety: Safety,
-    concept: str,
-    steps: int,
-    seed: int,
-    negative_prompt: str | None,
-    guidance_scale: float = 7.5,
-    size: int = 64,
-) -> Trace:
+def oracle_trace(pair: Pair, case: Case) -> Trace:
     """Run diffusers' pipeline."""
-    scheduler, changes = SCHEDULERS[sampler]
+    scheduler, changes = SCHEDULERS[case.sampler]
     oracle = pair.oracle
     config = {**pair.ours.bundle.manifest.scheduler}
     config["prediction_type"] = pair.ours.bundle.manifest.prediction_type
     oracle.scheduler = scheduler.from_config(config, **changes)
-    oracle.safety_concept = concept
+    oracle.safety_concept = case.concept
     seen: list[NDArray[np.float32]] = []
     image = oracle(
-        prompt,
-        height=size,
-        width=size,
-        num_inference_steps=steps,
-        guidance_scale=guidance_scale,
-        negative_prompt=negative_prompt,
-        generator=torch.Generator().manual_seed(seed),
+        case.prompt,
+        height=case.size,
+        width=case.size,
+        num_inference_steps=case.steps,
+        guidance_scale=case.guidance_scale,
+        negative_prompt=case.negative_prompt,
+        generator=torch.Generator().manual_seed(case.seed),
         output_type="pil",
-        sld_guidance_scale=safety.scale,
-        sld_warmup_steps=safety.warmup_steps,
-        sld_threshold=safety.threshold,
-        sld_momentum_scale=safety.momentum_scale,
-        sld_mom_beta=safety.momentum_beta,
+        sld_guidance_scale=case.safety.scale,
+        sld_warmup_steps=case.safety.warmup_steps,
+        sld_threshold=case.safety.threshold,
+        sld_momentum_scale=case.safety.momentum_scale,
+        sld_mom_beta=case.safety.momentum_beta,
         callback=lambda _i, _t, latents: seen.append(latents[0].numpy().copy()),
     ).images[0]
     return Trace(image=np.asarray(image), latents=np.stack(seen))
 
 
-def our_trace(
-    pair: Pair,
-    prompt: str,
-    *,
-    sampler: str,
-    safety: Safety,
-    concept: str,
-    steps: int,
-    seed: int,
-    negative_prompt: str | None,
-    guidance_scale: float = 7.5,
-    size: int = 64,
-) -> Trace:
+def our_trace(pair: Pair, case: Case) -> Trace:
     """Run ours with the same settings."""
     seen: list[NDArray[np.float32]] = []
     result = pair.ours(
-        prompt,
-        height=size,
-        width=size,
-        steps=steps,
-        sampler=sampler,
-        safety=safety,
-        safety_concept=concept if safety.acts else None,
-        guidance_scale=guidance_scale,
-        negative_prompt=negative_prompt,
-        seed=seed,
+        case.prompt,
+        height=case.size,
+        width=case.size,
+        steps=case.steps,
+        sampler=case.sampler,
+        safety=case.safety,
+        safety_concept=case.concept if case.safety.acts else None,
+        guidance_scale=case.guidance_scale,
+        negative_prompt=case.negative_prompt,
+        seed=case.seed,
         callback=lambda step: seen.append(step.latents[0]),
     )
     return Trace(image=np.asarray(result.images[0]), latents=np.stack(seen))

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from oracles.guidance import MISTAKES, Mistake, TwinEngine
-from oracles.safe_pipeline import Pair, Trace, disagreement, oracle_trace, our_trace, pair_of
+from oracles.safe_pipeline import Case, Pair, Trace, disagreement, oracle_trace, our_trace, pair_of
 from sld_edge.engines.base import Array, TensorSpec
 from sld_edge.runtime import ImagePlan, Safety, loop
 
@@ -25,15 +25,15 @@ STEPS, SEED, SIZE = 7, 5, 64
 LATENTS = 1e-5  # both sides get the same predictions; only the arithmetic after them differs
 # Threshold on the grid, so that >= and > differ; momentum and warm-up that matter.
 SAFETY = Safety(scale=1.5, warmup_steps=3, threshold=0.25, momentum_scale=0.5, momentum_beta=0.7)
-SETTINGS: dict[str, Any] = {
-    "sampler": "pndm",
-    "safety": SAFETY,
-    "concept": "skull",
-    "steps": STEPS,
-    "seed": SEED,
-    "negative_prompt": None,
-    "size": SIZE,
-}
+CASE = Case(
+    sampler="pndm",
+    safety=SAFETY,
+    steps=STEPS,
+    seed=SEED,
+    prompt="a star",
+    concept="skull",
+    size=SIZE,
+)
 
 
 class GridUnet:
@@ -73,7 +73,7 @@ def oracle(pair: Pair) -> Trace:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pair.oracle.unet, "forward", forward)
-        return oracle_trace(pair, "a star", **SETTINGS)
+        return oracle_trace(pair, CASE)
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def compare(pair: Pair, oracle: Trace) -> Callable[[TwinEngine | None], float]:
             patch.setitem(pair.ours._engines, "unet", GridUnet())
             if twin is not None:
                 patch.setitem(pair.ours._engines, "guidance", twin)
-            return disagreement(our_trace(pair, "a star", **SETTINGS), oracle)[0]
+            return disagreement(our_trace(pair, CASE), oracle)[0]
 
     return run
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import zlib
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from oracles.models import KINDS, Kind
-from oracles.safe_pipeline import Pair, disagreement, oracle_trace, our_trace, pair_of
+from oracles.safe_pipeline import Case, Pair, disagreement, oracle_trace, our_trace, pair_of
 from sld_edge.runtime import PRESETS
 from sld_edge.runtime.safety import safety_from_preset
 
@@ -17,12 +17,15 @@ LATENTS = 1e-4  # relative L2 of a call's latents: fp32 rounding over the calls
 PIXELS = 1  # of 255: rounding of the decoder's output
 STEPS = 9
 SEEDS = 3
-PROMPT = "a red star at a party"
 
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[Kind, Pair]:
     return {kind: pair_of(kind, Path(tmp_path_factory.mktemp(kind))) for kind in KINDS}
+
+
+def compared(pair: Pair, case: Case) -> tuple[float, int]:
+    return disagreement(our_trace(pair, case), oracle_trace(pair, case))
 
 
 @pytest.mark.parametrize("negative", [None, "a blue square"])
@@ -33,58 +36,44 @@ def test_images_and_latents_are_those_of_diffusers(
     pairs: dict[Kind, Pair], kind: Kind, sampler: str, preset: str, negative: str | None
 ) -> None:
     calls = STEPS + (sampler == "pndm")
-    case = f"{kind} {sampler} {preset} {negative}"
-    settings: dict[str, Any] = {
-        "sampler": sampler,
-        "safety": safety_from_preset(preset, calls=calls),
-        "concept": "skull, death, horror",
-        "steps": STEPS,
-        "negative_prompt": negative,
-    }
-    first = zlib.crc32(case.encode())
+    name = f"{kind} {sampler} {preset} {negative}"
+    case = Case(
+        sampler=sampler,
+        safety=safety_from_preset(preset, calls=calls),
+        steps=STEPS,
+        seed=zlib.crc32(name.encode()),
+        negative_prompt=negative,
+    )
     measured = []
     # Where a distance is within rounding of the threshold, SLD's gate may fall either way: one
     # element of one call in some thousands. A mistake would show with every seed.
-    for seed in range(first, first + SEEDS):
-        ours = our_trace(pairs[kind], PROMPT, seed=seed, **settings)
-        measured.append(
-            disagreement(ours, oracle_trace(pairs[kind], PROMPT, seed=seed, **settings))
-        )
+    for k in range(SEEDS):
+        measured.append(compared(pairs[kind], replace(case, seed=case.seed + k)))
         if measured[-1][0] <= LATENTS and measured[-1][1] <= PIXELS:
             return
-    pytest.fail(f"{case}: latents and pixels differ by {measured}")
+    pytest.fail(f"{name}: latents and pixels differ by {measured}")
 
 
 @pytest.mark.parametrize("sampler", ["euler-a", "dpm++2m-karras", "unipc", "lms", "lcm"])
 def test_other_samplers_agree_too(pairs: dict[Kind, Pair], sampler: str) -> None:
-    settings: dict[str, Any] = {
-        "sampler": sampler,
-        "safety": safety_from_preset("strong", calls=6),
-        "concept": "skull, death, horror",
-        "steps": 6,
-        "seed": 11,
-        "negative_prompt": None,
-    }
-    ours = our_trace(pairs["sd1"], "a red star", **settings)
-    latents, pixels = disagreement(ours, oracle_trace(pairs["sd1"], "a red star", **settings))
+    strong = safety_from_preset("strong", calls=6)
+    case = Case(sampler=sampler, safety=strong, steps=6, seed=11, prompt="a red star")
+    latents, pixels = compared(pairs["sd1"], case)
     assert latents <= LATENTS, f"{sampler}: latents differ by {latents:.1e}"
     assert pixels <= PIXELS
 
 
 def test_safety_moves_the_image_far_more_than_the_tolerance(pairs: dict[Kind, Pair]) -> None:
-    settings: dict[str, Any] = {
-        "sampler": "ddim",
-        "concept": "skull, death, horror",
-        "steps": STEPS,
-        "seed": 3,
-        "negative_prompt": None,
-    }
     off, strong = (
         our_trace(
             pairs["sd1"],
-            "a red star",
-            safety=safety_from_preset(preset, calls=STEPS),
-            **settings,
+            Case(
+                sampler="ddim",
+                safety=safety_from_preset(preset, calls=STEPS),
+                steps=STEPS,
+                seed=3,
+                prompt="a red star",
+            ),
         )
         for preset in ("off", "strong")
     )
