@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, Self
 
 import numpy as np
 
-from sld_edge.engines.base import Array, TensorSpec
-from sld_edge.engines.errors import EngineError, InputError, MissingPackageError
-from sld_edge.engines.settings import thread_count
+from sld_edge.engines.base import Array, TensorSpec, check_feeds
+from sld_edge.engines.device import Device
+from sld_edge.engines.errors import EngineError, MissingPackageError
+from sld_edge.engines.settings import cache_folder, thread_count
 
-Provider = Literal["cpu", "cuda"]
-PROVIDERS: Mapping[str, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+OrtProvider = Literal["cpu", "cuda", "ort-tensorrt", "ort-tensorrt-rtx"]
+PROVIDERS: Mapping[str, str] = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "ort-tensorrt": "TensorrtExecutionProvider",
+    "ort-tensorrt-rtx": "NvTensorRtRtxExecutionProvider",
+}
 _DTYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -37,32 +43,36 @@ def onnxruntime() -> ModuleType:
     return module
 
 
-def resolve_provider(name: str) -> Provider:
-    """Turn what the user asked for into what runs here; "auto" takes CUDA where it works.
-
-    Raises:
-        InputError: unknown provider, or one that this ONNX Runtime does not have.
-    """
-    available = onnxruntime().get_available_providers()
-    if name == "auto":
-        return "cuda" if PROVIDERS["cuda"] in available else "cpu"
-    if name not in PROVIDERS:
-        raise InputError(
-            "provider", got=repr(name), expected="one of " + ", ".join(("auto", *PROVIDERS))
-        )
-    if PROVIDERS[name] not in available:
-        raise InputError(
-            f"provider {name} is not in the installed ONNX Runtime",
-            do='pip install "sld-edge[gpu]" in place of onnxruntime, or use --provider cpu',
-        )
-    return "cuda" if name == "cuda" else "cpu"
+def provider_options(provider: OrtProvider, device: Device | None) -> dict[str, str]:
+    """Return what a provider is told: its stream, and where it keeps what it compiled."""
+    if device is None:
+        return {}
+    options = {"user_compute_stream": str(device.stream)}
+    root = cache_folder()
+    if provider == "cuda":
+        # Convolutions are chosen by rule, not by minutes of trying; TF32 would cost digits.
+        options |= {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"}
+    elif provider == "ort-tensorrt" and root is not None:
+        folder = str(root / provider)
+        options |= {"trt_engine_cache_enable": "1", "trt_engine_cache_path": folder}
+        options |= {"trt_timing_cache_enable": "1", "trt_timing_cache_path": folder}
+    elif provider == "ort-tensorrt-rtx" and root is not None:
+        options |= {"nv_runtime_cache_path": str(root / provider)}
+    return options
 
 
 class OrtEngine:
     """A graph in ONNX Runtime. `run` takes contiguous arrays without a copy; outputs are new."""
 
-    def __init__(self, path: Path, *, provider: Provider = "cpu", as_is: bool = False) -> None:
-        """Load the graph at `path`.
+    def __init__(
+        self,
+        path: Path,
+        *,
+        provider: OrtProvider = "cpu",
+        as_is: bool = False,
+        device: Device | None = None,
+    ) -> None:
+        """Load the graph at `path`, for a provider other than the CPU on `device`.
 
         With `as_is` nothing is optimized and the weights stay mapped from the file: ready at once,
         in little memory. It is for graphs optimized before (see `sessions`) or run only once.
@@ -77,9 +87,9 @@ class OrtEngine:
             # Prepacked weights would be copies in memory of what is mapped from the file.
             options.add_session_config_entry("session.disable_prepacking", "1")
         self.path = path
-        self._session = create_session(path, options, provider)
-        self.inputs = tuple(map(_spec, self._session.get_inputs()))
-        self.outputs = tuple(map(_spec, self._session.get_outputs()))
+        self.session = create_session(path, options, provider, device)
+        self.inputs = tuple(map(_spec, self.session.get_inputs()))
+        self.outputs = tuple(map(_spec, self.session.get_outputs()))
         self._output_names = [spec.name for spec in self.outputs]
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
@@ -89,31 +99,22 @@ class OrtEngine:
             EngineError: an input is missing, unknown or of another dtype or shape; or the run
                 failed, out of memory for example.
         """
-        self._check(feeds)
+        check_feeds(self.path.name, self.inputs, feeds)
         try:
-            values = self._session.run(self._output_names, dict(feeds))
+            values = self.session.run(self._output_names, dict(feeds))
         except Exception as error:  # ONNX Runtime's errors share no base class
             raise EngineError(f"{self.path.name} failed to run", got=_first_line(error)) from error
         return dict(zip(self._output_names, values, strict=True))
+
+    def close(self) -> None:
+        """Give back the session's memory."""
+        self.session = None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._session = None
-
-    def _check(self, feeds: Mapping[str, Array]) -> None:
-        for spec in self.inputs:
-            array = feeds.get(spec.name)
-            if array is None or not spec.accepts(array):
-                raise EngineError(
-                    f"{self.path.name}: input {spec.name}",
-                    got="nothing" if array is None else f"{array.dtype} {list(array.shape)}",
-                    expected=f"{spec.dtype} {list(spec.shape)}",
-                )
-        if len(feeds) != len(self.inputs):
-            unknown = sorted(set(feeds) - {spec.name for spec in self.inputs})
-            raise EngineError(f"{self.path.name}: no such input", got=", ".join(unknown))
+        self.close()
 
 
 def session_options() -> Any:
@@ -128,20 +129,32 @@ def session_options() -> Any:
     return options
 
 
-def create_session(path: Path, options: Any, provider: Provider) -> Any:
+def create_session(
+    path: Path, options: Any, provider: OrtProvider, device: Device | None = None
+) -> Any:
     """Create a session; whatever stops it becomes one line."""
     ort = onnxruntime()
-    providers: Sequence[str] = [PROVIDERS[provider]]
+    providers: list[Any] = [(PROVIDERS[provider], provider_options(provider, device))]
+    if provider.startswith("ort-"):
+        providers.append((PROVIDERS["cuda"], provider_options("cuda", device)))
     if provider != "cpu":
-        providers = [*providers, PROVIDERS["cpu"]]
+        providers.append(PROVIDERS["cpu"])
     try:
-        return ort.InferenceSession(os.fspath(path), options, providers=providers)
+        session = ort.InferenceSession(os.fspath(path), options, providers=providers)
     except Exception as error:  # ONNX Runtime's errors share no base class
         raise EngineError(
             f"ONNX Runtime {ort.__version__} cannot load {path}",
             got=_first_line(error),
             do="export the bundle again, or update onnxruntime",
         ) from error
+    if PROVIDERS[provider] not in session.get_providers():
+        # ONNX Runtime goes on without it in silence.
+        raise EngineError(
+            f"ONNX Runtime {ort.__version__} could not start {PROVIDERS[provider]} here",
+            got="a package, driver or library that it needs is missing or too old",
+            do="see sld-run --providers, or use --provider cpu",
+        )
+    return session
 
 
 def _spec(argument: Any) -> TensorSpec:

@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -47,7 +48,9 @@ from sld_edge.runtime.tokenizer import Tokenizer, input_ids
 
 Say = Callable[[str], None]
 Watch = Callable[[int, int], None]
+Precision = Literal["fp16", "fp32"]
 COMPONENTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder", "guidance")
+_CHOOSABLE = COMPONENTS[:-1]  # guidance is FP32 always
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +61,8 @@ class ExportSettings:
         model: alias, Hub id, diffusers directory or `.safetensors` file.
         output: the bundle's directory, which must not exist yet (but see `force`).
         precision: arithmetic of the graphs; guidance and the boundary are always FP32.
-        storage: of the weights on disk; None is as `precision`.
+        fp32_components: those whose arithmetic is FP32 all the same, as where FP16 overflows.
+        storage: of the weights on disk; None is as each component's precision.
         attention: "op" is ONNX's Attention (opset 23), "decomposed" plain products (opset 20).
         via: "builder" writes the graphs from the config, "torch" exports diffusers' modules.
         width: default picture width in pixels; None is what the model was trained for.
@@ -75,7 +79,8 @@ class ExportSettings:
 
     model: str
     output: Path
-    precision: Literal["fp16", "fp32"] = "fp16"
+    precision: Precision = "fp16"
+    fp32_components: tuple[str, ...] = ()
     storage: Literal["fp16", "fp32"] | None = None
     attention: Literal["op", "decomposed"] = "op"
     via: Literal["builder", "torch"] = "builder"
@@ -107,6 +112,24 @@ class ExportSettings:
             raise InputError("storage fp32 with precision fp16", do="leave storage out")
         if self.storage is not None and self.via == "torch":
             raise InputError("storage cannot be chosen with via torch", do="leave it out")
+        for name in self.fp32_components:
+            if name not in _CHOOSABLE:
+                raise InputError("fp32 component", got=repr(name), expected=", ".join(_CHOOSABLE))
+        if self.fp32_components and self.precision == "fp32":
+            raise InputError(
+                "fp32 components with precision fp32, where all are", do="leave fp32 components out"
+            )
+
+    def precision_of(self, component: str) -> Precision:
+        """Return the arithmetic of one component's graph."""
+        own = component == "guidance" or component in self.fp32_components
+        return "fp32" if own else self.precision
+
+    def storage_of(self, component: str) -> Precision:
+        """Return the type of one component's weights on disk."""
+        if component == "guidance" or self.storage is None:
+            return self.precision_of(component)
+        return self.storage
 
 
 def export_bundle(
@@ -280,23 +303,40 @@ def _writers(checkpoint: Checkpoint, settings: ExportSettings) -> dict[str, Call
     from sld_edge.export.vae import write_vae_decoder, write_vae_encoder
 
     if settings.via == "torch":
-        from sld_edge.export.via_torch import torch_writers
-
-        writers = torch_writers(
-            checkpoint, precision=settings.precision, attention=settings.attention
+        return {**_torch_writers(checkpoint, settings), "guidance": write_guidance}
+    options = {
+        name: GraphOptions(
+            precision=settings.precision_of(name),
+            storage=settings.storage_of(name),
+            attention=settings.attention,
         )
-        return {**writers, "guidance": write_guidance}
-    options = GraphOptions(
-        precision=settings.precision, storage=settings.storage, attention=settings.attention
-    )
+        for name in _CHOOSABLE
+    }
     text, unet, vae = checkpoint.text_encoder, checkpoint.unet, checkpoint.vae
+    writers = {
+        "text_encoder": partial(write_text_encoder, text.config, text.weights),
+        "unet": partial(write_unet, unet.config, unet.weights),
+        "vae_decoder": partial(write_vae_decoder, vae.config, vae.weights),
+        "vae_encoder": partial(write_vae_encoder, vae.config, vae.weights),
+    }
     return {
-        "text_encoder": lambda path: write_text_encoder(text.config, text.weights, options, path),
-        "unet": lambda path: write_unet(unet.config, unet.weights, options, path),
-        "vae_decoder": lambda path: write_vae_decoder(vae.config, vae.weights, options, path),
-        "vae_encoder": lambda path: write_vae_encoder(vae.config, vae.weights, options, path),
+        **{name: partial(write, options[name]) for name, write in writers.items()},
         "guidance": write_guidance,
     }
+
+
+def _torch_writers(
+    checkpoint: Checkpoint, settings: ExportSettings
+) -> dict[str, Callable[[Path], None]]:
+    """Return what exports diffusers' modules, loaded once for each precision asked for."""
+    from sld_edge.export.via_torch import torch_writers
+
+    precisions = {name: settings.precision_of(name) for name in _CHOOSABLE}
+    writers = {
+        precision: torch_writers(checkpoint, precision=precision, attention=settings.attention)
+        for precision in dict.fromkeys(precisions.values())
+    }
+    return {name: writers[precision][name] for name, precision in precisions.items()}
 
 
 def _verify(
@@ -310,20 +350,24 @@ def _verify(
     errors = errors_against_diffusers(checkpoint, folder, graphs, downscale=shape.latents.downscale)
     for name, error in errors.items():
         say(f"{name}: relative L2 distance to diffusers {error:.1e}")
-    require_agreement(errors, precision=settings.precision)
+    for precision in ("fp32", "fp16"):
+        own = {
+            name: error
+            for name, error in errors.items()
+            if settings.precision_of(name) == precision
+        }
+        require_agreement(own, precision=precision)
 
 
 def _component(name: str, facts: GraphFacts, settings: ExportSettings, folder: Path) -> Component:
     graph = folder / f"{name}.onnx"
     data = folder / f"{name}.onnx.data"
     files = tuple(_file(path) for path in (graph, data) if path.exists())
-    own = name == "guidance"  # always FP32, and without attention
-    storage = settings.storage if settings.storage is not None else settings.precision
     return Component(
         files=files,
-        precision="fp32" if own else settings.precision,
-        storage="fp32" if own else storage,
-        attention="none" if own else settings.attention,
+        precision=settings.precision_of(name),
+        storage=settings.storage_of(name),
+        attention="none" if name == "guidance" else settings.attention,
         opset=facts.opset,
         inputs=facts.inputs,
         outputs=facts.outputs,

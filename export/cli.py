@@ -56,9 +56,19 @@ def parser() -> Parser:
         "(default: fp16; guidance is always fp32)",
     )
     graphs.add_argument(
+        "--fp32-components",
+        nargs="+",
+        default=(),
+        metavar="NAME",
+        help="these in fp32 all the same; vae_decoder, where its activations pass the largest fp16 "
+        "number, 65504, as SDXL's do: such a run ends in NaN (text_encoder, unet, vae_decoder, "
+        "vae_encoder)",
+    )
+    graphs.add_argument(
         "--storage",
         metavar="NAME",
-        help="weights on disk: fp16 with --precision fp32 is half the size (default: as precision)",
+        help="weights on disk: fp16 with --precision fp32, or with --fp32-components, is half the "
+        "size (default: as the arithmetic)",
     )
     graphs.add_argument(
         "--attention",
@@ -123,6 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str] | None) -> None:
     options = vars(parser().parse_args(arguments))
     quiet = options.pop("quiet")
+    options["fp32_components"] = tuple(options["fp32_components"])
     settings = ExportSettings(**options)
     start = time.perf_counter()
     with _progress(quiet=quiet) as (bar, watch):

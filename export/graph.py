@@ -67,8 +67,15 @@ class Value:
 class GraphBuilder:
     """Builds one graph; leaving the `with` block writes it, an exception leaves no file."""
 
-    def __init__(self, path: Path, options: GraphOptions, weights: Weights | None = None) -> None:
-        """Write to `path` and, for large weights, to `path` + ".data" beside it."""
+    def __init__(
+        self,
+        path: Path,
+        options: GraphOptions,
+        weights: Weights | None = None,
+        *,
+        inline: bool = False,
+    ) -> None:
+        """Write to `path` and, for large tensors unless `inline`, to `path` + ".data" beside it."""
         storage = options.storage if options.storage is not None else options.precision
         if options.precision == "fp16" and storage == "fp32":
             raise InputError(
@@ -80,6 +87,7 @@ class GraphBuilder:
         self.weights = (weights if weights is not None else Weights({}, name="")).renamed({})
         self.storage = _DTYPES[storage]
         self._path = path
+        self._inline = inline
         self._data_path = path.with_name(path.name + ".data")
         self._data: BinaryIO | None = None
         self._written: dict[bytes, tuple[int, int]] = {}
@@ -91,6 +99,7 @@ class GraphBuilder:
         self._constants: dict[tuple[str, tuple[int, ...], bytes], Value] = {}
         self._weights: dict[str, Value] = {}
         self._wide: dict[str, Value] = {}
+        self._new_names: dict[str, str] = {}  # by the name inside the graph
         self._branches: Value | None = None
 
     def __enter__(self) -> Self:
@@ -128,13 +137,25 @@ class GraphBuilder:
     def output(
         self, value: Value, name: str, dtype: type[np.generic], shape: Sequence[int | str]
     ) -> None:
-        """Declare `value` an output of the graph, called `name`."""
+        """Declare `value` an output of the graph, called `name`; it stays usable."""
         if self._unique(name) != name:
             raise ValueError(f"{name} is the name of another value")
-        self._nodes.append(
-            helper.make_node("Identity", [value.name], [name], name=f"{name}/Identity")
-        )
+        made = any(value.name in node.output for node in self._nodes)
+        if not made or value.name in self._new_names:
+            # An input, a constant or an output already: the name it has must stay.
+            value = self.node("Identity", value, name=f"{name}/copy")
+        # TensorRT takes bytes only from the node that makes them, so no Identity stands between.
+        self.rename(value, name)
         self._outputs.append(_value_info(name, dtype, shape))
+
+    def adopt(self, graph: onnx.GraphProto) -> None:
+        """Take over boundary and tensors of another graph, and keep its names from new values."""
+        self._inputs.extend(graph.input)
+        self._outputs.extend(graph.output)
+        self._initializers.extend(graph.initializer)
+        for owner in (graph.input, graph.initializer):
+            self._used_names.update((item.name, 1) for item in owner)
+        self._used_names.update((name, 1) for node in graph.node for name in node.output)
 
     # --- nodes --------------------------------------------------------------------------------
 
@@ -178,6 +199,14 @@ class GraphBuilder:
             )
         )
         return [Value(each, rank, batch) for each in names]
+
+    def copy(self, node: onnx.NodeProto) -> None:
+        """Add a node of the adopted graph as it is."""
+        self._nodes.append(node)
+
+    def rename(self, value: Value, name: str) -> None:
+        """Let the node that makes `value` give it this name in the file, for whoever reads it."""
+        self._new_names[value.name] = name
 
     def sizes(self, value: Value, start: int, end: int) -> Value:
         """Sizes of the axes `start` to `end` at run time."""
@@ -302,7 +331,7 @@ class GraphBuilder:
 
     def _store(self, name: str, array: NDArray[Any]) -> None:
         array = np.asarray(array, order="C")
-        if array.nbytes < _INLINE_BYTES:
+        if self._inline or array.nbytes < _INLINE_BYTES:
             self._initializers.append(numpy_helper.from_array(array, name))
             return
         tensor = TensorProto(name=name, data_type=_onnx_dtype(array.dtype), dims=array.shape)
@@ -332,6 +361,9 @@ class GraphBuilder:
 
     def _save(self) -> None:
         self.weights.finish()
+        for node in self._nodes:
+            for names in (node.input, node.output):
+                names[:] = [self._new_names.get(name, name) for name in names]
         graph = helper.make_graph(
             self._nodes, self._path.stem, self._inputs, self._outputs, self._initializers
         )

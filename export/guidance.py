@@ -13,6 +13,8 @@ Source: SLD, arXiv 2211.05105, equations 3 to 8.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,8 +37,9 @@ def write_guidance(path: Path) -> None:
 
     Outputs: latents_next, unet_latents (times c_in_next), momentum_next, history_next,
     edit_map_next (plus the mean |edit| over channels); and for each image [B] the share of the
-    latents that was edited, the strength of the edit against the plain guidance, and finite, 1
-    where every number of latents_next is.
+    latents that was edited, the strength of the edit against the plain guidance, and finite: 1
+    where all is, 0 where latents_next holds NaN or infinity though no prediction did, -1 where a
+    prediction did.
     """
     with GraphBuilder(path, GraphOptions(attention="decomposed")) as b:
         _Guidance(b).build()
@@ -86,7 +89,8 @@ class _Guidance:
         shifted = b.node("Concat", newest, older, name="history/shifted", axis=0)
 
         self._outputs(row, moved, kept, shifted)
-        self._report(mu, applied, plain, active, edit_map, moved)
+        self._report(mu, applied, plain, active, edit_map)
+        self._finite(moved, (uncond, text, safety_pred))
 
     def _mask(self, text: Value, safety: Value, scale: Value, threshold: Value) -> Value:
         """Where the prompt is close to the concept, or on its side; the comparison is signed."""
@@ -121,7 +125,7 @@ class _Guidance:
         b.output(shifted, "history_next", np.float32, _HISTORY)
 
     def _report(
-        self, mu: Value, applied: Value, plain: Value, active: Value, edit_map: Value, moved: Value
+        self, mu: Value, applied: Value, plain: Value, active: Value, edit_map: Value
     ) -> None:
         b = self.b
         size = b.node("Abs", applied, name="edit/size")
@@ -143,11 +147,25 @@ class _Guidance:
         strength = b.node("Where", nothing, b.scalar(0), strength, name="strength/or_0")
         b.output(strength, "strength", np.float32, ["B"])
 
-        # NaN fails every comparison, infinity this one.
-        size = b.node("Abs", moved, name="next/size")
-        finite = b.node("LessOrEqual", size, b.scalar(_LARGEST), name="next/finite")
-        finite = b.cast(finite, np.float32, "next/finite_number")
-        b.output(self._per_image("ReduceMin", finite, "finite/all"), "finite", np.float32, ["B"])
+    def _finite(self, moved: Value, predictions: tuple[Value, ...]) -> None:
+        """The lower of 1 or 0 for the latents, and 1 or -1 for the predictions."""
+        b = self.b
+        whole = self._all_finite([moved], "finite/latents")
+        fed = self._all_finite(predictions, "finite/predictions")
+        fed = self._sub(self._mul(b.scalar(2), fed, "finite/doubled"), b.scalar(1), "finite/fed")
+        b.output(b.node("Min", whole, fed, name="finite/code"), "finite", np.float32, ["B"])
+
+    def _all_finite(self, values: Sequence[Value], name: str) -> Value:
+        """1 for each image where every number is finite, else 0."""
+        b = self.b
+        checks = []
+        for value in values:
+            # NaN fails every comparison, infinity this one.
+            size = b.node("Abs", value, name=f"{value.name}/size")
+            limit = b.scalar(_LARGEST)
+            checks.append(b.node("LessOrEqual", size, limit, name=f"{value.name}/finite"))
+        every = functools.reduce(lambda x, y: b.node("And", x, y, name=f"{name}/and"), checks)
+        return self._per_image("ReduceMin", b.cast(every, np.float32, f"{name}/each"), name)
 
     def _image(self, value: Value, axes: tuple[int, ...]) -> Value:
         """A number an image, shaped to multiply it."""

@@ -68,16 +68,28 @@ def group_norm(
             num_groups=groups,
             epsilon=eps,
         )
-    # Opset 20 has no usable GroupNormalization: normalize [B,G,rest], then scale each channel.
-    flat = b.node("Reshape", x, b.ints(0, groups, -1), name=f"{key}/groups", rank=3)
+    column = (channels, 1, 1)
+    for name in (scale, bias):
+        b.weights.reshaped(name, column)
+    scales, biases = b.weight(scale, column), b.weight(bias, column)
+    return decomposed_group_norm(b, x, scales, biases, groups=groups, eps=eps, name=key)
+
+
+def decomposed_group_norm(
+    b: GraphBuilder, x: Value, scale: Value, bias: Value, *, groups: int, eps: float, name: str
+) -> Value:
+    """Group normalization in operators of opset 20, which has no usable one; scale, bias [C,1,1].
+
+    Each group [B,G,rest] is normalized as a whole, then each channel scaled.
+    """
+    flat = b.node("Reshape", x, b.ints(0, groups, -1), name=f"{name}/groups", rank=3)
     ones = b.constant(np.ones(groups, b.dtype), f"ones/{groups}")
     zeros = b.constant(np.zeros(groups, b.dtype), f"zeros/{groups}")
-    flat = b.node("InstanceNormalization", flat, ones, zeros, name=f"{key}/normalized", epsilon=eps)
-    y = b.node("Reshape", flat, b.sizes(x, 0, 4), name=f"{key}/image", rank=4)
-    for name in (scale, bias):
-        b.weights.reshaped(name, (channels, 1, 1))
-    y = b.node("Mul", y, b.weight(scale, (channels, 1, 1)), name=key)
-    return b.node("Add", y, b.weight(bias, (channels, 1, 1)), name=key)
+    flat = b.node(
+        "InstanceNormalization", flat, ones, zeros, name=f"{name}/normalized", epsilon=eps
+    )
+    y = b.node("Reshape", flat, b.sizes(x, 0, 4), name=f"{name}/image", rank=4)
+    return b.node("Add", b.node("Mul", y, scale, name=name), bias, name=name)
 
 
 def layer_norm(b: GraphBuilder, x: Value, key: str, channels: int, eps: float) -> Value:

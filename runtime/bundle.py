@@ -9,7 +9,7 @@ import hashlib
 import io
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, cast
 
@@ -119,6 +119,7 @@ class Manifest:
     tokenizer: File
     embeddings: Embeddings
     components: Mapping[str, Component]
+    plans: Mapping[str, File] = field(default_factory=dict)  # TensorRT plans, by component
 
     def to_json(self) -> str:
         """Write as `bundle.json`."""
@@ -126,7 +127,7 @@ class Manifest:
         return json.dumps(body, indent=1, ensure_ascii=False) + "\n"
 
     def files(self) -> list[File]:
-        """Every file that the manifest names."""
+        """Every file that a run on the CPU needs; plans are looked at where they are used."""
         parts = [self.tokenizer, _file(asdict(self.embeddings))]
         return parts + [file for part in self.components.values() for file in part.files]
 
@@ -205,6 +206,7 @@ def _manifest(body: Mapping[str, Any]) -> Manifest:
             texts=tuple(map(str, embeddings["texts"])),
         ),
         components=components,
+        plans={name: _file(file) for name, file in body.get("plans", {}).items()},
     )
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,9 +15,10 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from sld_edge.engines.errors import InputError
-from sld_edge.runtime.console import Parser, run_command
-from sld_edge.runtime.files import check_writable, write_whole
+from sld_edge.engines.errors import EngineError, InputError
+from sld_edge.engines.files import check_writable, write_whole
+from sld_edge.engines.providers import NAMES, choose, survey, survey_table
+from sld_edge.runtime.console import EXIT_FAILED, EXIT_OK, Parser, run_command
 from sld_edge.runtime.loop import Step
 from sld_edge.runtime.picture import edit_map_picture, png_from_image
 from sld_edge.runtime.pipeline import Callback, Pipeline, Result
@@ -23,6 +26,7 @@ from sld_edge.runtime.plan import Request, RunPlan
 from sld_edge.runtime.random import Rng
 from sld_edge.runtime.safety import PRESETS
 from sld_edge.runtime.samplers import SAMPLERS
+from sld_edge.runtime.selftest import self_test
 
 _EXAMPLES = """\
 examples:
@@ -31,9 +35,16 @@ examples:
   sld-run "a cat" "a dog" --count 4 --output pets/     eight pictures, numbered
   sld-run "a harbour" --report harbour.json --edit-map where.png
   cat prompts.txt | sld-run - --bundle sd15            one prompt a line
+  sld-run "a lighthouse" --engine sd15/unet.plan       with TensorRT plans (see sld-build)
+  sld-run --providers                                  what works on this machine
+  sld-run --self-test --provider tensorrt-rtx          proves it, against the CPU
 
 Image k of seed S is the image of seed S + k. A mistake in what was asked: one line, exit code 2.
+A self-test that fails: exit code 1.
 """
+
+
+_LOOK_SECONDS = 0.5  # between looks at what safety does: each waits for the device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +53,15 @@ class RunSettings:
 
     prompt: Sequence[str]
     bundle: Path | None
+    engine: Path | None
     output: Path | None
     force: bool
     provider: str
+    providers: bool
+    self_test: bool
+    trust_plan: bool
+    no_cuda_graph: bool
+    low_memory: bool
     safety: str
     safety_concept: str | None
     safety_scale: float | None
@@ -78,7 +95,7 @@ def parser() -> Parser:
     )
     cli.add_argument(
         "prompt",
-        nargs="+",
+        nargs="*",
         metavar="PROMPT",
         help='text of an image; "-" reads prompts from standard input, one a line',
     )
@@ -89,6 +106,18 @@ def parser() -> Parser:
         metavar="DIR",
         help="bundle made by sld-export; "
         "without it, the miniature model that ships with the package",
+    )
+    files.add_argument(
+        "--engine",
+        type=Path,
+        metavar="PLAN",
+        help="a TensorRT plan made by sld-build, as sd15/unet.plan: runs its bundle with the plans "
+        "that lie beside it, and what has none with ONNX Runtime",
+    )
+    files.add_argument(
+        "--trust-plan",
+        action="store_true",
+        help="run a plan that the bundle does not name; a plan is code",
     )
     files.add_argument(
         "--output",
@@ -183,7 +212,26 @@ def parser() -> Parser:
 
     machine = cli.add_argument_group("machine")
     machine.add_argument(
-        "--provider", default="auto", metavar="NAME", help="auto, cpu or cuda (default: auto)"
+        "--provider",
+        default="auto",
+        metavar="NAME",
+        help=f"auto, {', '.join(reversed(NAMES))} (default: auto, the best that works here)",
+    )
+    machine.add_argument(
+        "--providers", action="store_true", help="show which providers work here, or why not"
+    )
+    machine.add_argument(
+        "--self-test",
+        action="store_true",
+        help="compare the provider with the CPU, component by component, on the miniature bundle",
+    )
+    machine.add_argument(
+        "--low-memory",
+        action="store_true",
+        help="hold text encoder and decoder only while they are needed",
+    )
+    machine.add_argument(
+        "--no-cuda-graph", action="store_true", help="start every kernel by itself (for debugging)"
     )
     machine.add_argument("--batch-size", type=int, metavar="N", help="images denoised at once")
     machine.add_argument("--quiet", action="store_true", help="no progress, only errors")
@@ -195,8 +243,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_command(lambda: _run(RunSettings(**vars(parser().parse_args(arguments)))))
 
 
-def _run(settings: RunSettings) -> None:
-    pipeline = Pipeline.load(settings.bundle, provider=settings.provider)
+def _run(settings: RunSettings) -> int:
+    if settings.providers:
+        print(survey_table(survey()))
+        return EXIT_OK
+    if settings.self_test:
+        return _self_test(settings)
+    if not settings.prompt:
+        raise InputError("no prompt given", do="see sld-run --help")
+    pipeline = Pipeline.load(
+        settings.bundle,
+        provider=settings.provider,
+        plan=settings.engine,
+        trust_plan=settings.trust_plan,
+        cuda_graph=not settings.no_cuda_graph,
+        low_memory=settings.low_memory,
+    )
+    with pipeline:
+        _make(pipeline, settings)
+    return EXIT_OK
+
+
+def _self_test(settings: RunSettings) -> int:
+    name = settings.provider if settings.provider != "auto" else choose({})[0]
+    passed = self_test(name, say=print, build=_build_plans)
+    return EXIT_OK if passed else EXIT_FAILED
+
+
+def _build_plans(bundle: Path, flavour: str) -> None:
+    """Build a bundle's plans for this device, in a process of its own.
+
+    Building belongs to `export`, which this package knows nothing of, and its memory goes with it.
+    """
+    command = [sys.executable, "-m", "sld_edge.export.build_cli", str(bundle)]
+    done = subprocess.run([*command, "--engine", flavour], check=False)
+    if done.returncode != 0:
+        raise EngineError(f"the plans for {flavour} could not be built, see above")
+
+
+def _make(pipeline: Pipeline, settings: RunSettings) -> None:
     prompts = _prompts(settings.prompt)
     request = Request(
         prompts=prompts,
@@ -221,13 +306,8 @@ def _run(settings: RunSettings) -> None:
         check_writable(path, force=settings.force)
     if settings.preview:
         check_writable(settings.preview, force=True)
-    for text in dict.fromkeys((*prompts, settings.negative_prompt or "")):
-        cut = pipeline.cut_from(text)
-        if cut:
-            print(
-                f"note: the model does not read this far into the prompt: “{cut[:120]}”",
-                file=sys.stderr,
-            )
+    for line in _notes(pipeline, settings, prompts):
+        print(f"note: {line}", file=sys.stderr)
     with _progress(pipeline, plan, settings) as callback:
         result = pipeline.run(plan, batch_size=settings.batch_size, callback=callback)
     for path, image, report in zip(pictures, result.images, result.reports, strict=True):
@@ -240,6 +320,19 @@ def _run(settings: RunSettings) -> None:
         write_whole(settings.report, body.encode())
     if not settings.quiet:
         _tell(pictures, result)
+
+
+def _notes(pipeline: Pipeline, settings: RunSettings, prompts: Sequence[str]) -> Iterator[str]:
+    """What a user should know before the run."""
+    if settings.provider == "auto" and pipeline.provider != "cpu" and not settings.quiet:
+        yield pipeline.why
+    for component, why in pipeline.fallbacks.items():
+        if component != "vae_encoder":  # no run needs it yet
+            yield f"{component}: {why}"
+    for text in dict.fromkeys((*prompts, settings.negative_prompt or "")):
+        cut = pipeline.cut_from(text)
+        if cut:
+            yield f"the model does not read this far into the prompt: “{cut[:120]}”"
 
 
 def _prompts(words: Sequence[str]) -> tuple[str, ...]:
@@ -299,15 +392,19 @@ def _progress(pipeline: Pipeline, plan: RunPlan, settings: RunSettings) -> Itera
     """Give a callback that moves a progress bar and rewrites the preview."""
     calls = plan.table.calls
     every = max(1, calls // 5)
+    looked = 0.0
     with tqdm(
         total=None, unit="call", disable=settings.quiet or None, leave=False, file=sys.stderr
     ) as bar:
 
         def watch(step: Step) -> None:
+            nonlocal looked
             if bar.total is None:
                 batches = -(-len(plan.images) // len(step.latents))
                 bar.reset(total=calls * batches)
-            bar.set_postfix_str(f"safety edits {step.share.mean():.0%}", refresh=False)
+            if not bar.disable and time.monotonic() - looked > _LOOK_SECONDS:
+                looked = time.monotonic()
+                bar.set_postfix_str(f"safety edits {step.share.mean():.0%}", refresh=False)
             bar.update()
             if settings.preview and (step.index + 1) % every == 0:
                 picture = Image.fromarray(pipeline.decode(step.latents[:1])[0])

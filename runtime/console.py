@@ -12,7 +12,7 @@ from rich_argparse import RawDescriptionRichHelpFormatter
 
 from sld_edge.engines.errors import InputError, UserError
 
-EXIT_OK, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 2, 130
+EXIT_OK, EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
 class HelpFormatter(RawDescriptionRichHelpFormatter):
@@ -38,10 +38,13 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message, do=f"see {self.prog} --help")
 
 
-def run_command(body: Callable[[], None]) -> int:
-    """Run a command's body; a user's mistake becomes one line on stderr and exit code 2."""
+def run_command(body: Callable[[], int | None]) -> int:
+    """Run a command's body and return its exit code, 0 if it gives none.
+
+    A user's mistake becomes one line on stderr and exit code 2.
+    """
     try:
-        body()
+        return body() or EXIT_OK
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
@@ -51,4 +54,3 @@ def run_command(body: Callable[[], None]) -> int:
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
-    return EXIT_OK

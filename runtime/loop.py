@@ -1,186 +1,273 @@
 """The denoising loop: a generator that knows neither samplers nor what watches it.
 
 Two graphs a call: the UNet on the branches that are needed, then `guidance`, which does Safe Latent
-Diffusion, classifier-free guidance and the sampler's row. Progress, previews, timing and reports
-are consumers; closing the generator stops it.
+Diffusion, classifier-free guidance and the sampler's row. Who runs them is a `Stepper`: on the host
+(here), or on a device without coming back in between (`device_loop`). Progress, previews, timing
+and reports are consumers; closing the generator stops it.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sld_edge.engines.base import Engine
-from sld_edge.engines.errors import NumericsError
+from sld_edge.runtime.numerics import not_finite
 from sld_edge.runtime.plan import ImagePlan
 from sld_edge.runtime.random import NoiseSource
 from sld_edge.runtime.samplers import SamplerTable
 from sld_edge.runtime.samplers.table import HISTORY
 
 Floats = NDArray[np.float32]
+PREDICTIONS = ("noise_pred_uncond", "noise_pred_text", "noise_pred_safety")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """What safety did in the calls so far, and how long they took.
+
+    Attributes:
+        share: float32 [calls,B], share of the latent's elements that safety edited, 0 to 1.
+        strength: float32 [calls,B], norm of the edit relative to that of the plainly guided
+            noise_pred.
+        seconds: of each call.
+    """
+
+    share: Floats
+    strength: Floats
+    seconds: Sequence[float]
+
+
+class Stepper(Protocol):
+    """Runs the calls of one job, in order, and can be asked how it stands."""
+
+    def call(self, index: int, branches: int) -> None:
+        """Run the UNet on `branches` branches, then guidance."""
+
+    def read(self, name: Literal["latents", "edit_map"]) -> Floats:
+        """Return the latents [B,4,h,w] or the edit map [B,h,w] after the last call."""
+
+    def figures(self) -> Figures:
+        """Return the figures of all calls so far."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What one UNet call did. B images; arrays belong to the receiver.
+    """What one UNet call did. B images.
+
+    The arrays are fetched when asked for, which on a device waits for it; ask before the next step.
 
     Attributes:
         index: the call, from 0.
         calls: how many there are.
         timestep: the training timestep of the call.
         branches: UNet branches that were computed, 1 to 3.
-        latents: float32 [B,4,h,w], after the call, unscaled.
-        share: float32 [B], share of the latent's elements that safety edited, 0 to 1.
-        strength: float32 [B], norm of the edit relative to that of the plainly guided noise_pred.
-        edit_map: float32 [B,h,w], where safety acted, summed over the calls so far.
     """
 
     index: int
     calls: int
     timestep: float
     branches: int
-    latents: Floats
-    share: Floats
-    strength: Floats
-    edit_map: Floats
+    stepper: Stepper = field(repr=False)
+
+    @property
+    def latents(self) -> Floats:
+        """float32 [B,4,h,w], after the call, unscaled."""
+        return self.stepper.read("latents")
+
+    @property
+    def edit_map(self) -> Floats:
+        """float32 [B,h,w], where safety acted, summed over the calls so far."""
+        return self.stepper.read("edit_map")
+
+    @property
+    def figures(self) -> Figures:
+        """What safety did in each of the calls so far."""
+        return self.stepper.figures()
+
+    @property
+    def share(self) -> Floats:
+        """float32 [B], share of the latent's elements that safety edited in this call."""
+        own: Floats = self.figures.share[self.index]
+        return own
+
+    @property
+    def strength(self) -> Floats:
+        """float32 [B], norm of this call's edit relative to the plainly guided noise_pred."""
+        own: Floats = self.figures.strength[self.index]
+        return own
 
 
-def denoise(
-    *,
-    unet: Engine,
-    guidance: Engine,
-    table: SamplerTable,
-    images: Sequence[ImagePlan],
-    context: Floats,
-    latents: Floats,
-    noise: Sequence[NoiseSource],
-    together: bool,
-) -> Generator[Step, None, None]:
-    """Denoise B images, one Step a UNet call.
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """B images to be denoised together.
 
-    Args:
-        unet: engine of the `unet` graph.
-        guidance: engine of the `guidance` graph.
+    Attributes:
         table: the sampler.
         images: B plans, whose guidance scale and safety are used.
         context: float32 [3*B,L,C], all unconditional, all prompts, all safety concepts.
         latents: float32 [B,4,h,w], starting noise of unit variance.
         noise: B sources of fresh noise, for samplers that add some.
-        together: run the branches in one batch; one after another they take less memory.
+        unet_precision: of the UNet's arithmetic, for advice.
+    """
+
+    table: SamplerTable
+    images: Sequence[ImagePlan]
+    context: Floats
+    latents: Floats
+    noise: Sequence[NoiseSource]
+    unet_precision: str
+
+    def guidance_scale(self) -> Floats:
+        """float32 [B]; 1 is no guidance, and nothing is less."""
+        return np.array([max(image.guidance_scale, 1.0) for image in self.images], np.float32)
+
+    def timestep(self, index: int) -> Floats:
+        """float32 [B]."""
+        return np.full(len(self.images), self.table.timesteps[index], np.float32)
+
+    def safety(self, index: int) -> Floats:
+        """float32 [B,5]: scale, threshold, momentum scale and beta, and 1 where the call edits."""
+        rows = []
+        for safety in (image.safety for image in self.images):
+            active = float(safety.acts and index >= safety.warmup_steps)
+            rows.append(
+                (
+                    safety.scale,
+                    safety.threshold,
+                    safety.momentum_scale,
+                    safety.momentum_beta,
+                    active,
+                )
+            )
+        return np.array(rows, np.float32)
+
+    def starting_latents(self) -> Floats:
+        """float32 [B,4,h,w], of the sampler's first standard deviation."""
+        return np.ascontiguousarray(self.latents * np.float32(self.table.init_noise_sigma))
+
+    def fresh_noise(self) -> Floats:
+        """float32 [B,4,h,w], the next that each image's source draws."""
+        shape = (1, *self.latents.shape[1:])
+        return np.concatenate([source.normal(shape) for source in self.noise])
+
+    def branches(self, index: int) -> int:
+        """Count the branches that can change this call's or a later call's result: 3, 2 or 1."""
+        if any(
+            image.safety.acts
+            # In the warm-up the branch matters only for the momentum it builds up.
+            and (index >= image.safety.warmup_steps or image.safety.momentum_scale > 0)
+            for image in self.images
+        ):
+            return 3
+        return 2 if any(image.guidance_scale > 1 for image in self.images) else 1
+
+    def refuse(self, finite: Floats, index: int) -> None:
+        """Raise for what guidance's `finite` [B] of call `index` says.
+
+        Raises:
+            NumericsError: NaN or infinity, named by component and call.
+        """
+        worst = finite.min()
+        if not worst >= 1:  # NaN fails too
+            raise not_finite(
+                "guidance" if worst == 0 else "unet",
+                precision=self.unet_precision,
+                call=f"call {index + 1} of {self.table.calls}",
+            )
+
+
+def denoise(stepper: Stepper, job: Job) -> Generator[Step, None, None]:
+    """Denoise a job's images, one Step a UNet call.
 
     Raises:
-        NumericsError: NaN or infinity, named by component and call.
+        NumericsError: NaN or infinity, named by component and call; on a device, when the stepper
+            is next asked for something.
     """
-    count, channels, height, width = latents.shape
-    scale = np.array([max(image.guidance_scale, 1.0) for image in images], np.float32)
-    rows = table.rows()
-    state = {
-        "latents": np.ascontiguousarray(latents * np.float32(table.init_noise_sigma)),
-        "momentum": np.zeros_like(latents),
-        "history": np.zeros((HISTORY, *latents.shape), np.float32),
-        "edit_map": np.zeros((count, height, width), np.float32),
-    }
-    unet_latents = state["latents"] * np.float32(table.c_in[0])
-    silence = np.zeros_like(latents)
-    for index in range(table.calls):
-        branches = _branches_needed(images, index)
-        predictions = _predict(
-            unet, unet_latents, float(table.timesteps[index]), context, branches, together
-        )
-        fresh = silence
-        if table.s[index] > 0:
-            shape = (1, channels, height, width)
-            fresh = np.concatenate([source.normal(shape) for source in noise])
-        out = guidance.run(
-            {
-                **dict(zip(_PREDICTIONS, predictions, strict=True)),
-                **state,
-                "noise": fresh,
-                "row": rows[index],
-                "guidance_scale": scale,
-                "safety": np.array([_safety_row(image, index) for image in images], np.float32),
-            }
-        )
-        state = {name: out[f"{name}_next"] for name in state}
-        unet_latents = out["unet_latents"]
-        if not out["finite"].all():
-            _refuse(predictions, index, table.calls)
+    for index in range(job.table.calls):
+        branches = job.branches(index)
+        stepper.call(index, branches)
         yield Step(
             index=index,
-            calls=table.calls,
-            timestep=float(table.timesteps[index]),
+            calls=job.table.calls,
+            timestep=float(job.table.timesteps[index]),
             branches=branches,
-            latents=state["latents"],
-            share=out["share"],
-            strength=out["strength"],
-            edit_map=state["edit_map"],
+            stepper=stepper,
         )
 
 
-_PREDICTIONS = ("noise_pred_uncond", "noise_pred_text", "noise_pred_safety")
+class HostStepper:
+    """Runs a job with engines that take and give host arrays."""
 
+    def __init__(self, unet: Engine, guidance: Engine, job: Job, *, together: bool) -> None:
+        """Start a job; `together` runs the branches in one batch, which takes more memory."""
+        self._unet, self._guidance, self._job, self._together = unet, guidance, job, together
+        latents = job.starting_latents()
+        count, _, height, width = latents.shape
+        self._state: dict[str, Floats] = {
+            "latents": latents,
+            "momentum": np.zeros_like(latents),
+            "history": np.zeros((HISTORY, *latents.shape), np.float32),
+            "edit_map": np.zeros((count, height, width), np.float32),
+        }
+        self._unet_latents = latents * np.float32(job.table.c_in[0])
+        self._silence = np.zeros_like(latents)
+        self._rows = job.table.rows()
+        self._scale = job.guidance_scale()
+        self._share: list[Floats] = []
+        self._strength: list[Floats] = []
+        self._seconds: list[float] = []
 
-def _branches_needed(images: Sequence[ImagePlan], index: int) -> int:
-    """Count the branches that can change this call's or a later call's result: 3, 2 or 1."""
-    if any(
-        image.safety.acts
-        # In the warm-up the branch matters only for the momentum it builds up.
-        and (index >= image.safety.warmup_steps or image.safety.momentum_scale > 0)
-        for image in images
-    ):
-        return 3
-    return 2 if any(image.guidance_scale > 1 for image in images) else 1
+    def call(self, index: int, branches: int) -> None:
+        """Run the UNet on `branches` branches, then guidance.
 
+        Raises:
+            NumericsError: NaN or infinity.
+        """
+        begin = time.perf_counter()
+        job = self._job
+        out = self._guidance.run(
+            {
+                **dict(zip(PREDICTIONS, self._predict(index, branches), strict=True)),
+                **self._state,
+                "noise": job.fresh_noise() if job.table.s[index] > 0 else self._silence,
+                "row": self._rows[index],
+                "guidance_scale": self._scale,
+                "safety": job.safety(index),
+            }
+        )
+        self._state = {name: out[f"{name}_next"] for name in self._state}
+        self._unet_latents = out["unet_latents"]
+        job.refuse(out["finite"], index)
+        self._share.append(out["share"])
+        self._strength.append(out["strength"])
+        self._seconds.append(time.perf_counter() - begin)
 
-def _safety_row(image: ImagePlan, index: int) -> tuple[float, float, float, float, float]:
-    safety = image.safety
-    active = float(safety.acts and index >= safety.warmup_steps)
-    return (
-        safety.scale,
-        safety.threshold,
-        safety.momentum_scale,
-        safety.momentum_beta,
-        active,
-    )
+    def read(self, name: Literal["latents", "edit_map"]) -> Floats:
+        """Return the latents [B,4,h,w] or the edit map [B,h,w] after the last call."""
+        return self._state[name]
 
+    def figures(self) -> Figures:
+        """Return the figures of all calls so far."""
+        return Figures(
+            share=np.stack(self._share),
+            strength=np.stack(self._strength),
+            seconds=tuple(self._seconds),
+        )
 
-def _predict(
-    unet: Engine,
-    latents: Floats,
-    timestep: float,
-    context: Floats,
-    branches: int,
-    together: bool,
-) -> tuple[Floats, Floats, Floats]:
-    """Run the needed branches; one that is not is given another's place, where it has no effect."""
-    count = len(latents)
-    first = 1 if branches == 1 else 0  # a single branch is the prompt's
-    wanted = context[first * count : (first + branches) * count]
-    feeds = {"latents": latents, "timestep": np.full(count, timestep, np.float32)}
-    parts: list[Floats]
-    if together:
-        joined = unet.run({**feeds, "context": wanted})["noise_pred"]
-        parts = [joined[k * count : (k + 1) * count] for k in range(branches)]
-    else:
-        parts = [
-            unet.run({**feeds, "context": wanted[k * count : (k + 1) * count]})["noise_pred"]
-            for k in range(branches)
-        ]
-    uncond, text = parts[0], parts[min(1, branches - 1)]
-    return uncond, text, parts[2] if branches == 3 else uncond
-
-
-def _refuse(predictions: Sequence[Floats], index: int, calls: int) -> None:
-    component = "guidance" if all(np.isfinite(p).all() for p in predictions) else "unet"
-    advice = (
-        "export with --precision fp32, or check the weights"
-        if component == "unet"
-        else "lower the guidance scale or the safety scale"
-    )
-    raise NumericsError(
-        f"{component}: NaN or infinity at call {index + 1} of {calls}, no image was made",
-        do=advice,
-    )
+    def _predict(self, index: int, branches: int) -> tuple[Floats, Floats, Floats]:
+        """Run the needed branches; one that is not gets another's place, where it has no effect."""
+        count = len(self._unet_latents)
+        first = 1 if branches == 1 else 0  # a single branch is the prompt's
+        wanted = self._job.context[first * count : (first + branches) * count]
+        feeds = {"latents": self._unet_latents, "timestep": self._job.timestep(index)}
+        batches = [wanted] if self._together else np.split(wanted, branches)
+        predicted = [self._unet.run({**feeds, "context": part})["noise_pred"] for part in batches]
+        parts = np.split(predicted[0], branches) if self._together else predicted
+        uncond, text = parts[0], parts[min(1, branches - 1)]
+        return uncond, text, parts[2] if branches == 3 else uncond

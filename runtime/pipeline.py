@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from sld_edge.engines.base import Engine, TensorSpec
-from sld_edge.engines.errors import BundleError, InputError, NumericsError
-from sld_edge.engines.ort import OrtEngine, Provider, resolve_provider
-from sld_edge.engines.sessions import prepared_engine
-from sld_edge.runtime.bundle import Bundle, Component
-from sld_edge.runtime.loop import Floats, Step, denoise
+from sld_edge.engines.errors import BundleError, InputError
+from sld_edge.runtime.device_loop import DeviceStage, DeviceStepper, device_engine
+from sld_edge.runtime.loader import Loader, LoadSettings
+from sld_edge.runtime.loop import Floats, HostStepper, Job, Step, denoise
+from sld_edge.runtime.numerics import not_finite
 from sld_edge.runtime.plan import ImagePlan, Request, RunPlan, plan_from_request
 from sld_edge.runtime.random import Rng, noise_source
-from sld_edge.runtime.report import StepReport, image_report, step_report
+from sld_edge.runtime.report import StepReport, image_report
 from sld_edge.runtime.safety import Safety
 from sld_edge.runtime.tokenizer import Tokenizer, input_ids
 
@@ -49,30 +47,71 @@ class Result:
 
 
 class Pipeline:
-    """A loaded bundle. Graphs are loaded when first needed and kept."""
+    """A loaded bundle. Graphs are loaded when first needed and kept.
 
-    def __init__(self, bundle: Bundle, *, provider: Provider) -> None:
+    Attributes:
+        bundle: whose graphs.
+        provider: what runs them.
+        why: why this provider was taken, one line.
+    """
+
+    def __init__(self, loader: Loader) -> None:
         """Use `Pipeline.load`."""
-        self.bundle = bundle
-        self.provider = provider
+        self.bundle = loader.bundle
+        self.provider = loader.provider
+        self.why = loader.why
+        self._loader = loader
         self._engines: dict[str, Engine] = {}
-        text = bundle.manifest.text
-        self._tokenizer = Tokenizer(bundle.tokenizer_json(), length=text.length)
-        self._embeddings: dict[str, Floats] = bundle.embeddings()
+        self._stage: DeviceStage | None = None
+        text = self.bundle.manifest.text
+        self._tokenizer = Tokenizer(self.bundle.tokenizer_json(), length=text.length)
+        self._embeddings: dict[str, Floats] = self.bundle.embeddings()
 
     @classmethod
-    def load(cls, bundle: str | Path | None = None, *, provider: str = "auto") -> Pipeline:
+    def load(
+        cls,
+        bundle: str | Path | None = None,
+        *,
+        provider: str = "auto",
+        plan: str | Path | None = None,
+        trust_plan: bool = False,
+        cuda_graph: bool = True,
+        low_memory: bool = False,
+    ) -> Pipeline:
         """Load the bundle at a path; None is the embedded miniature bundle.
 
         Args:
             bundle: a bundle's directory.
-            provider: "auto", "cpu" or "cuda".
+            provider: "auto", "cpu", "cuda", "tensorrt", "tensorrt-rtx", "ort-tensorrt" or
+                "ort-tensorrt-rtx"; auto takes the best that works here (see `why`).
+            plan: one of a bundle's TensorRT plans; those beside it are used too.
+            trust_plan: run plans whose hash the bundle does not hold. A plan is code.
+            cuda_graph: replay the loop's calls from CUDA graphs.
+            low_memory: hold text encoder and decoder only while they are needed.
 
         Raises:
             BundleError: no bundle there, or a damaged one.
-            InputError: a provider that is unknown or not here.
+            EngineError: plans that are missing, not trusted, or do not fit this machine.
+            InputError: a provider that is unknown or does not work here.
         """
-        return cls(Bundle.open(bundle), provider=resolve_provider(provider))
+        settings = LoadSettings(
+            provider=provider,
+            plan=Path(plan) if plan is not None else None,
+            trust_plan=trust_plan,
+            cuda_graph=cuda_graph,
+            low_memory=low_memory,
+        )
+        return cls(Loader.open(bundle, settings))
+
+    @property
+    def fallbacks(self) -> Mapping[str, str]:
+        """Why a component runs on another provider, by component."""
+        return self._loader.fallbacks
+
+    @property
+    def providers(self) -> Mapping[str, str]:
+        """What runs each component."""
+        return {name: self._loader.provider_of(name) for name in self.bundle.manifest.components}
 
     def __call__(
         self,
@@ -181,24 +220,23 @@ class Pipeline:
     ) -> Generator[Step, None, None]:
         """Denoise a plan's images (or some of them) in one batch, one `Step` a UNet call.
 
-        Close the generator to stop; `decode` turns any step's latents into pictures.
+        Close the generator to stop; `decode` turns any step's latents into pictures. What a step
+        holds is read before the next one, and the last one's before the next run.
         """
         images = plan.images if images is None else images
         noise = [noise_source(plan.rng, image.seed) for image in images]
         if latents is None:
             latents = np.concatenate([n.normal((1, *self._latent_shape(plan))) for n in noise])
         context = self._context(images)
-        together = self.provider != "cpu" or latents[:, 0].size < _CELLS
-        return denoise(
-            unet=self.engine("unet"),
-            guidance=self.engine("guidance"),
+        job = Job(
             table=plan.table,
             images=images,
             context=context,
             latents=latents,
             noise=noise,
-            together=together,
+            unet_precision=self._precision("unet"),
         )
+        return denoise(self._stepper(job), job)
 
     def decode(self, latents: Floats) -> NDArray[np.uint8]:
         """Turn latents, float32 [B,4,h,w], unscaled, into pictures, uint8 [B,H,W,3].
@@ -211,11 +249,9 @@ class Pipeline:
         for one in latents:  # one at a time: the decoder's activations are the largest of all
             out = decoder.run({"latents": np.ascontiguousarray(one[None])})
             if not out["finite"].all():
-                raise NumericsError(
-                    "vae_decoder: NaN or infinity, no image was made",
-                    do="export with --precision fp32",
-                )
+                raise not_finite("vae_decoder", precision=self._precision("vae_decoder"))
             parts.append(out["images"])
+        self._unneeded("vae_decoder")
         return np.concatenate(parts)
 
     def encode_text(self, text: str) -> Floats:
@@ -228,10 +264,7 @@ class Pipeline:
             ids = input_ids([self._tokenizer(text)])
             out: Floats = self.engine("text_encoder").run({"input_ids": ids})["hidden_states"]
             if not np.isfinite(out).all():
-                raise NumericsError(
-                    "text_encoder: NaN or infinity, no image was made",
-                    do="export with --precision fp32",
-                )
+                raise not_finite("text_encoder", precision=self._precision("text_encoder"))
             if len(self._embeddings) >= _CACHED_TEXTS:
                 self._embeddings.pop(next(reversed(self._embeddings)))
             self._embeddings[text] = out[0]
@@ -247,7 +280,7 @@ class Pipeline:
             components = self.bundle.manifest.components
             if name not in components:
                 raise BundleError(f"this bundle has no {name}", do="export it again")
-            engine = self._load(components[name])
+            engine = self._loader.load(name, components[name])
             _check_tensors(name, components[name].inputs, engine.inputs)
             _check_tensors(name, components[name].outputs, engine.outputs)
             self._engines[name] = engine
@@ -258,16 +291,45 @@ class Pipeline:
         for name in ("text_encoder", "unet", "guidance", "vae_decoder"):
             self.engine(name)
 
-    def _load(self, component: Component) -> OrtEngine:
-        source = partial(self._checked_path, component)
-        if self.provider == "cpu":
-            digests = "".join(file.sha256 for file in component.files)
-            return prepared_engine(hashlib.sha256(digests.encode()).hexdigest(), source)
-        return OrtEngine(source(), provider=self.provider)
+    def close(self) -> None:
+        """Give back graphs, buffers and device; what was compiled for the device is kept."""
+        if self._stage is not None:
+            self._stage.close()
+            self._stage = None
+        for engine in self._engines.values():
+            engine.close()
+        self._engines.clear()
+        self._loader.close()
 
-    def _checked_path(self, component: Component) -> Path:
-        graph, *_ = [self.bundle.check(file) for file in component.files]
-        return graph
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _stepper(self, job: Job) -> HostStepper | DeviceStepper:
+        unet, guidance = self.engine("unet"), self.engine("guidance")
+        device_unet, device_guidance = device_engine(unet), device_engine(guidance)
+        if device_unet is None or device_guidance is None:
+            together = self._loader.on_device or job.latents[:, 0].size < _CELLS
+            return HostStepper(unet, guidance, job, together=together)
+        shapes = (job.latents.shape, job.context.shape)
+        if self._stage is not None and (self._stage.latents, self._stage.context) != shapes:
+            self._stage.close()
+            self._stage = None
+        if self._stage is None:
+            self._stage = DeviceStage(
+                device_unet, device_guidance, latents=shapes[0], context=shapes[1]
+            )
+        return DeviceStepper(self._stage, job)
+
+    def _unneeded(self, name: str) -> None:
+        """Drop an engine that has done its part, where memory is short."""
+        if self._loader.settings.low_memory and name in self._engines:
+            self._engines.pop(name).close()
+
+    def _precision(self, name: str) -> str:
+        return self.bundle.manifest.components[name].precision
 
     def _run_batch(
         self,
@@ -279,39 +341,48 @@ class Pipeline:
         clock = time.perf_counter
         begin = clock()
         steps = self.steps(plan, images, latents)
-        encoded = before = clock()
-        calls: list[list[StepReport]] = [[] for _ in images]
+        encoded = clock()
+        branches = []
         for step in steps:
-            elapsed = clock() - before
-            for position, own in enumerate(calls):
-                own.append(step_report(step, position, elapsed))
+            branches.append(step.branches)
             if callback is not None:
                 callback(step)
-            last, before = step, clock()
+            last = step
+        figures, latents, edit_maps = last.figures, last.latents, last.edit_map
         denoised = clock()
-        pictures = self.decode(last.latents)
+        pictures = self.decode(latents)
         seconds = {
             "text": encoded - begin,
             "denoise": denoised - encoded,
             "decode": clock() - denoised,
             "batch_size": float(len(images)),
         }
+        ran_on = self._loader.description()
         reports = [
             image_report(
                 bundle=self.bundle,
                 plan=plan,
                 image=image,
-                calls=own,
+                calls=[
+                    StepReport(
+                        timestep=float(plan.table.timesteps[index]),
+                        branches=branches[index],
+                        share=round(float(figures.share[index, position]), 6),
+                        strength=round(float(figures.strength[index, position]), 6),
+                        seconds=round(figures.seconds[index], 6),
+                    )
+                    for index in range(plan.table.calls)
+                ],
                 seconds=seconds,
                 cut=self._cut_texts(image),
-                provider=self.provider,
+                ran_on=ran_on,
             )
-            for image, own in zip(images, calls, strict=True)
+            for position, image in enumerate(images)
         ]
         return Result(
             images=[Image.fromarray(picture) for picture in pictures],
-            latents=last.latents,
-            edit_maps=last.edit_map,
+            latents=latents,
+            edit_maps=edit_maps,
             reports=reports,
         )
 
@@ -323,6 +394,7 @@ class Pipeline:
             self.encode_text(image.concept) if image.safety.acts else uncond[index]
             for index, image in enumerate(images)
         ]
+        self._unneeded("text_encoder")
         return np.stack([*uncond, *text, *concept])
 
     def _cut_texts(self, image: ImagePlan) -> dict[str, str]:
@@ -338,10 +410,12 @@ class Pipeline:
 
     def _batch_size(self, plan: RunPlan) -> int:
         """One at a time on the CPU, where a batch is no faster and rounds otherwise."""
-        if self.provider == "cpu":
+        if not self._loader.on_device:
             return 1
         _, height, width = self._latent_shape(plan)
-        return max(1, _CELLS // (height * width))
+        size = max(1, _CELLS // (height * width))
+        largest = self._loader.largest_batch()
+        return size if largest is None else min(size, largest)
 
     def _check_latents(self, latents: NDArray[Any], plan: RunPlan) -> None:
         shape = (len(plan.images), *self._latent_shape(plan))

@@ -10,30 +10,18 @@ from importlib import metadata
 from typing import Any
 
 from sld_edge.runtime.bundle import Bundle
-from sld_edge.runtime.loop import Step
 from sld_edge.runtime.plan import ImagePlan, RunPlan
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """One UNet call of one image: what safety did (see `Step`) and seconds the call took."""
+    """One UNet call of one image: what safety did (see `Figures`) and seconds the call took."""
 
     timestep: float
     branches: int
     share: float
     strength: float
     seconds: float
-
-
-def step_report(step: Step, position: int, seconds: float) -> StepReport:
-    """Return what a call did to the image at a place in its batch."""
-    return StepReport(
-        timestep=step.timestep,
-        branches=step.branches,
-        share=round(float(step.share[position]), 6),
-        strength=round(float(step.strength[position]), 6),
-        seconds=round(seconds, 6),
-    )
 
 
 def image_report(
@@ -44,11 +32,11 @@ def image_report(
     calls: Sequence[StepReport],
     seconds: dict[str, float],
     cut: dict[str, str],
-    provider: str,
+    ran_on: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return one image's report, ready for JSON.
 
-    `seconds`, per stage, are those of the image's whole batch.
+    `seconds`, per stage, are those of the image's whole batch; `ran_on` says what ran it.
     """
     manifest = bundle.manifest
     safety = asdict(image.safety)
@@ -79,7 +67,7 @@ def image_report(
         "model": asdict(manifest.model),
         "model_sha256": manifest.components["unet"].files[-1].sha256,
         "bundle_sha256": bundle.sha256,
-        "provider": provider,
+        **ran_on,
         "versions": dict(versions()),
     }
 

@@ -11,7 +11,7 @@ import pytest
 from sld_edge.engines import sessions
 from sld_edge.engines.base import Array
 from sld_edge.engines.errors import EngineError, InputError
-from sld_edge.engines.ort import OrtEngine, onnxruntime, resolve_provider
+from sld_edge.engines.ort import OrtEngine, onnxruntime
 from sld_edge.engines.sessions import prepared_engine
 from sld_edge.engines.settings import cache_folder, thread_count
 from sld_edge.runtime.bundle import EMBEDDED
@@ -115,19 +115,6 @@ def test_a_graph_without_its_weights_is_one_line(tmp_path: Path) -> None:
 def test_inputs_that_do_not_fit_are_named(feeds: dict[str, Array], says: str) -> None:
     with pytest.raises(EngineError, match=says.replace(" | ", r" \| ")):
         OrtEngine(GRAPH).run(feeds)
-
-
-def test_providers(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert resolve_provider("cpu") == "cpu"
-    with pytest.raises(InputError, match="provider .* one of auto, cpu, cuda"):
-        resolve_provider("tpu")
-    ort = onnxruntime()
-    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
-    assert resolve_provider("auto") == "cpu"
-    with pytest.raises(InputError, match=r"cuda is not in .*sld-edge\[gpu\]"):
-        resolve_provider("cuda")
-    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])
-    assert resolve_provider("auto") == "cuda"
 
 
 def test_environment_variables() -> None:

@@ -135,6 +135,90 @@ def test_storage_halves_the_file_of_a_fp32_graph(
     assert size < 0.7 * whole
 
 
+@pytest.mark.parametrize("storage", [None, "fp16"])
+def test_one_component_in_fp32(
+    storage: Any, exported: Bundle, settings: ExportSettings, tmp_path: Path
+) -> None:
+    mixed = Bundle.open(
+        export_bundle(
+            replace(
+                settings,
+                output=tmp_path / "mixed",
+                precision="fp16",
+                storage=storage,
+                fp32_components=("vae_decoder",),
+            )
+        )
+    )
+    parts = mixed.manifest.components
+    assert {name: part.precision for name, part in parts.items()} == {
+        "text_encoder": "fp16",
+        "unet": "fp16",
+        "vae_decoder": "fp32",
+        "vae_encoder": "fp16",
+        "guidance": "fp32",
+    }
+    assert parts["vae_decoder"].storage == ("fp32" if storage is None else "fp16")
+    assert (parts["unet"].storage, parts["guidance"].storage) == ("fp16", "fp32")
+    halves = [
+        sum(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in graph.initializer)
+        for graph in (
+            onnx.load(mixed.path / f"{name}.onnx", load_external_data=False).graph
+            for name in ("vae_decoder", "vae_encoder")
+        )
+    ]
+    assert (halves[0] > 0, halves[1] > 0) == (storage == "fp16", True)
+    if storage is None:  # the very graph of an FP32 bundle
+        for file in ("vae_decoder.onnx", "vae_decoder.onnx.data"):
+            assert (mixed.path / file).read_bytes() == (exported.path / file).read_bytes()
+
+
+def test_each_component_is_held_to_its_own_precision(
+    settings: ExportSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixed = replace(
+        settings,
+        output=tmp_path / "x",
+        precision="fp16",
+        fp32_components=("unet",),
+        verify=True,
+    )
+    errors = {"unet": 5e-5, "text_encoder": 1e-2}
+    monkeypatch.setattr(bundle, "errors_against_diffusers", lambda *_, **__: errors)
+    export_bundle(mixed)
+    errors["unet"] = 1e-2  # enough for FP16 only
+    with pytest.raises(CheckpointError, match=r"do not agree .* unet 1\.0e-02 .* unet <= 1e-04"):
+        export_bundle(replace(mixed, force=True))
+
+
+def test_torch_exports_one_component_in_fp32(
+    settings: ExportSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def writers(checkpoint: Any, *, precision: str, attention: str) -> dict[str, str]:
+        return dict.fromkeys(bundle.COMPONENTS, f"{precision} {attention}")
+
+    monkeypatch.setattr("sld_edge.export.via_torch.torch_writers", writers)
+    mixed = replace(settings, precision="fp16", via="torch", fp32_components=("vae_decoder",))
+    made = bundle._torch_writers(None, mixed)  # type: ignore[arg-type]  # the stand-in reads none
+    assert {name: str(write) for name, write in made.items()} == {
+        "text_encoder": "fp16 op",
+        "unet": "fp16 op",
+        "vae_decoder": "fp32 op",
+        "vae_encoder": "fp16 op",
+    }
+
+
+def test_fp32_components_that_make_no_sense() -> None:
+    for name in ("vae", "guidance"):
+        expected = f"fp32 component .* '{name}' .* text_encoder, unet, vae_decoder, vae_encoder$"
+        with pytest.raises(InputError, match=expected):
+            ExportSettings(model="sd-1.5", output=Path("x"), fp32_components=(name,))
+    with pytest.raises(InputError, match="where all are"):
+        ExportSettings(
+            model="sd-1.5", output=Path("x"), precision="fp32", fp32_components=("unet",)
+        )
+
+
 def test_size_concept_and_watch(settings: ExportSettings, tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     lines: list[str] = []

@@ -43,6 +43,7 @@ def test_from_directory_to_bundle(
     output = tmp_path / "bundle"
     arguments = ["--model", str(folder), "--output", str(output), "--preset", "max"]
     options = ["--attention", "decomposed", "--width", "64", "--safety-concept", "a cat"]
+    options += ["--fp32-components", "vae_decoder", "text_encoder"]
     assert main([*arguments, *options]) == 0
     manifest = Bundle.open(output).manifest
     assert manifest.defaults.safety == "max"
@@ -50,6 +51,8 @@ def test_from_directory_to_bundle(
     assert manifest.defaults.sampler == "ddim"
     unet = manifest.components["unet"]
     assert (unet.precision, unet.attention, unet.opset) == ("fp16", "decomposed", 20)
+    precisions = [manifest.components[name].precision for name in ("vae_decoder", "text_encoder")]
+    assert precisions == ["fp32", "fp32"]
     said = capsys.readouterr()
     assert str(output) in said.out
     assert "MB in" in said.out
@@ -75,6 +78,8 @@ def test_from_directory_to_bundle(
         ("pickled.ckpt", [], "is a pickle"),
         (".", [], "not a whole diffusers directory"),
         ("sd-1.5", ["--precision", "fp8"], "precision | got 'fp8' | expected fp16, fp32"),
+        ("sd-1.5", ["--fp32-components", "vae"], "fp32 component | got 'vae' | expected text_enc"),
+        ("sd-1.5", ["--precision", "fp32", "--fp32-components", "unet"], "where all are"),
         ("sd-1.5", ["--preset", "extreme"], "preset | got 'extreme'"),
         ("sd-1.5", ["--tokenizer", "nowhere"], "no tokenizer at nowhere"),
         ("sd-1.5", ["--prediction-type", "x"], "prediction_type | got 'x'"),
@@ -105,7 +110,15 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
-    for option in ("--model", "--output", "--precision", "--attention", "--via", "--verify"):
+    for option in (
+        "--model",
+        "--output",
+        "--precision",
+        "--fp32-components",
+        "--attention",
+        "--via",
+        "--verify",
+    ):
         assert option in text
 
 

@@ -8,6 +8,7 @@ import onnx
 import pytest
 from onnx.reference import ReferenceEvaluator
 
+from oracles.guidance import guidance
 from oracles.running import outputs_of
 from sld_edge.export.guidance import write_guidance
 
@@ -155,10 +156,34 @@ def test_branches_that_were_not_computed(path: Path, feeds: dict[str, Array]) ->
     assert (got["share"] == 0).all()
 
 
+PREDICTIONS = ("noise_pred_uncond", "noise_pred_text", "noise_pred_safety")
+
+
 @pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
-def test_says_which_image_is_not_finite(path: Path, feeds: dict[str, Array], number: float) -> None:
-    feeds["noise"][1, 2, 3, 4] = number
-    assert outputs_of(path, feeds)["finite"].tolist() == [1, 0, 1]
+@pytest.mark.parametrize("name", [*PREDICTIONS, "latents", "momentum", "noise", "history"])
+@pytest.mark.parametrize("image", range(B))
+def test_says_which_image_is_not_finite_and_whose_fault_it_is(
+    path: Path, feeds: dict[str, Array], name: str, image: int, number: float
+) -> None:
+    feeds["safety"][:, 4] = 1  # else momentum does not reach the latents
+    feeds["safety"][:, 2] = 0.5
+    feeds[name][(1, image, 2, 3, 4) if name == "history" else (image, 2, 3, 4)] = number
+    wanted = [1.0] * B
+    wanted[image] = -1.0 if name in PREDICTIONS else 0.0
+    assert outputs_of(path, feeds)["finite"].tolist() == wanted
+    with np.errstate(invalid="ignore"):
+        assert guidance(feeds)["finite"].tolist() == wanted
+
+
+def test_a_prediction_that_the_step_hides_is_found(path: Path, feeds: dict[str, Array]) -> None:
+    feeds["row"] = np.array([0, 0, 1, 0, 0, 0, 0, 0, 0, 1], np.float32)
+    feeds["noise_pred_text"][0, 0, 0, 0] = np.finfo(np.float32).max  # the largest is finite
+    feeds["guidance_scale"][:] = 1
+    feeds["noise_pred_uncond"][0] = 0
+    feeds["safety"][:, 4] = 0
+    assert outputs_of(path, feeds)["finite"].tolist() == [1, 1, 1]
+    feeds["noise_pred_safety"][2, 0, 0, 0] = -np.inf
+    assert outputs_of(path, feeds)["finite"].tolist() == [1, 1, -1]
 
 
 def test_nothing_to_compare_with_gives_strength_0(path: Path, feeds: dict[str, Array]) -> None:

@@ -11,7 +11,7 @@ import torch
 from oracles.models import config_of, tiny_vae, weights_of
 from oracles.running import outputs_of, relative_error
 from sld_edge.engines.errors import CheckpointError
-from sld_edge.export.graph import GraphOptions
+from sld_edge.export.graph import GraphBuilder, GraphOptions
 from sld_edge.export.vae import write_vae_decoder, write_vae_encoder
 from sld_edge.export.weights import Weights
 
@@ -112,6 +112,41 @@ def test_bytes_are_rounded_half_to_even(tmp_path: Path, latents: Array) -> None:
     before = pixels_before_rounding(path, latents)
     got = outputs_of(path, {"latents": latents})["images"]
     np.testing.assert_array_equal(got, np.round(before).astype(np.uint8))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_bytes_are_only_at_the_boundary(tmp_path: Path, precision: Any) -> None:
+    model = tiny_vae()
+    weights = weights_of(model, tmp_path / "vae.safetensors", name="vae")
+    decoder, encoder = tmp_path / "vae_decoder.onnx", tmp_path / "vae_encoder.onnx"
+    write_vae_decoder(config_of(model), weights, GraphOptions(precision=precision), decoder)
+    write_vae_encoder(config_of(model), weights, GraphOptions(precision=precision), encoder)
+    # TensorRT takes uint8 of a network's tensors alone: a Cast gives and reads them itself.
+    makers = [node for node in onnx.load(decoder).graph.node if "images" in node.output]
+    readers = [node for node in onnx.load(encoder).graph.node if "images" in node.input]
+    assert [node.op_type for node in (*makers, *readers)] == ["Cast", "Cast"]
+    for path in (decoder, encoder):
+        assert "Identity" not in {node.op_type for node in onnx.load(path).graph.node}
+
+
+def test_an_output_keeps_its_other_readers(tmp_path: Path) -> None:
+    path = tmp_path / "g.onnx"
+    with GraphBuilder(path, GraphOptions()) as b:
+        x = b.input("x", np.float32, ["B"])
+        doubled = b.node("Add", x, x, name="doubled")
+        b.output(doubled, "twice", np.float32, ["B"])
+        b.output(b.node("Add", doubled, x, name="tripled"), "thrice", np.float32, ["B"])
+        b.output(doubled, "again", np.float32, ["B"])
+        b.output(x, "same", np.float32, ["B"])
+        b.output(b.constant(np.ones(1, np.float32), "one"), "one_out", np.float32, [1])
+    got = outputs_of(path, {"x": np.array([1, 2], np.float32)})
+    assert {name: array.tolist() for name, array in got.items()} == {
+        "twice": [2, 4],
+        "thrice": [3, 6],
+        "again": [2, 4],
+        "same": [1, 2],
+        "one_out": [1],
+    }
 
 
 @pytest.mark.parametrize("damage", [np.nan, np.inf, -np.inf])

@@ -78,8 +78,14 @@ def guidance(feeds: Mapping[str, Array], mistake: Mistake | None = None) -> dict
         "edit_map_next": feeds["edit_map"] + np.abs(change).mean(axis=1),
         "share": active[:, 0, 0, 0] * (mu > 0).mean(axis=(1, 2, 3)).astype(latents.dtype),
         "strength": np.divide(norms[0], norms[1], out=np.zeros_like(norms[0]), where=norms[1] > 0),
-        "finite": np.isfinite(new).all(axis=(1, 2, 3)).astype(latents.dtype),
+        "finite": _finite(new, (uncond, text, concept)).astype(latents.dtype),
     }
+
+
+def _finite(latents: Array, predictions: tuple[Array, ...]) -> Array:
+    """1; 0 where the latents are not finite; -1 where a prediction was not."""
+    whole, *fed = (np.isfinite(x).all(axis=(1, 2, 3)) for x in (latents, *predictions))
+    return np.where(np.logical_and.reduce(fed), whole, -1)
 
 
 class TwinEngine:

@@ -19,7 +19,7 @@ import torch
 from oracles.guidance import MISTAKES, Mistake, TwinEngine
 from oracles.safe_pipeline import Case, Pair, Trace, disagreement, oracle_trace, our_trace, pair_of
 from sld_edge.engines.base import Array, TensorSpec
-from sld_edge.runtime import ImagePlan, Safety, loop
+from sld_edge.runtime import Safety, loop
 
 STEPS, SEED, SIZE = 7, 5, 64
 LATENTS = 1e-5  # both sides get the same predictions; only the arithmetic after them differs
@@ -106,10 +106,6 @@ def test_a_mistake_in_the_arithmetic_fails(
 def test_a_warm_up_off_by_one_fails(
     compare: Callable[[TwinEngine | None], float], monkeypatch: pytest.MonkeyPatch, shift: int
 ) -> None:
-    right = loop._safety_row
-
-    def shifted(image: ImagePlan, index: int) -> tuple[float, float, float, float, float]:
-        return right(image, index + shift)
-
-    monkeypatch.setattr(loop, "_safety_row", shifted)
+    right = loop.Job.safety
+    monkeypatch.setattr(loop.Job, "safety", lambda job, index: right(job, index + shift))
     assert compare(None) > 100 * LATENTS

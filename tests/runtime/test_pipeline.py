@@ -64,7 +64,7 @@ def test_skipping_the_branch_of_weak_is_exact(
 ) -> None:
     settings: dict[str, Any] = {"safety": "weak", "steps": 10, "sampler": "ddim", "seed": 2}
     skipped = miniature("a red star at a party", **settings)
-    monkeypatch.setattr("sld_edge.runtime.loop._branches_needed", lambda *_: 3)
+    monkeypatch.setattr("sld_edge.runtime.loop.Job.branches", lambda *_: 3)
     whole = miniature("a red star at a party", **settings)
     assert np.abs(skipped.latents - whole.latents).max() < 1e-4
 
@@ -138,7 +138,7 @@ def test_another_size_than_the_trained_one(miniature: Pipeline) -> None:
 
 
 def test_texts_are_encoded_once_and_constant_ones_never(miniature: Pipeline) -> None:
-    pipeline = Pipeline(miniature.bundle, provider="cpu")
+    pipeline = Pipeline.load(miniature.bundle.path, provider="cpu")
     concept = pipeline.bundle.manifest.safety_concept
     pipeline.encode_text(""), pipeline.encode_text(concept)
     assert "text_encoder" not in pipeline._engines
@@ -147,7 +147,7 @@ def test_texts_are_encoded_once_and_constant_ones_never(miniature: Pipeline) -> 
 
 
 def test_stored_embeddings_are_what_the_text_encoder_gives(miniature: Pipeline) -> None:
-    fresh = Pipeline(miniature.bundle, provider="cpu")
+    fresh = Pipeline.load(miniature.bundle.path, provider="cpu")
     stored = dict(fresh._embeddings)
     fresh._embeddings.clear()
     for text, embedding in stored.items():

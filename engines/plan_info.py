@@ -1,0 +1,216 @@
+"""What a plan says of itself: the `.json` beside it, and whether this machine can run it.
+
+A plan is code for one TensorRT, one operating system and some devices, and TensorRT's own complaint
+about another one names none of them; so it is asked here, before TensorRT sees the plan.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from sld_edge.engines.base import TensorSpec
+from sld_edge.engines.errors import EngineError
+
+FORMAT = "sld-edge-plan"
+FORMAT_VERSION = 1
+
+Flavour = Literal["tensorrt", "tensorrt-rtx"]
+FLAVOURS: tuple[Flavour, ...] = ("tensorrt-rtx", "tensorrt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """The sizes that a plan takes in one dimension: least, best, most."""
+
+    min: int
+    opt: int
+    max: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min <= self.opt <= self.max:
+            raise ValueError(f"{self.min} {self.opt} {self.max} is not min <= opt <= max")
+
+    def __contains__(self, size: object) -> bool:
+        return isinstance(size, int) and self.min <= size <= self.max
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanTensor:
+    """One input or output; `profile` holds an input's least, best and largest shape."""
+
+    spec: TensorSpec
+    profile: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanInfo:
+    """Everything worth knowing of a plan without loading it.
+
+    Attributes:
+        component: of which component of a bundle.
+        sha256: of the plan.
+        bytes: size of the plan.
+        source_sha256: of the ONNX graph and its weights (see `source_digest`).
+        engine: TensorRT's flavour.
+        engine_version: the version that built it.
+        system: operating system and architecture, "linux x86_64".
+        devices: names of the devices it was built on; empty where none was needed.
+        compute_capabilities: those it runs on.
+        precision: arithmetic, "fp16" or "fp32".
+        inputs: with their profiles.
+        outputs: as the network definition has them.
+        options: of the build, whatever bears on the plan.
+        seconds: that the build took.
+        created_by: "sld-edge" and its version.
+    """
+
+    component: str
+    sha256: str
+    bytes: int
+    source_sha256: str
+    engine: Flavour
+    engine_version: str
+    system: str
+    devices: tuple[str, ...]
+    compute_capabilities: tuple[str, ...]
+    precision: str
+    inputs: tuple[PlanTensor, ...]
+    outputs: tuple[PlanTensor, ...]
+    options: Mapping[str, Any]
+    seconds: float
+    created_by: str
+
+    def to_json(self) -> str:
+        """Write as `NAME.plan.json`."""
+        body = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
+        return json.dumps(body, indent=1) + "\n"
+
+
+def info_path(plan: Path) -> Path:
+    """Return where the description of a plan lies."""
+    return plan.with_name(plan.name + ".json")
+
+
+def plan_info_from_file(path: Path) -> PlanInfo:
+    """Read `NAME.plan.json`.
+
+    Raises:
+        EngineError: no such file, not a plan's description, or one from the future.
+    """
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise EngineError(
+            f"no description of the plan at {path}",
+            got=error.strerror,
+            do="build the plan with sld-build, which writes it",
+        ) from error
+    except ValueError as error:
+        raise EngineError(f"{path} is not whole JSON", do="build the plan again") from error
+    if not isinstance(body, dict) or body.get("format") != FORMAT:
+        raise EngineError(f"{path} is not a plan's description", do="build the plan again")
+    if body.get("format_version") != FORMAT_VERSION:
+        raise EngineError(
+            f"{path}: format version",
+            got=body.get("format_version"),
+            expected=FORMAT_VERSION,
+            do="update sld-edge, or build the plan again",
+        )
+    try:
+        return _info(body)
+    except (KeyError, TypeError, ValueError) as error:
+        raise EngineError(
+            f"{path} lacks an entry or has a wrong one", got=error, do="build the plan again"
+        ) from error
+
+
+def this_system() -> str:
+    """Return the operating system and architecture, as plans name them."""
+    machine = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
+    return f"{platform.system().lower()} {machine}"
+
+
+def misfit(info: PlanInfo, *, version: str, compute_capability: str, system: str) -> str | None:
+    """Say why a plan cannot run here, "built for ... | here ..."; None where it can.
+
+    Args:
+        info: the plan.
+        version: of the installed TensorRT of the plan's flavour.
+        compute_capability: of the device, "8.6".
+        system: as from `this_system`.
+    """
+    if info.system != system:
+        return f"it was built for {info.system} | here is {system}"
+    if not _version_fits(info, version):
+        return f"it was built with {info.engine} {info.engine_version} | here is {version}"
+    if not _device_fits(info, compute_capability):
+        built = ", ".join(info.compute_capabilities)
+        return f"it was built for compute capability {built} | the device here has " + (
+            compute_capability
+        )
+    return None
+
+
+def _version_fits(info: PlanInfo, version: str) -> bool:
+    if info.engine == "tensorrt" and info.options.get("version_compatible"):
+        # It carries a runtime of its own: later versions take it (TensorRT's support matrix).
+        return _numbers(version) >= _numbers(info.engine_version)
+    return _numbers(version)[:3] == _numbers(info.engine_version)[:3]
+
+
+def _device_fits(info: PlanInfo, capability: str) -> bool:
+    if info.options.get("hardware_compatible"):  # Ampere and later
+        return _numbers(capability) >= (8, 0)
+    return capability in info.compute_capabilities
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".") if part.isdigit())
+
+
+def _info(body: Mapping[str, Any]) -> PlanInfo:
+    if body["engine"] not in FLAVOURS:
+        raise ValueError(f"engine {body['engine']!r}")
+    return PlanInfo(
+        component=str(body["component"]),
+        sha256=str(body["sha256"]),
+        bytes=int(body["bytes"]),
+        source_sha256=str(body["source_sha256"]),
+        engine=cast(Flavour, body["engine"]),
+        engine_version=str(body["engine_version"]),
+        system=str(body["system"]),
+        devices=tuple(map(str, body["devices"])),
+        compute_capabilities=tuple(map(str, body["compute_capabilities"])),
+        precision=str(body["precision"]),
+        inputs=tuple(map(_tensor, body["inputs"])),
+        outputs=tuple(map(_tensor, body["outputs"])),
+        options=dict(body["options"]),
+        seconds=float(body["seconds"]),
+        created_by=str(body["created_by"]),
+    )
+
+
+def _tensor(body: Mapping[str, Any]) -> PlanTensor:
+    spec, profile = body["spec"], body["profile"]
+    return PlanTensor(
+        spec=TensorSpec(
+            name=str(spec["name"]), dtype=str(spec["dtype"]), shape=_shape(spec["shape"])
+        ),
+        profile=None if profile is None else _profile(profile),
+    )
+
+
+def _profile(
+    body: Sequence[Sequence[int]],
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    least, best, most = (tuple(map(int, shape)) for shape in body)
+    return least, best, most
+
+
+def _shape(body: Sequence[Any]) -> tuple[int | str, ...]:
+    return tuple(size if isinstance(size, str) else int(size) for size in body)

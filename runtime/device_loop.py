@@ -1,0 +1,277 @@
+"""The loop's calls on a device: latents, momentum, history and predictions never leave it.
+
+A call is two small copies within the device around one launch: this call's numbers (timestep,
+sampler row, safety) in, its figures out. Every buffer is laid out once for a batch and size; the
+UNet writes where guidance reads. What guidance changes lies in two places that take turns, so a
+graph's inputs and outputs never overlap; each turn and number of branches is one CUDA graph.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Literal, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sld_edge.engines.base import Array
+from sld_edge.engines.device import Arena, Bound, DeviceEngine, DeviceTensor, Event, Graph
+from sld_edge.runtime.loop import PREDICTIONS, Figures, Floats, Job
+from sld_edge.runtime.samplers.table import HISTORY
+
+_STATE = ("latents", "momentum", "history", "edit_map")
+_NUMBERS = ("timestep", "row", "safety")  # of one call, lying in a row
+_FIGURES = ("share", "strength", "finite")  # likewise
+_AHEAD = 2  # calls that are queued before the host waits: the device never idles, Ctrl-C works
+
+
+class DeviceStage:
+    """The buffers, bindings and graphs for one batch and size, used by one job after another."""
+
+    def __init__(
+        self,
+        unet: DeviceEngine,
+        guidance: DeviceEngine,
+        *,
+        latents: tuple[int, ...],
+        context: tuple[int, ...],
+    ) -> None:
+        """Lay out the buffers.
+
+        Args:
+            unet: engine of the `unet` graph.
+            guidance: engine of the `guidance` graph, on the same device.
+            latents: shape [B,4,h,w].
+            context: shape [3*B,L,C].
+
+        Raises:
+            EngineError: out of device memory.
+        """
+        self.device = unet.device
+        self.latents, self.context = latents, context
+        self._unet, self._guidance = unet, guidance
+        count, _, height, width = latents
+        self._count = count
+        state = {
+            "latents": ("float32", latents),
+            "momentum": ("float32", latents),
+            "history": ("float32", (HISTORY, *latents)),
+            "edit_map": ("float32", (count, height, width)),
+        }
+        self.arena = Arena(
+            self.device,
+            {
+                **{f"{name}/0": layout for name, layout in state.items()},
+                **{f"{name}/1": layout for name, layout in state.items()},
+                "unet_latents": ("float32", latents),
+                "noise_pred": ("float32", (3 * count, *latents[1:])),
+                "noise": ("float32", latents),
+                "context": ("float32", context),
+                "context_text": ("float32", (count, *context[1:])),  # where it alone is needed
+                "guidance_scale": ("float32", (count,)),
+                "timestep": ("float32", (count,)),
+                "row": ("float32", (10,)),
+                "safety": ("float32", (count, 5)),
+                "share": ("float32", (count,)),
+                "strength": ("float32", (count,)),
+                "finite": ("float32", (count,)),
+            },
+        )
+        self.numbers = self.arena.span(_NUMBERS[0], _NUMBERS[-1])
+        self.figures = self.arena.span(_FIGURES[0], _FIGURES[-1])
+        self._bounds: dict[tuple[int, int], tuple[Bound, Bound]] = {}
+        self._graphs: dict[tuple[int, int], Graph] = {}
+        self._generation = -1
+        self._job_memory: Arena | None = None
+        self._marks: list[Event] = []
+
+    def job_memory(self, calls: int, *, noisy: bool) -> Arena:
+        """Return memory for every call's numbers, figures and, where `noisy`, fresh noise."""
+        layout: dict[str, tuple[str, tuple[int, ...]]] = {
+            "numbers": ("uint8", (calls, self.numbers.nbytes)),
+            "figures": ("uint8", (calls, self.figures.nbytes)),
+            "noise": ("float32", (calls if noisy else 1, *self.latents)),
+        }
+        if self._job_memory is None or not self._job_memory.holds(layout):
+            if self._job_memory is not None:
+                self._job_memory.close()
+            self._job_memory = Arena(self.device, layout)
+        return self._job_memory
+
+    def marks(self, count: int) -> list[Event]:
+        """Return `count` marks, the same ones for every job."""
+        self._marks += [self.device.event() for _ in range(count - len(self._marks))]
+        return self._marks
+
+    def launch(self, branches: int, turn: int) -> None:
+        """Queue the UNet and guidance; from `turn`'s state to the other's."""
+        key = (branches, turn)
+        new = key not in self._bounds
+        if new:
+            self._bounds[key] = self._bind(branches, turn)
+        if self._generation != self.device.workspace.generation:
+            self._drop_graphs()  # they hold the address of the old workspace
+            self._generation = self.device.workspace.generation
+            new = True
+        if not (self._unet.capturable and self._guidance.capturable) or new:
+            self._queue(key)  # the first run settles what a capture must not see
+            return
+        if key not in self._graphs:
+            self._graphs[key] = self.device.capture(lambda: self._queue(key))
+        self._graphs[key].launch()
+
+    def close(self) -> None:
+        """Give everything back."""
+        self._drop_graphs()
+        self._bounds.clear()
+        for mark in self._marks:
+            mark.close()
+        if self._job_memory is not None:
+            self._job_memory.close()
+        self.arena.close()
+
+    def _queue(self, key: tuple[int, int]) -> None:
+        for bound in self._bounds[key]:
+            bound.enqueue()
+
+    def _drop_graphs(self) -> None:
+        for graph in self._graphs.values():
+            graph.close()
+        self._graphs.clear()
+
+    def _bind(self, branches: int, turn: int) -> tuple[Bound, Bound]:
+        arena, count = self.arena, self._count
+        context = arena["context_text"]
+        if branches > 1:
+            context = arena["context"].part(0, branches * count)
+        predicted = arena["noise_pred"].part(0, branches * count)
+        unet = self._unet.bind(
+            {
+                "latents": arena["unet_latents"],
+                "timestep": arena["timestep"],
+                "context": context,
+                "noise_pred": predicted,
+            }
+        )
+        parts = [predicted.part(k * count, count) for k in range(branches)]
+        uncond, text = parts[0], parts[min(1, branches - 1)]
+        used = (uncond, text, parts[2] if branches == 3 else uncond)
+        same = ("unet_latents", "noise", "guidance_scale", "row", "safety", *_FIGURES)
+        guidance = self._guidance.bind(
+            {
+                **dict(zip(PREDICTIONS, used, strict=True)),
+                **{name: arena[name] for name in same},
+                **{name: arena[f"{name}/{turn}"] for name in _STATE},
+                **{f"{name}_next": arena[f"{name}/{1 - turn}"] for name in _STATE},
+            }
+        )
+        return unet, guidance
+
+
+class DeviceStepper:
+    """Runs a job on a stage; what it is asked for is copied to the host then, and only then."""
+
+    def __init__(self, stage: DeviceStage, job: Job) -> None:
+        """Queue what a job starts from."""
+        self._stage, self._job = stage, job
+        self._device = device = stage.device
+        self._calls = 0
+        table = job.table
+        noisy = bool((table.s > 0).any())
+        self._memory = stage.job_memory(table.calls, noisy=noisy)
+        device.upload(self._memory["numbers"], self._packed_numbers())
+        if noisy:
+            # One after another, as a loop would draw them: only calls that add noise draw.
+            silence = np.zeros(stage.latents, np.float32)
+            fresh = [job.fresh_noise() if s > 0 else silence for s in table.s]
+            device.upload(self._memory["noise"], np.stack(fresh))
+        self._noisy = noisy
+        latents = job.starting_latents()
+        for name, array in {
+            "latents/0": latents,
+            "unet_latents": latents * np.float32(table.c_in[0]),
+            "context": job.context,
+            "context_text": job.context[len(latents) : 2 * len(latents)],
+            "guidance_scale": job.guidance_scale(),
+        }.items():
+            device.upload(stage.arena[name], array)
+        for name in ("momentum/0", "history/0", "edit_map/0", "noise"):
+            device.clear(stage.arena[name])
+        self._marks = stage.marks(table.calls + 1)
+        self._marks[0].record()
+
+    def call(self, index: int, branches: int) -> None:
+        """Queue the UNet on `branches` branches, then guidance."""
+        stage, memory = self._stage, self._memory
+        self._move(stage.numbers, memory["numbers"].part(index, 1))
+        if self._noisy:
+            self._move(stage.arena["noise"], memory["noise"].part(index, 1))
+        stage.launch(branches, index % 2)
+        self._move(memory["figures"].part(index, 1), stage.figures)
+        self._calls = index + 1
+        self._marks[self._calls].record()
+        if self._calls > _AHEAD:
+            self._marks[self._calls - _AHEAD].wait()
+
+    def read(self, name: Literal["latents", "edit_map"]) -> Floats:
+        """Wait, and return the latents [B,4,h,w] or the edit map [B,h,w] after the last call.
+
+        Raises:
+            NumericsError: NaN or infinity in one of the calls so far.
+        """
+        array = self._device.download(self._stage.arena[f"{name}/{self._calls % 2}"])
+        self._figures()
+        return array
+
+    def figures(self) -> Figures:
+        """Wait, and return the figures of all calls so far.
+
+        Raises:
+            NumericsError: NaN or infinity in one of them.
+        """
+        found = self._figures()
+        marks = self._marks[: self._calls + 1]
+        return Figures(
+            share=found["share"],
+            strength=found["strength"],
+            seconds=[later.seconds_since(mark) for mark, later in pairwise(marks)],
+        )
+
+    def _figures(self) -> dict[str, Floats]:
+        raw = self._device.download(self._memory["figures"].part(0, self._calls))
+        first = self._stage.figures.address
+        found = {}
+        for name in _FIGURES:
+            tensor = self._stage.arena[name]
+            begin = tensor.address - first
+            bytes_of = np.ascontiguousarray(raw[:, begin : begin + tensor.nbytes])
+            found[name] = bytes_of.view(np.float32)
+        for index, finite in enumerate(found["finite"]):
+            self._job.refuse(finite, index)
+        return found
+
+    def _packed_numbers(self) -> NDArray[np.uint8]:
+        """Every call's numbers as they lie on the device, uint8 [calls,bytes]."""
+        job, numbers = self._job, self._stage.numbers
+        rows = job.table.rows()
+        packed = np.zeros((job.table.calls, numbers.nbytes), np.uint8)
+        for index, record in enumerate(packed):
+            values: dict[str, Array] = {
+                "timestep": job.timestep(index),
+                "row": rows[index],
+                "safety": job.safety(index),
+            }
+            for name, array in values.items():
+                begin = self._stage.arena[name].address - numbers.address
+                record[begin : begin + array.nbytes] = (
+                    np.ascontiguousarray(array).view(np.uint8).reshape(-1)
+                )
+        return packed
+
+    def _move(self, target: DeviceTensor, source: DeviceTensor) -> None:
+        self._device.copy(target.address, source.address, target.nbytes)
+
+
+def device_engine(engine: object) -> DeviceEngine | None:
+    """Return an engine as one whose tensors can stay on a device, if it is one."""
+    return cast(DeviceEngine, engine) if hasattr(engine, "bind") else None

@@ -1,0 +1,234 @@
+"""Which engine runs which component: plans where there are any, ONNX Runtime for the rest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+from sld_edge.engines.base import Engine
+from sld_edge.engines.device import Device
+from sld_edge.engines.errors import EngineError, InputError, UserError
+from sld_edge.engines.ort import OrtProvider
+from sld_edge.engines.ort_device import OrtDeviceEngine
+from sld_edge.engines.plan_info import FLAVOURS, Flavour
+from sld_edge.engines.providers import choose, status
+from sld_edge.engines.sessions import prepared_engine
+from sld_edge.engines.tensorrt import TrtEngine, tensorrt_module
+from sld_edge.runtime.bundle import Bundle, Component
+from sld_edge.runtime.plans import (
+    Plan,
+    bundle_of_plan,
+    flavour_of,
+    planned,
+    plans_in,
+    require_fit,
+    require_trust,
+    source_digest,
+    why_missing,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadSettings:
+    """What runs a bundle, and how.
+
+    Attributes:
+        provider: "auto" or one of `engines.providers.NAMES`.
+        plan: a plan of a bundle, whose flavour is taken and beside which the others lie.
+        trust_plan: run plans whose hash the bundle does not hold.
+        cuda_graph: replay the calls of a loop from CUDA graphs.
+        low_memory: hold text encoder and decoder only while they are needed.
+    """
+
+    provider: str = "auto"
+    plan: Path | None = None
+    trust_plan: bool = False
+    cuda_graph: bool = True
+    low_memory: bool = False
+
+
+@dataclass(kw_only=True)
+class Loader:
+    """Loads the components of a bundle for one provider.
+
+    Attributes:
+        bundle: whose components.
+        provider: the resolved one.
+        why: why it was taken, one line.
+        settings: as asked for.
+        plans: the plans that are used, by component.
+        fallbacks: why a component runs on another provider, by component.
+    """
+
+    bundle: Bundle
+    provider: str
+    why: str
+    settings: LoadSettings
+    plans: dict[str, Plan] = field(default_factory=dict)
+    fallbacks: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, bundle: str | Path | None, settings: LoadSettings) -> Loader:
+        """Open a bundle and resolve what runs it.
+
+        Raises:
+            BundleError: no bundle there, or a damaged one.
+            EngineError: plans that are missing, not trusted, or do not fit this machine.
+            InputError: a provider that is unknown or does not work here.
+        """
+        if bundle is None and settings.plan is not None:
+            bundle = bundle_of_plan(settings.plan)
+        opened = Bundle.open(bundle)
+        provider, why = _resolved(opened, settings)
+        loader = cls(bundle=opened, provider=provider, why=why, settings=settings)
+        if provider in FLAVOURS:
+            loader._take_plans(provider)
+        return loader
+
+    @cached_property
+    def device(self) -> Device:
+        """The CUDA device, opened when first needed."""
+        return Device()
+
+    @property
+    def on_device(self) -> bool:
+        """Whether the provider runs on a CUDA device."""
+        return self.provider != "cpu"
+
+    def load(self, name: str, component: Component) -> Engine:
+        """Return a component's engine.
+
+        Raises:
+            BundleError: a file of the component is damaged.
+            EngineError: the engine does not take it.
+        """
+        plan = self.plans.get(name)
+        if plan is not None:
+            return TrtEngine(
+                plan.path,
+                plan.info,
+                self.device,
+                cuda_graph=self.settings.cuda_graph,
+                source=self._source(component, plan),
+            )
+        provider = self._ort_provider(name)
+        if provider == "cpu":
+            return prepared_engine(source_digest(component), lambda: self._graph(component))
+        return OrtDeviceEngine(self._graph(component), self.device, provider=provider)
+
+    def provider_of(self, name: str) -> str:
+        """Return what runs a component."""
+        return self.provider if name in self.plans else self._ort_provider(name)
+
+    def largest_batch(self) -> int | None:
+        """Return the most images that the plans take at once; None where there is no limit."""
+        return min(
+            (
+                tensor.profile[2][0]
+                for name in ("unet", "guidance")
+                if name in self.plans
+                for tensor in self.plans[name].info.inputs
+                if tensor.spec.name == "latents" and tensor.profile is not None
+            ),
+            default=None,
+        )
+
+    def description(self) -> dict[str, Any]:
+        """Return what a report says of what ran the bundle."""
+        told: dict[str, Any] = {
+            "provider": self.provider,
+            "components": {
+                name: self.provider_of(name) for name in self.bundle.manifest.components
+            },
+            "plans": {name: plan.info.sha256 for name, plan in self.plans.items()},
+            "device": None,
+        }
+        if "device" in self.__dict__:
+            device = self.device
+            told["device"] = {
+                "name": device.name,
+                "compute_capability": device.compute_capability,
+                "driver": device.driver,
+            }
+            if self.provider in FLAVOURS:
+                told["device"][self.provider] = tensorrt_module(self.provider).__version__
+        return told
+
+    def close(self) -> None:
+        """Give the device back."""
+        if "device" in self.__dict__:
+            self.device.close()
+            del self.__dict__["device"]
+
+    def _take_plans(self, flavour: Flavour) -> None:
+        folder = self.settings.plan.parent if self.settings.plan is not None else self.bundle.path
+        everything = plans_in(folder)
+        own = {name: plan for name, plan in everything.items() if plan.info.engine == flavour}
+        if not own:
+            raise why_missing(everything, self.bundle, flavour)
+        for plan in own.values():
+            require_fit(plan, self.bundle, self.device)
+            if not self.settings.trust_plan:
+                require_trust(plan, self.bundle)
+        self.plans = own
+        rest = _rest_provider()
+        for name in self.bundle.manifest.components:
+            if name not in own:
+                self.fallbacks[name] = f"no {flavour} plan of it: runs on {rest}"
+
+    def _ort_provider(self, name: str) -> OrtProvider:
+        if name in self.fallbacks:
+            return _rest_provider()
+        return cast(OrtProvider, self.provider)
+
+    def _source(self, component: Component, plan: Plan) -> Path | None:
+        """Return the graph that a stripped plan takes its weights from."""
+        if not plan.info.options.get("strip_weights"):
+            return None
+        graph = self._graph(component)
+        return plan.path.with_name(str(plan.info.options.get("refit_from", graph.name)))
+
+    def _graph(self, component: Component) -> Path:
+        graph, *_ = [self.bundle.check(file) for file in component.files]
+        return graph
+
+
+def _resolved(bundle: Bundle, settings: LoadSettings) -> tuple[str, str]:
+    if settings.plan is not None:
+        return flavour_of(settings.plan, settings.provider), "it is what the plan was built for"
+    if settings.provider != "auto":
+        found = status(settings.provider)
+        if not found.usable:
+            raise InputError(f"provider {found.name} does not work here", got=found.reason)
+        return found.name, "it was asked for"
+    return choose(_planned(bundle))
+
+
+def _planned(bundle: Bundle) -> dict[str, str | None]:
+    """Say for each flavour why the bundle's plans do not fit here, or None."""
+    try:
+        have = {plan.info.engine for plan in plans_in(bundle.path).values()}
+    except EngineError as error:
+        return dict.fromkeys(FLAVOURS, str(error))
+    if not have:
+        return dict.fromkeys(FLAVOURS, "no plan was built for this bundle")
+    try:
+        device = Device()
+    except UserError as error:
+        return dict.fromkeys(FLAVOURS, str(error))
+    try:
+        return {
+            flavour: planned(bundle, flavour, device)
+            if flavour in have
+            else "no plan of it was built for this bundle"
+            for flavour in FLAVOURS
+        }
+    finally:
+        device.close()
+
+
+def _rest_provider() -> OrtProvider:
+    """Return what runs the components that have no plan."""
+    return "cuda" if status("cuda").usable else "cpu"

@@ -1,0 +1,23 @@
+"""What to say when a graph gives NaN or infinity."""
+
+from __future__ import annotations
+
+from sld_edge.engines.errors import NumericsError
+
+
+def not_finite(component: str, *, precision: str, call: str = "") -> NumericsError:
+    """Return the error that names a component, the call, and what helps.
+
+    Args:
+        component: whose output it was.
+        precision: of its arithmetic, "fp16" or "fp32".
+        call: "call 3 of 50", for a component that runs more than once.
+    """
+    if component == "guidance":
+        advice = "lower the guidance scale or the safety scale"
+    elif precision == "fp16":
+        advice = f"it overflows in FP16: export again with --fp32-components {component}"
+    else:
+        advice = "its weights may be damaged: check the checkpoint, and export again"
+    where = f" at {call}" if call else ""
+    return NumericsError(f"{component}: NaN or infinity{where}, no image was made", do=advice)
