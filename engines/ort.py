@@ -20,7 +20,7 @@ PROVIDERS: Mapping[str, str] = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
     "ort-tensorrt": "TensorrtExecutionProvider",
-    "ort-tensorrt-rtx": "NvTensorRtRtxExecutionProvider",
+    "ort-tensorrt-rtx": "NvTensorRTRTXExecutionProvider",
 }
 _DTYPES = {
     "tensor(float)": "float32",
@@ -57,7 +57,7 @@ def provider_options(provider: OrtProvider, device: Device | None) -> dict[str, 
         options |= {"trt_engine_cache_enable": "1", "trt_engine_cache_path": folder}
         options |= {"trt_timing_cache_enable": "1", "trt_timing_cache_path": folder}
     elif provider == "ort-tensorrt-rtx" and root is not None:
-        options |= {"nv_runtime_cache_path": str(root / provider)}
+        options |= {"has_user_compute_stream": "1", "nv_runtime_cache_path": str(root / provider)}
     return options
 
 
@@ -134,13 +134,17 @@ def create_session(
 ) -> Any:
     """Create a session; whatever stops it becomes one line."""
     ort = onnxruntime()
+    if provider != "cpu" and hasattr(ort, "preload_dlls"):
+        ort.preload_dlls()  # CUDA and cuDNN that pip installed
     providers: list[Any] = [(PROVIDERS[provider], provider_options(provider, device))]
     if provider.startswith("ort-"):
         providers.append((PROVIDERS["cuda"], provider_options("cuda", device)))
     if provider != "cpu":
         providers.append(PROVIDERS["cpu"])
     try:
-        session = ort.InferenceSession(os.fspath(path), options, providers=providers)
+        session = ort.InferenceSession(
+            os.fspath(path), options, providers=providers, enable_fallback=0
+        )
     except Exception as error:  # ONNX Runtime's errors share no base class
         raise EngineError(
             f"ONNX Runtime {ort.__version__} cannot load {path}",

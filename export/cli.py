@@ -143,7 +143,7 @@ def _run(arguments: Sequence[str] | None) -> None:
     if quiet:
         return
     size = sum(file.stat().st_size for file in path.iterdir())
-    peak = _peak_memory()
+    peak = peak_memory()
     print(
         f"{path}: {size / 1e6:.1f} MB in {time.perf_counter() - start:.1f} s"
         + (f", peak memory {peak / 2**30:.2f} GiB" if peak is not None else "")
@@ -167,16 +167,6 @@ def _progress(*, quiet: bool) -> Iterator[tuple[tqdm[NoReturn], Watch]]:
 def _tell(bar: tqdm[NoReturn], line: str) -> None:
     bar.clear()  # a bar on a terminal would be left standing above the line
     print(line, file=sys.stderr)
-
-
-def _peak_memory() -> int | None:
-    """Bytes of memory that this process held at most; None where the system does not say."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 if __name__ == "__main__":

@@ -92,6 +92,11 @@ class Loader:
         """The CUDA device, opened when first needed."""
         return Device()
 
+    @cached_property
+    def rest(self) -> OrtProvider:
+        """What runs the components that have no plan."""
+        return "cuda" if status("cuda").usable else "cpu"
+
     @property
     def on_device(self) -> bool:
         """Whether the provider runs on a CUDA device."""
@@ -173,14 +178,13 @@ class Loader:
             if not self.settings.trust_plan:
                 require_trust(plan, self.bundle)
         self.plans = own
-        rest = _rest_provider()
         for name in self.bundle.manifest.components:
             if name not in own:
-                self.fallbacks[name] = f"no {flavour} plan of it: runs on {rest}"
+                self.fallbacks[name] = f"no {flavour} plan of it: runs on {self.rest}"
 
     def _ort_provider(self, name: str) -> OrtProvider:
         if name in self.fallbacks:
-            return _rest_provider()
+            return self.rest
         return cast(OrtProvider, self.provider)
 
     def _source(self, component: Component, plan: Plan) -> Path | None:
@@ -227,8 +231,3 @@ def _planned(bundle: Bundle) -> dict[str, str | None]:
         }
     finally:
         device.close()
-
-
-def _rest_provider() -> OrtProvider:
-    """Return what runs the components that have no plan."""
-    return "cuda" if status("cuda").usable else "cpu"

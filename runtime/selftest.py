@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sld_edge.engines.base import Array, Engine, TensorSpec
-from sld_edge.engines.errors import BundleError, EngineError, OutputError, UserError
+from sld_edge.engines.errors import BundleError, EngineError, InputError, OutputError, UserError
 from sld_edge.engines.ort import OrtEngine
 from sld_edge.engines.plan_info import FLAVOURS
+from sld_edge.engines.providers import status
 from sld_edge.engines.settings import cache_folder
 from sld_edge.runtime.bundle import EMBEDDED, Bundle, Component
 from sld_edge.runtime.loader import Loader, LoadSettings
@@ -106,6 +108,9 @@ def _tested(provider: str, say: Say, build: Build | None) -> Iterator[Pipeline]:
         with Pipeline.load(provider=provider) as pipeline:
             yield pipeline
         return
+    found = status(provider)
+    if not found.usable:  # before anything is built for it
+        raise InputError(f"provider {provider} does not work here", got=found.reason)
     with _folder() as root:
         bundle = root / f"{provider}-{Bundle.open().sha256[:16]}"
         with _planned(bundle, provider, say, build) as pipeline:
@@ -178,7 +183,7 @@ class _SelfTest:
 
     def images(self) -> None:
         """Compare whole images and what safety did to them."""
-        self._say(f"{_COUNT} images each, {_STEPS} steps, the first with what is done only once:")
+        self._say(f"{_COUNT} images each, {_STEPS} steps (what is done once is in the first time):")
         for sampler, preset in _IMAGES:
             name = f"{sampler}, safety {preset}"
             with self._watched(name):
@@ -206,7 +211,7 @@ class _SelfTest:
         self._tell(name, text, error <= allowed)  # NaN is not
 
     def _image(self, name: str, got: Result, wanted: Result, times: str) -> None:
-        difference = np.stack(got.images).astype(np.float64) - np.stack(wanted.images)
+        difference = _pixels(got) - _pixels(wanted)
         mean, largest = np.abs(difference).mean(), np.abs(difference).max()
         square = float((difference**2).mean())
         psnr = f"{10 * np.log10(255**2 / square):.1f} dB" if square > 0 else "alike"
@@ -285,8 +290,8 @@ def _sampler_row(bundle: Bundle) -> Array:
     """Return a row that uses the history, with some fresh noise added."""
     manifest = bundle.manifest
     scheduler = {**manifest.scheduler, "prediction_type": manifest.prediction_type}
-    row = sampler_table("unipc", scheduler, _STEPS).rows()[_STEPS // 2].copy()
-    row[8] = 0.3
+    row: Array = sampler_table("unipc", scheduler, _STEPS).rows()[_STEPS // 2]
+    row[8] = 0.3  # s
     return row
 
 
@@ -304,6 +309,10 @@ def _broken_feeds(
     feeds = _feeds("vae_decoder", components["vae_decoder"], bundle)
     feeds["latents"][0, 0, 0, 0] = np.nan
     yield "nan in latents", "vae_decoder", feeds, 0
+
+
+def _pixels(result: Result) -> NDArray[np.float64]:
+    return np.stack([np.asarray(image) for image in result.images]).astype(np.float64)
 
 
 def _timed_images(pipeline: Pipeline, sampler: str, preset: str) -> tuple[Result, float]:

@@ -298,9 +298,11 @@ def test_the_smallest_graph_is_one_that_onnxruntime_takes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     ort = import_module("onnxruntime")
-    assert providers._start(ort, "CPUExecutionProvider") == ""
+    with pytest.warns(UserWarning, match="Duplicate provider"):
+        assert providers._start(ort, "CPUExecutionProvider") == ""
     monkeypatch.setattr(providers, "_IDENTITY", b"no graph")
-    assert "does not start" in providers._start(ort, "CPUExecutionProvider")
+    with pytest.warns(UserWarning, match="Duplicate provider"):
+        assert "does not start" in providers._start(ort, "CPUExecutionProvider")
 
 
 def test_memory_shared_with_the_host_and_further_devices_are_said(put: Put) -> None:

@@ -1,4 +1,4 @@
-"""A stand-in for a GPU: CUDA in host memory, and TensorRT on ONNX Runtime."""
+"""A stand-in for a GPU: CUDA and TensorRT in host memory, stricter than the real ones."""
 
 from __future__ import annotations
 
@@ -7,28 +7,43 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from standin.cuda import FakeCuda
-from standin.tensorrt import make_tensorrt
 
 from sld_edge.engines.plan_info import Flavour
-from sld_edge.runtime import Request
+from sld_edge.runtime.plan import Request
+from standin.cuda import FakeCuda, StandinError
+from standin.plans import VERSIONS
+from standin.tensorrt import make_tensorrt
 
-VERSIONS: dict[Flavour, str] = {"tensorrt-rtx": "1.7.1.116", "tensorrt": "10.3.0"}
+__all__ = ["FakeCuda", "StandinError", "install", "request"]
+
+_MODULES: dict[Flavour, str] = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 
 
-def install(patch: pytest.MonkeyPatch, **settings: Any) -> FakeCuda:
-    """Put the stand-ins where our code imports CUDA and both flavours of TensorRT."""
-    cuda = FakeCuda(**settings)
-    patch.setitem(sys.modules, "cuda", sys.modules.get("cuda", ModuleType("cuda")))
-    bindings = sys.modules.get("cuda.bindings", ModuleType("cuda.bindings"))
-    patch.setitem(sys.modules, "cuda.bindings", bindings)
-    patch.setitem(sys.modules, "cuda.bindings.runtime", cuda)
-    for flavour, version in VERSIONS.items():
-        name = flavour.replace("-", "_")
-        patch.setitem(sys.modules, name, make_tensorrt(flavour, version, cuda))
+def install(
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    versions: dict[Flavour, str] | None = None,
+    **device: Any,
+) -> FakeCuda:
+    """Put the stand-ins where CUDA's bindings and both TensorRTs are imported from.
+
+    Args:
+        monkeypatch: takes them out again.
+        versions: of the flavours of TensorRT; a flavour that is missing here is not installed.
+        device: as `FakeCuda` takes it: compute_capability, name, total_memory, driver, devices,
+            integrated.
+    """
+    cuda = FakeCuda(**device)
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", cuda)
+    given = VERSIONS if versions is None else versions
+    for flavour, name in _MODULES.items():
+        module: ModuleType | None = None  # None there makes importing it fail
+        if flavour in given:
+            module = make_tensorrt(flavour, given[flavour], cuda)
+        monkeypatch.setitem(sys.modules, name, module)
     return cuda
 
 
-def request(prompt: str, **settings: Any) -> Request:
-    """Ask for one image."""
-    return Request(prompts=(prompt,), **settings)
+def request(*prompts: str, **settings: Any) -> Request:
+    """Return a request for `Pipeline.plan`."""
+    return Request(prompts=prompts, **settings)

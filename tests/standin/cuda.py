@@ -1,33 +1,39 @@
-"""CUDA in host memory: the part of `cuda.bindings.runtime` that we use, late and strict.
+"""A CUDA device in host memory, as `engines.cuda_api.CudaRuntime` has it, that forgives nothing.
 
-A stream is a queue that runs only when the host waits for it, so whatever is read too early shows.
-Memory is poisoned with NaN when it is allocated, and a host buffer when a copy into it is queued.
-What would be silent corruption on a device is a `StandinError`; what CUDA refuses is an error code.
+Work is only queued, and done when somebody waits for it, so what is read too early is still poison.
+Addresses are made up: none is used twice, and none lies in the host's memory. What a real device
+answers with an error code gives that code; what would silently go wrong there raises StandinError.
 """
 
 from __future__ import annotations
 
 import ctypes
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
-from types import SimpleNamespace
+from itertools import count
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-ALIGNMENT = 256
-_POISON = 0xFF  # four of them are a NaN
+Bytes = NDArray[np.uint8]
+Span = tuple[int, int]  # address, bytes
+
+ALIGNMENT = 256  # of what cudaMalloc gives, and no more than that
+POISON = 0xFF  # NaN in every floating-point type
+_FIRST_ADDRESS = 1 << 56  # beyond any address of the host
 
 
 class StandinError(AssertionError):
-    """What a real device would do wrong without a word."""
+    """Something that a real device does not report and that makes its results wrong."""
 
 
 class Error(IntEnum):
-    """The error codes that are given here."""
+    """`cudaError_t`, what is used of it."""
 
     cudaSuccess = 0
     cudaErrorInvalidValue = 1
@@ -36,333 +42,553 @@ class Error(IntEnum):
     cudaErrorNoDevice = 100
     cudaErrorInvalidDevice = 101
     cudaErrorInvalidResourceHandle = 400
+    cudaErrorNotReady = 600
     cudaErrorStreamCaptureUnsupported = 900
+    cudaErrorStreamCaptureInvalidated = 901
+    cudaErrorCapturedEvent = 907
 
 
-class Kind(IntEnum):
+class MemcpyKind(IntEnum):
     """`cudaMemcpyKind`."""
 
+    cudaMemcpyHostToHost = 0
     cudaMemcpyHostToDevice = 1
     cudaMemcpyDeviceToHost = 2
     cudaMemcpyDeviceToDevice = 3
 
 
-_KINDS = {1: "host to device", 2: "device to host", 3: "device to device"}
-_TEXTS = {
-    Error.cudaErrorMemoryAllocation: "out of memory",
-    Error.cudaErrorInsufficientDriver: "CUDA driver version is insufficient for CUDA runtime version",
-    Error.cudaErrorNoDevice: "no CUDA-capable device is detected",
+class CaptureMode(IntEnum):
+    """`cudaStreamCaptureMode`."""
+
+    cudaStreamCaptureModeGlobal = 0
+    cudaStreamCaptureModeThreadLocal = 1
+    cudaStreamCaptureModeRelaxed = 2
+
+
+class DeviceAttr(IntEnum):
+    """`cudaDeviceAttr`, what is used of it."""
+
+    cudaDevAttrIntegrated = 18
+    cudaDevAttrComputeCapabilityMajor = 75
+    cudaDevAttrComputeCapabilityMinor = 76
+
+
+_KINDS = {
+    MemcpyKind.cudaMemcpyHostToDevice: "host to device",
+    MemcpyKind.cudaMemcpyDeviceToHost: "device to host",
+    MemcpyKind.cudaMemcpyDeviceToDevice: "device to device",
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Call:
-    """One call, for tests that count."""
+    """One call that was made; `kind` says which way a copy went."""
 
     name: str
     kind: str = ""
+    nbytes: int = 0
 
 
-@dataclass
-class _Work:
-    """Something queued: what it does, and the device memory it touches."""
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """Something queued: what it does, and the device memory that it uses."""
 
+    name: str
     run: Callable[[], None]
-    touches: tuple[tuple[int, int], ...] = ()
+    spans: tuple[Span, ...] = ()
 
 
-@dataclass
+class Handle:
+    """What CUDA gives for a stream, event or graph: nothing can be read off it."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    def __int__(self) -> int:
+        return self._number
+
+
+@dataclass(kw_only=True)
 class _Stream:
-    queue: list[tuple[int, _Work]] = field(default_factory=list)
-    capture: list[_Work] | None = None
+    queue: list[Work] = field(default_factory=list)
+    captured: list[Work] | None = None  # while it is being captured
+    invalid: bool = False  # the capture has met something that cannot be captured
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Event:
-    ticket: int = -1
-    stream: int = 0
-    done_at: float | None = None
+    stream: _Stream | None = None  # where it was last recorded
+    mark: Work | None = None
+    passed: float | None = None  # when the device came to it, in seconds
+    captured: bool = False
 
 
-class FakeCuda:
-    """A stand-in for the module `cuda.bindings.runtime`."""
+@dataclass(frozen=True, kw_only=True)
+class _Graph:
+    work: tuple[Work, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _GraphExec:
+    work: tuple[Work, ...]
+
+
+class FakeCuda(ModuleType):
+    """`cuda.bindings.runtime` for one pretended device (or several alike).
+
+    Attributes:
+        counts: how often each call was made, by name.
+        log: every call, in order.
+        kernels: names of the kernels that were queued or captured, in order.
+    """
 
     cudaStreamNonBlocking = 1
     cudaEventBlockingSync = 1
     cudaError_t = Error
-    cudaMemcpyKind = Kind
-    cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
-    cudaDeviceAttr = SimpleNamespace()
+    cudaMemcpyKind = MemcpyKind
+    cudaStreamCaptureMode = CaptureMode
+    cudaDeviceAttr = DeviceAttr
 
     def __init__(
         self,
         *,
         compute_capability: tuple[int, int] = (8, 6),
-        name: str = "Stand-in RTX",
-        total_memory: int = 2**33,
+        name: str = "Stand-in GPU",
+        total_memory: int = 8 << 30,
         driver: int = 13000,
         devices: int = 1,
         integrated: bool = False,
     ) -> None:
-        self._capability, self._name = compute_capability, name
-        self._total, self._driver = total_memory, driver
-        self._devices, self._integrated = devices, integrated
-        self._memory: dict[int, NDArray[np.uint8]] = {}
-        self._sizes: dict[int, int] = {}
-        self._streams: dict[int, _Stream] = {}
-        self._events: dict[int, _Event] = {}
-        self._graphs: dict[int, list[_Work]] = {}
-        self._executables: dict[int, list[_Work]] = {}
-        self._next = 1
-        self._clock = 0.0
+        super().__init__("cuda.bindings.runtime")
+        self.compute_capability = compute_capability
+        self.device_name = name
+        self.total_memory = total_memory
+        self.driver = driver
+        self.devices = devices
+        self.integrated = integrated
         self.counts: Counter[str] = Counter()
         self.log: list[Call] = []
+        self.kernels: list[str] = []
+        self._memory: dict[int, Bytes] = {}
+        self._freed: dict[int, int] = {}
+        self._next_address = _FIRST_ADDRESS
+        self._handles: dict[int, Any] = {}
+        self._numbers = count(1)
 
-    def __getattribute__(self, name: str) -> Any:
-        """Count every call of a CUDA function."""
-        value = object.__getattribute__(self, name)
-        if name.startswith("cuda") and callable(value) and not isinstance(value, type):
-
-            def counted(*arguments: Any) -> Any:
-                kind = _KINDS[int(arguments[3])] if name == "cudaMemcpyAsync" else ""
-                self.counts[name] += 1
-                self.log.append(Call(name, kind))
-                return value(*arguments)
-
-            return counted
-        return value
-
-    # --- what tests ask -----------------------------------------------------------------------
+    # --- what tests ask ---------------------------------------------------------------------------
 
     def live_allocations(self) -> dict[int, int]:
-        """Sizes of the memory that was not given back, by address."""
-        return dict(self._sizes)
+        """Bytes of all memory that was not freed, by address."""
+        return {address: len(memory) for address, memory in self._memory.items()}
 
     def live_handles(self) -> list[str]:
-        """Streams, events and graphs that were not given back."""
-        kinds = {
-            "stream": self._streams,
-            "event": self._events,
-            "graph": self._graphs,
-            "executable graph": self._executables,
-        }
-        return [kind for kind, handles in kinds.items() for _ in handles]
+        """Kinds of all streams, events and graphs that were not destroyed."""
+        return [type(thing).__name__.removeprefix("_") for thing in self._handles.values()]
 
-    # --- what the stand-in for TensorRT uses --------------------------------------------------
+    def pending(self, stream: Any) -> list[str]:
+        """Names of what is queued in a stream and not done yet."""
+        return [work.name for work in self._stream(stream).queue]
 
-    def launch(
-        self, stream: int, run: Callable[[], None], touches: tuple[tuple[int, int], ...]
-    ) -> None:
-        """Queue a kernel that touches device memory, (address, bytes) each."""
-        for address, nbytes in touches:
-            self._check(address, nbytes)
-        self._put(stream, _Work(run, touches))
+    # --- what the TensorRT stand-in uses ----------------------------------------------------------
 
-    def view(self, address: int, nbytes: int) -> NDArray[np.uint8]:
-        """Return device memory as bytes, when a kernel runs."""
-        base = self._check(address, nbytes)
-        begin = address - base
-        return self._memory[base][begin : begin + nbytes]
+    def view(self, address: int, nbytes: int) -> Bytes:
+        """Return device memory, or say what is wrong with the address."""
+        for start, memory in self._memory.items():
+            if start <= address < start + len(memory):
+                if address + nbytes > start + len(memory):
+                    raise StandinError(
+                        f"{nbytes} bytes at {address:#x} end "
+                        f"{address + nbytes - start - len(memory)} bytes past their allocation"
+                    )
+                return memory[address - start : address - start + nbytes]
+        for start, size in self._freed.items():
+            if start <= address < start + size:
+                raise StandinError(f"{address:#x} was freed")
+        raise StandinError(f"{address:#x} is no device memory")
 
-    # --- device -------------------------------------------------------------------------------
+    def knows_stream(self, stream: Any) -> bool:
+        """Whether the stream exists."""
+        return isinstance(self._handles.get(int(stream)), _Stream)
 
-    def cudaGetErrorString(self, error: Any) -> tuple[Any, bytes]:
-        return Error.cudaSuccess, _TEXTS.get(error, Error(error).name).encode()
+    def is_capturing(self, stream: Any) -> bool:
+        """Whether the stream is being captured."""
+        return self._stream(stream).captured is not None
 
-    def cudaDriverGetVersion(self) -> tuple[Any, int]:
-        return Error.cudaSuccess, self._driver
+    def enqueue(self, stream: Any, work: Work) -> None:
+        """Queue a kernel, or add it to the graph that is being captured."""
+        self.kernels.append(work.name)
+        self._add(self._stream(stream), work)
 
-    def cudaGetDeviceCount(self) -> tuple[Any, int]:
-        if self._driver == 0:
-            return Error.cudaErrorInsufficientDriver, 0
-        if self._devices == 0:
-            return Error.cudaErrorNoDevice, 0
-        return Error.cudaSuccess, self._devices
+    # --- device -----------------------------------------------------------------------------------
 
-    def cudaSetDevice(self, device: int) -> tuple[Any]:
-        return (Error.cudaSuccess if device < self._devices else Error.cudaErrorInvalidDevice,)
+    def cudaGetErrorString(self, error: Any) -> tuple[Error, bytes]:
+        """Text of an error."""
+        return Error.cudaSuccess, _TEXTS[Error(int(error))].encode()
 
-    def cudaGetDeviceProperties(self, device: int) -> tuple[Any, Any]:
-        major, minor = self._capability
-        return Error.cudaSuccess, SimpleNamespace(
-            name=self._name.encode(), major=major, minor=minor, integrated=int(self._integrated)
+    def cudaDriverGetVersion(self) -> tuple[Error, int]:
+        """1000 * major + 10 * minor of CUDA."""
+        self._note("cudaDriverGetVersion")
+        return Error.cudaSuccess, self.driver
+
+    def cudaGetDeviceCount(self) -> tuple[Error, Any]:
+        """Count the devices; the driver is looked at first."""
+        self._note("cudaGetDeviceCount")
+        if self.driver < 12000:
+            return Error.cudaErrorInsufficientDriver, None
+        if not self.devices:
+            return Error.cudaErrorNoDevice, None
+        return Error.cudaSuccess, self.devices
+
+    def cudaSetDevice(self, device: int) -> tuple[Error]:
+        """Make a device the current one."""
+        self._note("cudaSetDevice")
+        return (self._device_error(device),)
+
+    def cudaGetDeviceProperties(self, device: int) -> tuple[Error, Any]:
+        """Describe a device."""
+        self._note("cudaGetDeviceProperties")
+        error = self._device_error(device)
+        major, minor = self.compute_capability
+        properties = SimpleNamespace(
+            name=self.device_name.encode().ljust(256, b"\0"),
+            major=major,
+            minor=minor,
+            integrated=int(self.integrated),
+            totalGlobalMem=self.total_memory,
         )
+        return error, None if error else properties
 
-    def cudaDeviceGetAttribute(self, attr: Any, device: int) -> tuple[Any, int]:
-        return Error.cudaErrorInvalidValue, 0
+    def cudaDeviceGetAttribute(self, attr: Any, device: int) -> tuple[Error, Any]:
+        """One number of a device."""
+        self._note("cudaDeviceGetAttribute")
+        error = self._device_error(device)
+        major, minor = self.compute_capability
+        values = {
+            DeviceAttr.cudaDevAttrIntegrated: int(self.integrated),
+            DeviceAttr.cudaDevAttrComputeCapabilityMajor: major,
+            DeviceAttr.cudaDevAttrComputeCapabilityMinor: minor,
+        }
+        return error, None if error else values[DeviceAttr(int(attr))]
 
-    def cudaMemGetInfo(self) -> tuple[Any, int, int]:
-        return Error.cudaSuccess, self._total - sum(self._sizes.values()), self._total
+    # --- memory -----------------------------------------------------------------------------------
 
-    # --- memory -------------------------------------------------------------------------------
+    def cudaMemGetInfo(self) -> tuple[Error, int, int]:
+        """Free bytes and all bytes."""
+        self._note("cudaMemGetInfo")
+        return Error.cudaSuccess, self.total_memory - self._used(), self.total_memory
 
-    def cudaMalloc(self, size: int) -> tuple[Any, int]:
-        if sum(self._sizes.values()) + size > self._total:
-            return Error.cudaErrorMemoryAllocation, 0
-        raw = np.full(size + ALIGNMENT, _POISON, np.uint8)
-        skip = -raw.ctypes.data % ALIGNMENT
-        address = raw.ctypes.data + skip
-        self._memory[address] = raw[skip : skip + size]
-        self._sizes[address] = size
+    def cudaMalloc(self, size: int) -> tuple[Error, Any]:
+        """Give memory full of NaN."""
+        self._note("cudaMalloc", nbytes=size)
+        if self._unsafe_in_capture():
+            return Error.cudaErrorStreamCaptureUnsupported, None
+        if self._used() + size > self.total_memory:
+            return Error.cudaErrorMemoryAllocation, None
+        address = self._next_address
+        self._memory[address] = np.full(size, POISON, np.uint8)
+        # A gap between allocations, so that one byte too many is never somebody else's.
+        self._next_address += (-(-size // ALIGNMENT) + 1) * ALIGNMENT
         return Error.cudaSuccess, address
 
-    def cudaFree(self, devPtr: int) -> tuple[Any]:
-        if devPtr not in self._sizes:
-            raise StandinError(f"cudaFree of {devPtr:#x}, which is not allocated")
-        end = devPtr + self._sizes[devPtr]
-        for stream in self._streams.values():
-            for _, work in stream.queue:
-                if any(devPtr < a + n and a < end for a, n in work.touches):
-                    raise StandinError("memory is freed while queued work uses it")
-        self._memory[devPtr][:] = _POISON
-        del self._memory[devPtr], self._sizes[devPtr]
+    def cudaFree(self, devPtr: int) -> tuple[Error]:
+        """Take memory back that nothing queued uses."""
+        self._note("cudaFree")
+        if self._unsafe_in_capture():
+            return (Error.cudaErrorStreamCaptureUnsupported,)
+        if int(devPtr) == 0:
+            return (Error.cudaSuccess,)
+        if int(devPtr) not in self._memory:
+            return (Error.cudaErrorInvalidValue,)
+        end = int(devPtr) + len(self._memory[int(devPtr)])
+        for stream in self._all(_Stream):
+            for work in stream.queue:
+                if any(devPtr < start + size and start < end for start, size in work.spans):
+                    raise StandinError(f"{int(devPtr):#x} is freed and {work.name} still uses it")
+        self._freed[int(devPtr)] = len(self._memory.pop(int(devPtr)))
         return (Error.cudaSuccess,)
 
-    def cudaMemcpyAsync(self, dst: int, src: int, count: int, kind: Any, stream: int) -> tuple[Any]:
-        if kind == Kind.cudaMemcpyHostToDevice:
-            data = np.frombuffer(ctypes.string_at(src, count), np.uint8)
-            self._check(dst, count)
-
-            def run() -> None:
-                self.view(dst, count)[:] = data
-
-            touches: tuple[tuple[int, int], ...] = ((dst, count),)
-        elif kind == Kind.cudaMemcpyDeviceToHost:
-            self._check(src, count)
-            ctypes.memset(dst, _POISON, count)  # until the copy has really happened
-
-            def run() -> None:
-                ctypes.memmove(dst, self.view(src, count).tobytes(), count)
-
-            touches = ((src, count),)
-        else:
-            self._check(src, count)
-            self._check(dst, count)
-
-            def run() -> None:
-                self.view(dst, count)[:] = self.view(src, count)
-
-            touches = ((src, count), (dst, count))
-        self._put(stream, _Work(run, touches))
+    def cudaMemcpyAsync(
+        self, dst: int, src: int, count: int, kind: Any, stream: int
+    ) -> tuple[Error]:
+        """Queue a copy; the host's memory is pageable."""
+        way = _KINDS[MemcpyKind(int(kind))]
+        self._note("cudaMemcpyAsync", kind=way, nbytes=count)
+        target = self._stream_or_none(stream)
+        if target is None:
+            return (Error.cudaErrorInvalidResourceHandle,)
+        if way != "device to device" and target.captured is not None:
+            target.invalid = True  # pageable memory cannot be part of a graph
+            return (Error.cudaErrorStreamCaptureUnsupported,)
+        make = {
+            "host to device": self._from_host,
+            "device to host": self._to_host,
+            "device to device": self._within,
+        }[way]
+        self._add(target, make(int(dst), int(src), count))
         return (Error.cudaSuccess,)
 
-    def cudaMemsetAsync(self, devPtr: int, value: int, count: int, stream: int) -> tuple[Any]:
-        self._check(devPtr, count)
+    def cudaMemsetAsync(self, devPtr: int, value: int, count: int, stream: int) -> tuple[Error]:
+        """Queue filling with a byte."""
+        self._note("cudaMemsetAsync", nbytes=count)
+        target = self._stream_or_none(stream)
+        if target is None:
+            return (Error.cudaErrorInvalidResourceHandle,)
 
         def run() -> None:
             self.view(devPtr, count)[:] = value
 
-        self._put(stream, _Work(run, ((devPtr, count),)))
+        self._add(target, Work(name="memset", run=run, spans=((devPtr, count),)))
         return (Error.cudaSuccess,)
 
-    # --- streams, events, graphs --------------------------------------------------------------
+    # --- streams ----------------------------------------------------------------------------------
 
-    def cudaStreamCreateWithFlags(self, flags: int) -> tuple[Any, int]:
-        return Error.cudaSuccess, self._new(self._streams, _Stream())
+    def cudaStreamCreateWithFlags(self, flags: int) -> tuple[Error, Any]:
+        """Make a stream."""
+        self._note("cudaStreamCreateWithFlags")
+        return Error.cudaSuccess, self._new(_Stream())
 
-    def cudaStreamSynchronize(self, stream: int) -> tuple[Any]:
-        own = self._stream(stream)
-        if own.capture is not None:
+    def cudaStreamSynchronize(self, stream: int) -> tuple[Error]:
+        """Do everything that is queued."""
+        self._note("cudaStreamSynchronize")
+        target = self._stream_or_none(stream)
+        if target is None:
+            return (Error.cudaErrorInvalidResourceHandle,)
+        if target.captured is not None:
+            target.invalid = True
             return (Error.cudaErrorStreamCaptureUnsupported,)
-        self._drain(own, None)
+        _drain(target)
         return (Error.cudaSuccess,)
 
-    def cudaStreamDestroy(self, stream: int) -> tuple[Any]:
-        self._stream(stream)
-        del self._streams[stream]
-        return (Error.cudaSuccess,)
+    def cudaStreamDestroy(self, stream: int) -> tuple[Error]:
+        """Take a stream back once its work is done."""
+        self._note("cudaStreamDestroy")
+        target = self._stream_or_none(stream)
+        if target is None:
+            return (Error.cudaErrorInvalidResourceHandle,)
+        if target.captured is not None:
+            raise StandinError("a stream is destroyed while it is captured")
+        _drain(target)
+        return (self._drop(stream, _Stream),)
 
-    def cudaStreamBeginCapture(self, stream: int, mode: Any) -> tuple[Any]:
-        own = self._stream(stream)
-        if own.capture is not None:
+    # --- graphs -----------------------------------------------------------------------------------
+
+    def cudaStreamBeginCapture(self, stream: int, mode: Any) -> tuple[Error]:
+        """Record from here on, and run nothing."""
+        self._note("cudaStreamBeginCapture")
+        CaptureMode(int(mode))
+        target = self._stream_or_none(stream)
+        if target is None:
+            return (Error.cudaErrorInvalidResourceHandle,)
+        if target.captured is not None:
             return (Error.cudaErrorStreamCaptureUnsupported,)
-        own.capture = []
+        target.captured, target.invalid = [], False
         return (Error.cudaSuccess,)
 
-    def cudaStreamEndCapture(self, stream: int) -> tuple[Any, int]:
-        own = self._stream(stream)
-        if own.capture is None:
-            return Error.cudaErrorInvalidValue, 0
-        captured, own.capture = own.capture, None
-        return Error.cudaSuccess, self._new(self._graphs, captured)
+    def cudaStreamEndCapture(self, stream: int) -> tuple[Error, Any]:
+        """Stop recording and give the graph."""
+        self._note("cudaStreamEndCapture")
+        target = self._stream_or_none(stream)
+        if target is None:
+            return Error.cudaErrorInvalidResourceHandle, None
+        if target.captured is None:
+            return Error.cudaErrorInvalidValue, None
+        work, target.captured = tuple(target.captured), None
+        if target.invalid:
+            return Error.cudaErrorStreamCaptureInvalidated, None
+        return Error.cudaSuccess, self._new(_Graph(work=work))
 
-    def cudaGraphInstantiate(self, graph: int, flags: int) -> tuple[Any, int]:
-        return Error.cudaSuccess, self._new(self._executables, self._graphs[graph])
+    def cudaGraphInstantiate(self, graph: Any, flags: int) -> tuple[Error, Any]:
+        """Make a graph ready to be launched."""
+        self._note("cudaGraphInstantiate")
+        found = self._handles.get(int(graph))
+        if not isinstance(found, _Graph):
+            return Error.cudaErrorInvalidResourceHandle, None
+        return Error.cudaSuccess, self._new(_GraphExec(work=found.work))
 
-    def cudaGraphDestroy(self, graph: int) -> tuple[Any]:
-        del self._graphs[graph]
+    def cudaGraphLaunch(self, graphExec: Any, stream: int) -> tuple[Error]:
+        """Queue all that was recorded."""
+        self._note("cudaGraphLaunch")
+        found = self._handles.get(int(graphExec))
+        target = self._stream_or_none(stream)
+        if not isinstance(found, _GraphExec) or target is None:
+            return (Error.cudaErrorInvalidResourceHandle,)
+        for work in found.work:
+            self._add(target, work)
         return (Error.cudaSuccess,)
 
-    def cudaGraphLaunch(self, graphExec: int, stream: int) -> tuple[Any]:
-        for work in self._executables[graphExec]:
-            for address, nbytes in work.touches:
-                self._check(address, nbytes)
-            self._put(stream, work)
-        return (Error.cudaSuccess,)
+    def cudaGraphExecDestroy(self, graphExec: Any) -> tuple[Error]:
+        """Take back what can be launched."""
+        self._note("cudaGraphExecDestroy")
+        return (self._drop(graphExec, _GraphExec),)
 
-    def cudaGraphExecDestroy(self, graphExec: int) -> tuple[Any]:
-        del self._executables[graphExec]
-        return (Error.cudaSuccess,)
+    def cudaGraphDestroy(self, graph: Any) -> tuple[Error]:
+        """Take back what was recorded."""
+        self._note("cudaGraphDestroy")
+        return (self._drop(graph, _Graph),)
 
-    def cudaEventCreateWithFlags(self, flags: int) -> tuple[Any, int]:
-        return Error.cudaSuccess, self._new(self._events, _Event())
+    # --- events -----------------------------------------------------------------------------------
 
-    def cudaEventRecord(self, event: int, stream: int) -> tuple[Any]:
-        own = self._events[event]
+    def cudaEventCreateWithFlags(self, flags: int) -> tuple[Error, Any]:
+        """Make an event."""
+        self._note("cudaEventCreateWithFlags")
+        return Error.cudaSuccess, self._new(_Event())
+
+    def cudaEventRecord(self, event: Any, stream: int) -> tuple[Error]:
+        """Set the mark behind all that is queued."""
+        self._note("cudaEventRecord")
+        found, target = self._event(event), self._stream_or_none(stream)
+        if found is None or target is None:
+            return (Error.cudaErrorInvalidResourceHandle,)
+        found.captured = target.captured is not None
+        if found.captured:
+            return (Error.cudaSuccess,)  # an edge of the graph, not a mark in the stream
 
         def run() -> None:
-            self._clock += 0.001
-            own.done_at = self._clock
+            if found.mark is mark:
+                found.passed = time.perf_counter()
 
-        own.done_at, own.stream = None, stream
-        own.ticket = self._put(stream, _Work(run))
+        mark = Work(name="event", run=run)
+        found.stream, found.mark, found.passed = target, mark, None
+        self._add(target, mark)
         return (Error.cudaSuccess,)
 
-    def cudaEventSynchronize(self, event: int) -> tuple[Any]:
-        own = self._events[event]
-        if own.ticket >= 0 and own.done_at is None:
-            self._drain(self._stream(own.stream), own.ticket)
+    def cudaEventSynchronize(self, event: Any) -> tuple[Error]:
+        """Do what is queued up to the mark."""
+        self._note("cudaEventSynchronize")
+        found = self._event(event)
+        if found is None:
+            return (Error.cudaErrorInvalidResourceHandle,)
+        if found.captured:
+            return (Error.cudaErrorCapturedEvent,)
+        if self._unsafe_in_capture():
+            return (Error.cudaErrorStreamCaptureUnsupported,)
+        if found.stream is not None and found.passed is None:
+            _drain(found.stream, until=found.mark)
         return (Error.cudaSuccess,)
 
-    def cudaEventElapsedTime(self, start: int, end: int) -> tuple[Any, float]:
-        first, last = self._events[start].done_at, self._events[end].done_at
-        if first is None or last is None:
-            return Error.cudaErrorInvalidResourceHandle, 0.0
-        return Error.cudaSuccess, (last - first) * 1000
+    def cudaEventElapsedTime(self, start: Any, end: Any) -> tuple[Error, Any]:
+        """Milliseconds between two marks that were passed."""
+        self._note("cudaEventElapsedTime")
+        first, last = self._event(start), self._event(end)
+        if first is None or last is None or first.mark is None or last.mark is None:
+            return Error.cudaErrorInvalidResourceHandle, None
+        if first.passed is None or last.passed is None:
+            return Error.cudaErrorNotReady, None
+        return Error.cudaSuccess, (last.passed - first.passed) * 1000
 
-    def cudaEventDestroy(self, event: int) -> tuple[Any]:
-        del self._events[event]
-        return (Error.cudaSuccess,)
+    def cudaEventDestroy(self, event: Any) -> tuple[Error]:
+        """Take an event back."""
+        self._note("cudaEventDestroy")
+        return (self._drop(event, _Event),)
 
-    # --- inside -------------------------------------------------------------------------------
+    # --- inside -----------------------------------------------------------------------------------
 
-    def _new(self, handles: dict[int, Any], value: Any) -> int:
-        self._next += 1
-        handles[self._next] = value
-        return self._next
+    def _note(self, name: str, *, kind: str = "", nbytes: int = 0) -> None:
+        self.counts[name] += 1
+        self.log.append(Call(name=name, kind=kind, nbytes=nbytes))
 
-    def _stream(self, stream: int) -> _Stream:
-        if stream not in self._streams:
-            raise StandinError(f"stream {stream} does not exist")
-        return self._streams[stream]
+    def _device_error(self, device: int) -> Error:
+        return Error.cudaSuccess if 0 <= device < self.devices else Error.cudaErrorInvalidDevice
 
-    def _put(self, stream: int, work: _Work) -> int:
-        own = self._stream(stream)
-        if own.capture is not None:
-            own.capture.append(work)
-            return -1
-        self._next += 1
-        own.queue.append((self._next, work))
-        return self._next
+    def _used(self) -> int:
+        return sum(map(len, self._memory.values()))
 
-    def _drain(self, stream: _Stream, last: int | None) -> None:
-        while stream.queue and (last is None or stream.queue[0][0] <= last):
-            _, work = stream.queue.pop(0)
-            work.run()
+    def _new(self, thing: Any) -> Handle:
+        # Handles look like pointers and, like addresses, none comes twice.
+        number = 0x5000 + next(self._numbers) * 16
+        self._handles[number] = thing
+        return Handle(number)
 
-    def _check(self, address: int, nbytes: int) -> int:
-        """Return the allocation that holds all of a piece of memory."""
-        for base, size in self._sizes.items():
-            if base <= address and address + nbytes <= base + size:
-                return base
-        raise StandinError(f"{nbytes} bytes at {address:#x} are not in one live allocation")
+    def _drop(self, handle: Any, kind: type) -> Error:
+        if not isinstance(self._handles.get(int(handle)), kind):
+            return Error.cudaErrorInvalidResourceHandle
+        del self._handles[int(handle)]
+        return Error.cudaSuccess
+
+    def _all(self, kind: type) -> list[Any]:
+        return [thing for thing in self._handles.values() if isinstance(thing, kind)]
+
+    def _stream_or_none(self, handle: Any) -> _Stream | None:
+        found = self._handles.get(int(handle))
+        return found if isinstance(found, _Stream) else None
+
+    def _stream(self, handle: Any) -> _Stream:
+        found = self._stream_or_none(handle)
+        if found is None:
+            raise StandinError(f"{int(handle):#x} is no stream")
+        return found
+
+    def _event(self, handle: Any) -> _Event | None:
+        found = self._handles.get(int(handle))
+        return found if isinstance(found, _Event) else None
+
+    def _unsafe_in_capture(self) -> bool:
+        """Spoil captures under way, as calls do that may wait for the device."""
+        capturing = [stream for stream in self._all(_Stream) if stream.captured is not None]
+        for stream in capturing:
+            stream.invalid = True
+        return bool(capturing)
+
+    def _add(self, stream: _Stream, work: Work) -> None:
+        for address, nbytes in work.spans:
+            self.view(address, nbytes)
+        if stream.captured is None:
+            stream.queue.append(work)
+        else:
+            stream.captured.append(work)
+
+    def _from_host(self, dst: int, src: int, nbytes: int) -> Work:
+        staged = _host(src, nbytes).copy()  # all of it is read before the call returns
+
+        def run() -> None:
+            self.view(dst, nbytes)[:] = staged
+
+        return Work(name="copy from host", run=run, spans=((dst, nbytes),))
+
+    def _to_host(self, dst: int, src: int, nbytes: int) -> Work:
+        self.view(src, nbytes)
+        host = _host(dst, nbytes)
+        host[:] = POISON
+
+        def run() -> None:
+            host[:] = self.view(src, nbytes)
+
+        return Work(name="copy to host", run=run, spans=((src, nbytes),))
+
+    def _within(self, dst: int, src: int, nbytes: int) -> Work:
+        if dst < src + nbytes and src < dst + nbytes:
+            raise StandinError(f"a copy of {nbytes} bytes from {src:#x} to {dst:#x} overlaps")
+
+        def run() -> None:
+            self.view(dst, nbytes)[:] = self.view(src, nbytes)
+
+        return Work(name="copy", run=run, spans=((dst, nbytes), (src, nbytes)))
+
+
+def _host(address: int, nbytes: int) -> Bytes:
+    if address >= _FIRST_ADDRESS:
+        raise StandinError(f"{address:#x} is device memory where the host's belongs")
+    return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))
+
+
+def _drain(stream: _Stream, until: Work | None = None) -> None:
+    while stream.queue:
+        work = stream.queue.pop(0)
+        work.run()
+        if work is until:
+            return
+
+
+_TEXTS = {
+    Error.cudaSuccess: "no error",
+    Error.cudaErrorInvalidValue: "invalid argument",
+    Error.cudaErrorMemoryAllocation: "out of memory",
+    Error.cudaErrorInsufficientDriver: "CUDA driver version is insufficient for the runtime",
+    Error.cudaErrorNoDevice: "no CUDA-capable device is detected",
+    Error.cudaErrorInvalidDevice: "invalid device ordinal",
+    Error.cudaErrorInvalidResourceHandle: "invalid resource handle",
+    Error.cudaErrorNotReady: "device not ready",
+    Error.cudaErrorStreamCaptureUnsupported: "operation not permitted when stream is capturing",
+    Error.cudaErrorStreamCaptureInvalidated: "operation failed due to an earlier capture error",
+    Error.cudaErrorCapturedEvent: "operation not permitted on an event recorded in a capture",
+}

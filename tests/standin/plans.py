@@ -1,102 +1,148 @@
-"""Fake plans for a bundle, described and recorded as the real ones are."""
+"""Plans for the TensorRT stand-in, in a bundle, with real descriptions beside them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from sld_edge.engines.plan_info import Flavour, PlanInfo, PlanTensor, info_path, this_system
-from sld_edge.runtime.bundle import MANIFEST, Bundle, File
-from sld_edge.runtime.plans import plan_name, source_digest
+from sld_edge.engines.base import TensorSpec
+from sld_edge.engines.plan_info import Flavour, PlanInfo, PlanTensor, Span, info_path, this_system
+from sld_edge.runtime.bundle import MANIFEST, Bundle, Component, File, Manifest
+from sld_edge.runtime.plans import Plan, plan_name, source_digest
 
-Three = tuple[int, int, int]
+VERSIONS: dict[Flavour, str] = {"tensorrt-rtx": "1.7.1.116", "tensorrt": "10.3.0"}
+MAGIC = "sld-edge stand-in plan"
 
 
 def make_plans(
-    folder: Path,
+    bundle_dir: Path,
     *,
     engine: Flavour,
-    version: str,
+    version: str | None = None,
     compute_capabilities: Sequence[str] = ("8.6",),
-    batch: Three = (1, 1, 4),
-    size: Three = (64, 64, 64),
+    batch: tuple[int, int, int] = (1, 1, 4),
+    size: tuple[int, int, int] | None = None,
     components: Sequence[str] | None = None,
     options: Mapping[str, Any] | None = None,
-) -> None:
-    """Write a plan and its description for every component, or for those named."""
-    options = dict(options or {})
-    bundle = Bundle.open(folder)
+    source: str | None = None,
+) -> dict[str, Plan]:
+    """Write plans and descriptions into a bundle (a copy!), and name them in its manifest.
+
+    Args:
+        bundle_dir: the bundle.
+        engine: flavour of TensorRT.
+        version: of it; None for the version that `install` pretends.
+        compute_capabilities: the plans run on.
+        batch: least, usual and largest number of images.
+        size: the same for the sides of a picture, in pixels; None for the bundle's own size alone.
+        components: to plan; None for all.
+        options: of the build; `version_compatible`, `hardware_compatible` and `strip_weights` act.
+        source: the SHA-256 to say the plans were built from, where it is not the true one.
+    """
+    bundle = Bundle.open(bundle_dir)
     manifest = bundle.manifest
-    cell = manifest.latents.downscale
-    dims: dict[str, Three] = {
-        "B": batch,
-        "K*B": (batch[0], 3 * batch[1], 3 * batch[2]),
-        "N": (1, 1, 3),
-        "L": (manifest.text.length,) * 3,
-        "H": size,
-        "W": size,
-        "h": (size[0] // cell, size[1] // cell, size[2] // cell),
-        "w": (size[0] // cell, size[1] // cell, size[2] // cell),
-    }
-    files = dict(manifest.plans)
-    for name, component in manifest.components.items():
-        if components is not None and name not in components:
-            continue
-        inputs = [
-            PlanTensor(
-                spec=spec,
-                profile=tuple(  # type: ignore[arg-type]  # three of them
-                    tuple(s if isinstance(s, int) else dims[s][which] for s in spec.shape)
-                    for which in range(3)
-                ),
-            )
-            for spec in component.inputs
-        ]
-        body = {
-            "engine": engine,
-            "version": version,
-            "version_compatible": bool(options.get("version_compatible")),
-            "stripped": bool(options.get("strip_weights")),
-            "graph": str((folder / component.files[0].path).resolve()),
-            "source_sha256": source_digest(component),
-            "session": source_digest(component),
-            "downscale": cell,
-            "inputs": {
-                tensor.spec.name: {
-                    "dtype": tensor.spec.dtype,
-                    "shape": tensor.spec.shape,
-                    "profile": tensor.profile,
-                }
-                for tensor in inputs
-            },
-            "outputs": {
-                spec.name: {"dtype": spec.dtype, "shape": spec.shape} for spec in component.outputs
-            },
-        }
-        path = folder / plan_name(name)
-        path.write_text(json.dumps(body))
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    spans = _spans(manifest, batch, size)
+    made = {}
+    for name in components if components is not None else manifest.components:
+        component = manifest.components[name]
+        inputs = tuple(_planned(spec, spans) for spec in component.inputs)
         info = PlanInfo(
             component=name,
-            sha256=digest,
-            bytes=path.stat().st_size,
-            source_sha256=source_digest(component),
+            sha256="",
+            bytes=0,
+            source_sha256=source if source is not None else source_digest(component),
             engine=engine,
-            engine_version=version,
+            engine_version=version if version is not None else VERSIONS[engine],
             system=this_system(),
             devices=(),
             compute_capabilities=tuple(compute_capabilities),
             precision=component.precision,
-            inputs=tuple(inputs),
+            inputs=inputs,
             outputs=tuple(PlanTensor(spec=spec) for spec in component.outputs),
-            options=options,
-            seconds=0.0,
-            created_by="stand-in",
+            options=dict(options or {}),
+            seconds=1.0,
+            created_by=manifest.created_by,
         )
-        info_path(path).write_text(info.to_json())
-        files[name] = File(path=path.name, sha256=digest, bytes=path.stat().st_size)
-    (folder / MANIFEST).write_text(replace(manifest, plans=files).to_json(), encoding="utf-8")
+        data = _plan_bytes(info, bundle, component)
+        info = replace(info, sha256=hashlib.sha256(data).hexdigest(), bytes=len(data))
+        path = bundle_dir / plan_name(name)
+        path.write_bytes(data)
+        info_path(path).write_text(info.to_json(), encoding="utf-8")
+        made[name] = Plan(path=path, info=info)
+    _record(bundle_dir, made)
+    return made
+
+
+def _plan_bytes(info: PlanInfo, bundle: Bundle, component: Component) -> bytes:
+    """What the stand-in's runtime needs: where the graph lies, and all that a plan settles."""
+    graph = bundle.path.resolve() / component.files[0].path
+    weights = graph.with_name(info.options.get("refit_from", graph.name))
+    return json.dumps(
+        {
+            "magic": MAGIC,
+            "component": info.component,
+            "graph": str(graph),
+            "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+            "digest": source_digest(component),
+            "flavour": info.engine,
+            "version": info.engine_version,
+            "compute_capabilities": info.compute_capabilities,
+            "downscale": bundle.manifest.latents.downscale,
+            "inputs": [asdict(tensor) for tensor in info.inputs],
+            "outputs": [asdict(tensor) for tensor in info.outputs],
+            "options": info.options,
+        }
+    ).encode()
+
+
+def _spans(
+    manifest: Manifest, batch: tuple[int, int, int], size: tuple[int, int, int] | None
+) -> dict[str, Span]:
+    images = Span(min=batch[0], opt=batch[1], max=batch[2])
+    height = width = size
+    if size is None:
+        own = manifest.size
+        height, width = (own.height,) * 3, (own.width,) * 3
+    assert height is not None
+    assert width is not None
+    cell = manifest.latents.downscale
+    length = manifest.text.length
+    return {
+        "B": images,
+        "K*B": Span(min=images.min, opt=3 * images.opt, max=3 * images.max),
+        "N": Span(min=1, opt=1, max=3),
+        "L": Span(min=length, opt=length, max=length),
+        "H": _span(height, 1),
+        "W": _span(width, 1),
+        "h": _span(height, cell),
+        "w": _span(width, cell),
+    }
+
+
+def _span(sides: tuple[int, int, int], cell: int) -> Span:
+    return Span(min=sides[0] // cell, opt=sides[1] // cell, max=sides[2] // cell)
+
+
+def _planned(spec: TensorSpec, spans: Mapping[str, Span]) -> PlanTensor:
+    def shape(which: str) -> tuple[int, ...]:
+        return tuple(
+            getattr(spans[size], which) if isinstance(size, str) else size for size in spec.shape
+        )
+
+    return PlanTensor(spec=spec, profile=(shape("min"), shape("opt"), shape("max")))
+
+
+def _record(bundle_dir: Path, made: Mapping[str, Plan]) -> None:
+    file = bundle_dir / MANIFEST
+    body = json.loads(file.read_text(encoding="utf-8"))
+    body.setdefault("plans", {}).update(
+        {
+            name: asdict(File(path=plan.path.name, sha256=plan.info.sha256, bytes=plan.info.bytes))
+            for name, plan in made.items()
+        }
+    )
+    file.write_text(json.dumps(body, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
