@@ -61,7 +61,7 @@ def needs(bundle: Bundle, size: int, batch: int) -> dict[str, Need]:
     cells = size // manifest.latents.downscale
     sizes = {
         "B": batch,
-        "N": batch,
+        "N": 1,  # texts are encoded, and pictures decoded, one after another
         "K*B": _BRANCHES * batch,
         "L": manifest.text.length,
         **dict.fromkeys("hw", cells),
@@ -71,7 +71,8 @@ def needs(bundle: Bundle, size: int, batch: int) -> dict[str, Need]:
     for name, part in manifest.components.items():
         model = onnx.load(str(bundle.path / part.files[0].path), load_external_data=False)
         weights = sum(file.bytes for file in part.files)
-        found[name] = Need(weights=weights, activations=peak_bytes(model, sizes))
+        own = {**sizes, "B": 1} if name == "vae_decoder" else sizes
+        found[name] = Need(weights=weights, activations=peak_bytes(model, own))
     return found
 
 
@@ -82,10 +83,10 @@ def whole_run(parts: Mapping[str, Need]) -> int:
 
 
 def low_memory_run(parts: Mapping[str, Need]) -> int:
-    """The same with text encoder and decoder loaded only while they run."""
+    """The same with text encoder and decoder loaded only while they run; the UNet stays."""
     loop = [parts[name] for name in _LOOP]
-    step = sum(need.weights for need in loop) + max(need.activations for need in loop)
-    return max(step, parts["text_encoder"].total, parts["vae_decoder"].total)
+    beside = max(parts[name].total for name in ("text_encoder", "vae_decoder"))
+    return sum(need.weights for need in loop) + max(beside, *(need.activations for need in loop))
 
 
 def peak_bytes(model: onnx.ModelProto, sizes: Mapping[str, int]) -> int:

@@ -301,7 +301,7 @@ def _target_here(trt: TensorRTBuilder, settings: BuildSettings) -> Target:
     except EngineError as error:
         raise EngineError(
             "classic TensorRT builds only on a device like the one that runs the plan",
-            got=str(error),
+            got=reason_of(error),
             do="build there, or with --engine tensorrt-rtx for an RTX card",
         ) from error
     try:
@@ -320,6 +320,11 @@ def _target_here(trt: TensorRTBuilder, settings: BuildSettings) -> Target:
         device.close()
 
 
+def reason_of(error: UserError) -> str:
+    """Return what happened, without the advice that fits another place."""
+    return ": ".join(part.removeprefix("got ") for part in str(error).split(" | ")[:2])
+
+
 def _own_capability() -> str | None:
     try:
         device = Device()
@@ -332,10 +337,11 @@ def _own_capability() -> str | None:
 
 def _refused(name: str, taken: Sequence[str]) -> InputError:
     kind = "a Jetson" if name in _JETSONS else "a device of another kind"
+    known = re.fullmatch(r"\d+\.\d", name) is not None
     return InputError(
         f"compute capability {name}",
         expected=f"one of {', '.join(taken)}",
-        do=f"{kind} builds its plans itself, with --engine tensorrt",
+        do=f"{kind} builds its plans itself, with --engine tensorrt" if known else None,
     )
 
 

@@ -26,9 +26,9 @@ examples:
   sld-build sd15 --engine tensorrt --batch 1 --workspace 1024              on a Jetson of 8 GB
   sld-build sd15 --engine tensorrt --components unet vae_decoder
 
-Needs no PyTorch, and for TensorRT-RTX no GPU. The plans move into the bundle when the last is built;
-before that it stays as it was. A build with the same answers is skipped. Exit code 1: --compare
-found a plan too far from ONNX Runtime; 2: a mistake in what was asked.
+Needs no PyTorch, and for TensorRT-RTX no GPU. The plans move into the bundle when the last is
+built; before that it stays as it was. A build with the same answers is skipped. Exit code 1:
+--compare found a plan too far from ONNX Runtime; 2: a mistake in what was asked.
 """
 _ARGUMENTS = (
     "engine",
@@ -51,15 +51,15 @@ def add_build_arguments(cli: argparse.ArgumentParser, *, required: bool) -> None
         "--engine",
         required=required,
         metavar="NAME",
-        help=f"{' or '.join(FLAVOURS)}: RTX cards, built anywhere; Jetson and servers, built on the "
-        "device" + ("" if required else " (default: no plans)"),
+        help=f"{' or '.join(FLAVOURS)}: RTX cards, built anywhere; Jetson and servers, built on "
+        "the device" + ("" if required else " (default: no plans)"),
     )
     group.add_argument(
         "--compute-capability",
         nargs="+",
         metavar="X.Y",
-        help="of the devices that one plan is for, 8.6 8.9 12.0 for RTX 30, 40 and 50; tensorrt-rtx "
-        "(default: the device's own, and where there is none all that TensorRT-RTX takes)",
+        help="of the devices that one plan is for, 8.6 8.9 12.0 for RTX 30, 40 and 50; "
+        "tensorrt-rtx (default: the device's own, and where there is none all that TensorRT-RTX takes)",
     )
     group.add_argument(
         "--batch",
@@ -115,7 +115,11 @@ def settings_from_options(options: Mapping[str, Any]) -> BuildSettings | None:
     Raises:
         InputError: an option that the engine does not have, or one without an engine.
     """
-    given = {name: options[name] for name in _ARGUMENTS if options[name]}
+    given = {
+        name: options[name]
+        for name in _ARGUMENTS
+        if options[name] is not None and options[name] is not False
+    }
     if "engine" not in given:
         if given:
             name = next(iter(given)).replace("_", "-")
@@ -196,9 +200,7 @@ def build_and_show(
     if quiet:
         return build_plans(bundle, settings, force=force)
     with _Progress() as progress:
-        infos = build_plans(
-            bundle, settings, say=progress.say, watch=progress.watch, force=force
-        )
+        infos = build_plans(bundle, settings, say=progress.say, watch=progress.watch, force=force)
     print(table(infos))
     peak = peak_memory()
     print(
@@ -211,7 +213,9 @@ def build_and_show(
 def table(infos: Sequence[PlanInfo]) -> str:
     """Return component, build time and size of each plan, a line each."""
     lines = [f"{'component':<14} {'seconds':>8} {'MB':>9}"]
-    lines += [f"{info.component:<14} {info.seconds:>8.1f} {info.bytes / 1e6:>9.1f}" for info in infos]
+    lines += [
+        f"{info.component:<14} {info.seconds:>8.1f} {info.bytes / 1e6:>9.1f}" for info in infos
+    ]
     return "\n".join(lines)
 
 

@@ -11,9 +11,11 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
+from sld_edge.export.build import require_buildable
+from sld_edge.export.build_cli import add_build_arguments, build_and_show, take_build_options
 from sld_edge.export.bundle import ExportSettings, Watch, export_bundle
 from sld_edge.export.sources import ALIASES, PREDICTION_TYPES
-from sld_edge.runtime.console import Parser, run_command
+from sld_edge.runtime.console import Parser, peak_memory, run_command
 from sld_edge.runtime.safety import PAPER_CONCEPT, PRESETS
 
 _EXAMPLES = """\
@@ -22,6 +24,7 @@ examples:
   sld-export --model ./my-finetune --output bundles/mine --precision fp32      for a CPU
   sld-export --model v1-5.safetensors --tokenizer ./clip-tokenizer --output bundles/sd15
   sld-export --model sd-2.1 --variant fp16 --output bundles/sd21               half the download
+  sld-export --model sd-1.5 --output bundles/sd15 --engine tensorrt-rtx        and its plans
 
 Needs no PyTorch, but for --verify and --via torch. Exit code 2 is a mistake in what was asked.
 """
@@ -121,6 +124,7 @@ def parser() -> Parser:
         metavar="NAME",
         help=f"how strongly: {', '.join(PRESETS)} (default: medium)",
     )
+    add_build_arguments(cli, required=False)
     cli.add_argument("--quiet", action="store_true", help="no progress, only errors")
     return cli
 
@@ -134,18 +138,26 @@ def _run(arguments: Sequence[str] | None) -> None:
     options = vars(parser().parse_args(arguments))
     quiet = options.pop("quiet")
     options["fp32_components"] = tuple(options["fp32_components"])
+    plans = take_build_options(options)
     settings = ExportSettings(**options)
+    if plans is not None:
+        require_buildable(plans)
     start = time.perf_counter()
     with _progress(quiet=quiet) as (bar, watch):
         path = export_bundle(
             settings, say=None if quiet else lambda line: _tell(bar, line), watch=watch
         )
-    if quiet:
-        return
+    if not quiet:
+        _show(path, time.perf_counter() - start)
+    if plans is not None:
+        build_and_show(path, plans, force=False, quiet=quiet)
+
+
+def _show(path: Path, seconds: float) -> None:
     size = sum(file.stat().st_size for file in path.iterdir())
     peak = peak_memory()
     print(
-        f"{path}: {size / 1e6:.1f} MB in {time.perf_counter() - start:.1f} s"
+        f"{path}: {size / 1e6:.1f} MB in {seconds:.1f} s"
         + (f", peak memory {peak / 2**30:.2f} GiB" if peak is not None else "")
     )
 

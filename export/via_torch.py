@@ -86,9 +86,10 @@ class VaeDecoder(torch.nn.Module):
         shift = config.shift_factor if config.shift_factor is not None else 0.0
         scaled = latents / config.scaling_factor + shift
         pictures = self.inner.decode(scaled.to(self.dtype)).sample.float()
-        levels = ((pictures / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+        # TensorRT takes uint8 only at the boundary: converted last here, and first in the encoder.
+        levels = ((pictures / 2 + 0.5).clamp(0, 1) * 255).round().permute(0, 2, 3, 1)
         finite = (pictures.abs() <= torch.finfo(torch.float32).max).float().amin(dim=(1, 2, 3))
-        return levels.permute(0, 2, 3, 1), finite
+        return levels.to(torch.uint8), finite
 
 
 class VaeEncoder(torch.nn.Module):
@@ -102,7 +103,7 @@ class VaeEncoder(torch.nn.Module):
         """Encode."""
         config = self.inner.config
         shift = config.shift_factor if config.shift_factor is not None else 0.0
-        pictures = images.permute(0, 3, 1, 2).float() / 127.5 - 1
+        pictures = images.float().permute(0, 3, 1, 2) / 127.5 - 1
         mean = self.inner.encode(pictures.to(self.dtype)).latent_dist.mean.float()
         return (mean - shift) * config.scaling_factor
 

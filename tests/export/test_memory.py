@@ -101,11 +101,13 @@ def test_a_whole_run_and_one_that_loads_in_turn() -> None:
         "vae_encoder": Need(weights=1000, activations=1000),  # no run needs it
     }
     assert whole_run(parts) == 171 + 200
-    assert low_memory_run(parts) == 220  # the decoder alone
+    assert low_memory_run(parts) == 101 + 220  # the decoder, beside the loop's weights
     parts["vae_decoder"] = Need(weights=20, activations=60)
-    assert low_memory_run(parts) == 131  # the loop
+    assert low_memory_run(parts) == 101 + 80
+    parts["unet"] = Need(weights=100, activations=90)
+    assert low_memory_run(parts) == 101 + 90  # the loop
     parts["text_encoder"] = Need(weights=140, activations=1)
-    assert low_memory_run(parts) == 141
+    assert low_memory_run(parts) == 101 + 141
 
 
 def test_the_miniature(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
