@@ -237,22 +237,26 @@ class _Work:
         """Make a long call where Ctrl-C can stop it: beside the main thread."""
         results: list[T] = []
         errors: list[BaseException] = []
+        done = threading.Event()
 
         def work() -> None:
             try:
                 results.append(call())
             except BaseException as error:
                 errors.append(error)
+            finally:
+                done.set()
 
         thread = threading.Thread(target=work)
         with _silenced():
             thread.start()
             try:
-                thread.join()
+                done.wait()  # joining a thread is not safe to interrupt in Python 3.11
             except BaseException:
                 self._stopped.set()
-                thread.join()
+                done.wait()
                 raise
+        thread.join()
         for error in errors:
             if isinstance(error, MemoryError):
                 raise _out_of_memory(self.draft.component) from error

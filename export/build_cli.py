@@ -59,7 +59,7 @@ def add_build_arguments(cli: argparse.ArgumentParser, *, required: bool) -> None
         nargs="+",
         metavar="X.Y",
         help="of the devices that one plan is for, 8.6 8.9 12.0 for RTX 30, 40 and 50; "
-        "tensorrt-rtx (default: the device's own, and where there is none all that TensorRT-RTX takes)",
+        "tensorrt-rtx (default: the device's own, and where there is none all that it takes)",
     )
     group.add_argument(
         "--batch",

@@ -54,7 +54,9 @@ def comparing_device() -> Device:
         return Device()
     except EngineError as error:
         raise EngineError(
-            "--compare runs the plans, which needs a GPU", got=reason_of(error), do="leave it out here"
+            "--compare runs the plans, which needs a GPU",
+            got=reason_of(error),
+            do="leave it out here",
         ) from error
 
 

@@ -81,7 +81,7 @@ class DeviceStage:
         self.figures = self.arena.span(_FIGURES[0], _FIGURES[-1])
         self._bounds: dict[tuple[int, int], tuple[Bound, Bound]] = {}
         self._graphs: dict[tuple[int, int], Graph] = {}
-        self._generation = -1
+        self._settled: dict[tuple[int, int], int] = {}  # workspace that a key has run with
         self._job_memory: Arena | None = None
         self._marks: list[Event] = []
 
@@ -106,23 +106,26 @@ class DeviceStage:
     def launch(self, branches: int, turn: int) -> None:
         """Queue the UNet and guidance; from `turn`'s state to the other's."""
         key = (branches, turn)
-        new = key not in self._bounds
-        if new:
+        if key not in self._bounds:
             self._bounds[key] = self._bind(branches, turn)
-        if self._generation != self.device.workspace.generation:
-            self._drop_graphs()  # they hold the address of the old workspace
-            self._generation = self.device.workspace.generation
-            new = True
-        if not (self._unet.capturable and self._guidance.capturable) or new:
-            self._queue(key)  # the first run settles what a capture must not see
-            return
-        if key not in self._graphs:
-            self._graphs[key] = self.device.capture(lambda: self._queue(key))
-        self._graphs[key].launch()
+        generation = self.device.workspace.generation
+        if self._settled.get(key) != generation:
+            # A graph would hold the address of the old workspace, and the first run with a new
+            # one may do what a capture must not see.
+            self._drop_graph(key)
+            self._queue(key)
+            self._settled[key] = generation
+        elif self._unet.capturable and self._guidance.capturable:
+            if key not in self._graphs:
+                self._graphs[key] = self.device.capture(lambda: self._queue(key))
+            self._graphs[key].launch()
+        else:
+            self._queue(key)
 
     def close(self) -> None:
         """Give everything back."""
-        self._drop_graphs()
+        for key in list(self._graphs):
+            self._drop_graph(key)
         self._bounds.clear()
         for mark in self._marks:
             mark.close()
@@ -134,10 +137,9 @@ class DeviceStage:
         for bound in self._bounds[key]:
             bound.enqueue()
 
-    def _drop_graphs(self) -> None:
-        for graph in self._graphs.values():
-            graph.close()
-        self._graphs.clear()
+    def _drop_graph(self, key: tuple[int, int]) -> None:
+        if key in self._graphs:
+            self._graphs.pop(key).close()
 
     def _bind(self, branches: int, turn: int) -> tuple[Bound, Bound]:
         arena, count = self.arena, self._count
