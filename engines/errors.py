@@ -60,3 +60,9 @@ class NumericsError(UserError):
 
 class OutputError(UserError):
     """A file that cannot be written."""
+
+
+def one_line(complaint: object) -> str:
+    """Return what another library complains of as one short line."""
+    text = " ".join(str(complaint).split())
+    return (text if text else type(complaint).__name__)[:300]

@@ -12,7 +12,7 @@ import numpy as np
 
 from sld_edge.engines.base import Array, TensorSpec, check_feeds
 from sld_edge.engines.device import Device
-from sld_edge.engines.errors import EngineError, MissingPackageError
+from sld_edge.engines.errors import EngineError, MissingPackageError, one_line
 from sld_edge.engines.settings import cache_folder, thread_count
 
 OrtProvider = Literal["cpu", "cuda", "ort-tensorrt", "ort-tensorrt-rtx"]
@@ -103,7 +103,7 @@ class OrtEngine:
         try:
             values = self.session.run(self._output_names, dict(feeds))
         except Exception as error:  # ONNX Runtime's errors share no base class
-            raise EngineError(f"{self.path.name} failed to run", got=_first_line(error)) from error
+            raise EngineError(f"{self.path.name} failed to run", got=one_line(error)) from error
         return dict(zip(self._output_names, values, strict=True))
 
     def close(self) -> None:
@@ -148,7 +148,7 @@ def create_session(
     except Exception as error:  # ONNX Runtime's errors share no base class
         raise EngineError(
             f"ONNX Runtime {ort.__version__} cannot load {path}",
-            got=_first_line(error),
+            got=one_line(error),
             do="export the bundle again, or update onnxruntime",
         ) from error
     if PROVIDERS[provider] not in session.get_providers():
@@ -165,7 +165,3 @@ def _spec(argument: Any) -> TensorSpec:
     shape = tuple(size if isinstance(size, int) else (size or "?") for size in argument.shape)
     dtype = _DTYPES.get(argument.type, argument.type)
     return TensorSpec(name=argument.name, dtype=np.dtype(dtype).name, shape=shape)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__

@@ -10,7 +10,7 @@ import numpy as np
 
 from sld_edge.engines.base import Array, TensorSpec
 from sld_edge.engines.device import Device, DeviceTensor
-from sld_edge.engines.errors import EngineError
+from sld_edge.engines.errors import EngineError, one_line
 from sld_edge.engines.ort import OrtEngine, OrtProvider, onnxruntime
 
 
@@ -98,6 +98,4 @@ class OrtBound:
         try:
             self._session.run_with_iobinding(self._binding, self._options)
         except Exception as error:  # ONNX Runtime's errors share no base class
-            raise EngineError(
-                f"{self._name} failed to run", got=" ".join(str(error).split())[:300]
-            ) from error
+            raise EngineError(f"{self._name} failed to run", got=one_line(error)) from error

@@ -18,7 +18,7 @@ import numpy as np
 
 from sld_edge.engines.base import Array, TensorSpec, check_feeds
 from sld_edge.engines.device import ALIGNMENT, Arena, Device, DeviceTensor
-from sld_edge.engines.errors import EngineError, MissingPackageError, OutputError
+from sld_edge.engines.errors import EngineError, MissingPackageError, OutputError, one_line
 from sld_edge.engines.files import write_whole
 from sld_edge.engines.plan_info import Flavour, PlanInfo
 from sld_edge.engines.settings import cache_folder
@@ -46,7 +46,7 @@ def tensorrt_module(flavour: Flavour) -> TensorRT:
     except (ImportError, OSError) as error:
         raise EngineError(
             f"{name} is installed but does not load",
-            got=_line(str(error)),
+            got=one_line(error),
             do="see docs/engines.md",
         ) from error
     return cast(TensorRT, module)
@@ -66,7 +66,7 @@ class Log:
 
             def log(self, level: Any, message: str) -> None:
                 if level in (severity.ERROR, severity.INTERNAL_ERROR):
-                    lines.append(_line(message))
+                    lines.append(one_line(message))
                     del lines[:-20]
 
         self.logger: Any = Logger()
@@ -358,7 +358,3 @@ class _JitCache:
             with contextlib.suppress(OSError, OutputError):
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 write_whole(self._path, blob)
-
-
-def _line(message: str) -> str:
-    return " ".join(message.split())[:300]

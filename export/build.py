@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from sld_edge.engines.base import TensorSpec
@@ -29,6 +28,7 @@ from sld_edge.engines.plan_info import (
     plan_info_from_file,
     this_system,
 )
+from sld_edge.export.bundle import created_by
 from sld_edge.runtime.bundle import MANIFEST, Bundle, Component, File
 from sld_edge.runtime.plans import plan_name, source_digest
 
@@ -180,7 +180,7 @@ class _Job:
             outputs=tuple(PlanTensor(spec=spec) for spec in component.outputs),
             options=options,
             seconds=0.0,
-            created_by=f"sld-edge {_version()}",
+            created_by=created_by(),
         )
 
     def _input(self, spec: TensorSpec) -> PlanTensor:
@@ -299,13 +299,6 @@ def _count(built: Mapping[str, PlanInfo]) -> str:
 def _digest(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _version() -> str:
-    try:
-        return version("sld-edge")
-    except PackageNotFoundError:  # run from a checkout
-        return "0"
 
 
 def _silence(line: str) -> None:

@@ -30,7 +30,7 @@ Needs no PyTorch, and for TensorRT-RTX no GPU. The plans move into the bundle wh
 built; before that it stays as it was. A build with the same answers is skipped. Exit code 1:
 --compare found a plan too far from ONNX Runtime; 2: a mistake in what was asked.
 """
-_ARGUMENTS = (
+OPTIONS = (
     "engine",
     "compute_capability",
     "batch",
@@ -117,7 +117,7 @@ def settings_from_options(options: Mapping[str, Any]) -> BuildSettings | None:
     """
     given = {
         name: options[name]
-        for name in _ARGUMENTS
+        for name in OPTIONS
         if options[name] is not None and options[name] is not False
     }
     if "engine" not in given:
@@ -147,7 +147,7 @@ def settings_from_options(options: Mapping[str, Any]) -> BuildSettings | None:
 
 def take_build_options(options: dict[str, Any]) -> BuildSettings | None:
     """Take the options of building plans out of `options` and return the settings they ask for."""
-    return settings_from_options({name: options.pop(name) for name in _ARGUMENTS})
+    return settings_from_options({name: options.pop(name) for name in OPTIONS})
 
 
 def parser() -> Parser:

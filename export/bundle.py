@@ -171,7 +171,7 @@ def export_bundle(
         tokenizer = _write(folder / "tokenizer.json", checkpoint.tokenizer_json.encode())
         embeddings = _write_embeddings(checkpoint, settings, folder, shape, say)
         manifest = Manifest(
-            created_by=f"sld-edge {_version()}",
+            created_by=created_by(),
             model=ModelInfo(
                 id=settings.name if settings.name is not None else checkpoint.id,
                 source=checkpoint.source,
@@ -440,11 +440,12 @@ def _staged(output: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _version() -> str:
+def created_by() -> str:
+    """Return what wrote a file: "sld-edge" and its version."""
     try:
-        return version("sld-edge")
+        return f"sld-edge {version('sld-edge')}"
     except PackageNotFoundError:  # run from a checkout
-        return "0"
+        return "sld-edge"
 
 
 def _silence(line: str) -> None:

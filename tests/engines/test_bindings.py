@@ -66,7 +66,7 @@ RTX_ONLY = {
 }
 # Classic TensorRT has them too by now; the code uses them where the flavour is TensorRT-RTX.
 NOT_IN_10_3 = RTX_ONLY | {
-    "IRuntimeConfig": "holds strategy and cache of TensorRT-RTX; a classic context takes a strategy",
+    "IRuntimeConfig": "strategy and cache of TensorRT-RTX; a classic context takes a strategy",
     "create_runtime_config": "the same",
     "set_execution_context_allocation_strategy": "the same",
 }
@@ -235,7 +235,7 @@ def test_cuda_has_every_member_of_an_enum(owner: str, member: str) -> None:
 )
 def test_the_stand_in_has_cudas_numbers(ours: type[IntEnum], theirs: str) -> None:
     for member in ours:
-        assert int(getattr(cudart, theirs)[member.name]) == member.value
+        assert int(getattr(getattr(cudart, theirs), member.name)) == member.value
 
 
 @pytest.mark.parametrize(
@@ -254,11 +254,16 @@ def test_the_stand_in_has_tensorrts_numbers(name: str) -> None:
         assert int(getattr(trt, name).__members__[member.name]) == member.value
 
 
-@pytest.mark.parametrize("protocol", [name for name in vars(trt_api) if name[0].isupper()])
+@pytest.mark.parametrize(
+    "protocol",
+    [
+        name
+        for name in names_table.CLASSES
+        if isinstance(getattr(standin_tensorrt, name, None), type)
+    ],
+)
 def test_the_stand_in_has_no_call_that_tensorrt_has_not(protocol: str) -> None:
-    ours = getattr(standin_tensorrt, protocol, None)
-    if protocol not in names_table.CLASSES or not isinstance(ours, type):
-        pytest.skip("not a class of the stand-in")
+    ours = getattr(standin_tensorrt, protocol)
     public = {
         name
         for name, value in vars(ours).items()
