@@ -160,8 +160,10 @@ class Device:
         self._call("cudaStreamBeginCapture", self.stream, mode)
         try:
             queue()
-        except BaseException:
-            self._cuda.cudaStreamEndCapture(self.stream)  # the first error is the one to tell
+        except BaseException:  # the first error is the one to tell
+            error, graph = self._cuda.cudaStreamEndCapture(self.stream)
+            if int(error) == 0:
+                self._cuda.cudaGraphDestroy(graph)
             raise
         (graph,) = self._call("cudaStreamEndCapture", self.stream)
         try:

@@ -243,10 +243,10 @@ class FakeTensorRT:
         self.caches: list[bytes] = []  # those it was given
         self.mark = version.encode()
 
-    def Builder(self, logger: ILogger) -> Builder:  # noqa: N802  # TensorRT's name
+    def Builder(self, logger: Any) -> Any:  # noqa: N802  # TensorRT's name
         return Builder(self, logger)
 
-    def OnnxParser(self, network: Network, logger: ILogger) -> OnnxParser:  # noqa: N802
+    def OnnxParser(self, network: Network, logger: Any) -> Any:  # noqa: N802
         return OnnxParser(self, network)
 
     def nptype(self, dtype: int) -> type:
