@@ -85,6 +85,11 @@ class Device:
             EngineError: no driver, or no such device.
         """
         self._cuda = cuda if cuda is not None else cuda_runtime()
+        (driver,) = self._call("cudaDriverGetVersion")
+        if driver == 0:
+            raise EngineError(
+                "no NVIDIA driver is installed", do="install it if there is a GPU, or use the cpu"
+            )
         (count,) = self._call("cudaGetDeviceCount")
         if index >= count:
             raise EngineError(f"no CUDA device {index}", got=f"{count} devices")
@@ -93,7 +98,6 @@ class Device:
         name = properties.name
         self.name = name.decode().rstrip("\0") if isinstance(name, bytes) else str(name)
         self.compute_capability = f"{properties.major}.{properties.minor}"
-        (driver,) = self._call("cudaDriverGetVersion")
         self.driver = f"{driver // 1000}.{driver % 1000 // 10}"
         self.integrated = bool(properties.integrated)  # memory shared with the host, as on a Jetson
         (stream,) = self._call("cudaStreamCreateWithFlags", self._cuda.cudaStreamNonBlocking)

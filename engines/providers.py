@@ -215,9 +215,6 @@ def _gpus() -> _Gpus:
     """Open the first CUDA device and describe it; name the others."""
     try:
         cuda = cuda_runtime()
-        error, driver = cuda.cudaDriverGetVersion()
-        if int(error) == 0 and driver == 0:
-            return _Gpus(reason="no NVIDIA driver is installed | install it if there is a GPU")
         device = Device()
         try:
             return _Gpus(
