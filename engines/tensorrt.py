@@ -107,6 +107,7 @@ class TrtEngine:
         self._runtime = trt.Runtime(self._log.logger)
         if info.options.get("version_compatible"):
             self._runtime.engine_host_code_allowed = True  # such a plan carries its own runtime
+        self._closed = False
         self._engine = self._deserialize()
         if info.options.get("strip_weights"):
             self._refit(source)
@@ -134,6 +135,7 @@ class TrtEngine:
             EngineError: an input is missing, unknown, of another dtype, or of a shape the plan was
                 not built for; or the run failed.
         """
+        self._require_open()
         check_feeds(self.path.name, self.inputs, feeds)
         key = tuple(feeds[spec.name].shape for spec in self.inputs)
         if key not in self._host_runs:
@@ -149,6 +151,7 @@ class TrtEngine:
             EngineError: a tensor is missing or unknown, of another dtype or shape, not aligned, or
                 outside what the plan was built for.
         """
+        self._require_open()
         shapes = {
             spec.name: tensors[spec.name].shape for spec in self.inputs if spec.name in tensors
         }
@@ -156,6 +159,9 @@ class TrtEngine:
 
     def close(self) -> None:
         """Give back the plan's memory and keep what was compiled for it."""
+        if self._closed:
+            return
+        self._closed = True
         for run in self._host_runs.values():
             run.close()
         self._host_runs.clear()
@@ -169,6 +175,10 @@ class TrtEngine:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise EngineError(f"{self.path.name} was closed")
 
     def _deserialize(self) -> CudaEngine:
         with (
@@ -229,7 +239,11 @@ class TrtEngine:
             self._check_profile(name, shape)
             if not context.set_input_shape(name, tuple(shape)):
                 raise EngineError(f"{self.path.name}: input {name}", got=self._log.last())
-        missing = context.infer_shapes()
+        try:
+            missing = context.infer_shapes()
+        except RuntimeError as error:  # what TensorRT's bindings raise for shapes that clash
+            given = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
+            raise EngineError(f"{self.path.name}: shapes do not fit together", got=given) from error
         if missing:
             raise EngineError(f"{self.path.name}: no shape for {', '.join(missing)}")
         return context

@@ -254,14 +254,15 @@ def _decomposed(name: str, graph: Path, folder: Path, keep: str | None) -> Itera
 def _staged(bundle: Path) -> Iterator[Path]:
     """Give an empty folder for what is not whole yet, and remove it in the end."""
     bundle = bundle.resolve()
-    folder = bundle.parent / f".{bundle.name}.plans.part"
+    folder = bundle.parent / f".{bundle.name}.plans.{os.getpid()}.part"
     try:
         if not os.access(bundle, os.W_OK):
             raise PermissionError(13, "Permission denied")
         beside = bundle.parent.stat().st_dev == bundle.stat().st_dev
         if not (beside and os.access(bundle.parent, os.W_OK)):
-            folder = bundle / ".plans.part"  # the bundle is a disk of its own, as in a container
-        shutil.rmtree(folder, ignore_errors=True)  # from a build that was killed
+            # The bundle is a disk of its own, as in a container.
+            folder = bundle / f".plans.{os.getpid()}.part"
+        _clear_away(folder)
         folder.mkdir()
     except OSError as error:
         raise OutputError(
@@ -271,6 +272,33 @@ def _staged(bundle: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _clear_away(folder: Path) -> None:
+    """Remove what builds that were killed left; refuse to build beside one that is at work."""
+    start = folder.name.removesuffix(f"{os.getpid()}.part")
+    for other in folder.parent.iterdir():
+        if not (other.name.startswith(start) and other.suffix == ".part"):
+            continue
+        process = other.name.removeprefix(start).removesuffix(".part")
+        if process.isdigit() and int(process) != os.getpid() and _is_running(int(process)):
+            raise OutputError(
+                f"another sld-build is at work on this bundle, process {process}",
+                do="wait for it, or stop it",
+            )
+        shutil.rmtree(other, ignore_errors=True)
+
+
+def _is_running(process: int) -> bool:
+    if os.name == "nt":
+        return False  # a signal would end it there
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _move_in(path: Path, folder: Path, built: Mapping[str, PlanInfo], say: Say) -> None:

@@ -271,7 +271,7 @@ def test_a_killed_build_leaves_the_bundle_as_it_was(small: Path, kind: signal.Si
     before = snapshot(small)
     arguments = ["--engine", "tensorrt-rtx", "--compute-capability", "8.6", "--force"]
     process = command(str(small), *arguments)
-    staged = small.parent / ".bundle.plans.part"
+    staged = small.parent / f".bundle.plans.{process.pid}.part"
     for _ in range(600):  # until the first plan is written and the UNet's build has begun
         if (staged / "text_encoder.plan.json").exists():
             break
@@ -285,6 +285,14 @@ def test_a_killed_build_leaves_the_bundle_as_it_was(small: Path, kind: signal.Si
     assert staged.exists() == (kind == signal.SIGKILL)
     build_plans(small, quick())
     assert not staged.exists()
+
+
+def test_two_builds_of_one_bundle_do_not_meet(small: Path) -> None:
+    other = small.parent / f".bundle.plans.{os.getppid()}.part"  # a process that runs
+    other.mkdir()
+    with pytest.raises(OutputError, match=f"another sld-build is at work .*{os.getppid()}"):
+        build_plans(small, quick(optimization_level=1))
+    assert other.is_dir()
 
 
 def test_a_damaged_graph_is_not_built(small: Path) -> None:
@@ -314,11 +322,11 @@ def test_a_bundle_that_is_a_disk_of_its_own_is_staged_inside(
     build_plans(
         small,
         quick(optimization_level=1, components=("guidance",)),
-        watch=lambda *_: seen.append((small / ".plans.part").is_dir()),
+        watch=lambda *_: seen.append(bool(list(small.glob(".plans.*.part")))),
     )
     assert seen
     assert all(seen)
-    assert not (small / ".plans.part").exists()
+    assert not list(small.glob(".plans.*.part"))
 
 
 # --- what is refused ------------------------------------------------------------------------------
