@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
+import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from sld_edge.engines.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -36,11 +40,33 @@ def test_its_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         exec(compile(block, "README.md", "exec"), {})
 
 
-def test_commands_it_shows_take_the_options_it_shows() -> None:
+def _parsers() -> dict[str, Callable[[list[str]], object]]:
+    from sld_edge.export.build_cli import parser as build_parser
+    from sld_edge.export.build_cli import settings_from_options
+    from sld_edge.export.cli import parser as export_parser
     from sld_edge.runtime.cli import parser as run_parser
 
-    known = run_parser().format_help()
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for line in re.findall(r"^sld-run .*", readme, re.MULTILINE):
-        for option in re.findall(r"--[a-z-]+", line):
-            assert option in known, option
+    return {
+        "sld-run": run_parser().parse_args,
+        "sld-export": lambda words: settings_from_options(vars(export_parser().parse_args(words))),
+        "sld-build": lambda words: settings_from_options(vars(build_parser().parse_args(words))),
+    }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_its_commands_are_understood(page: Path) -> None:
+    """Every command line in a page's code is taken by the command, options and values."""
+    parsers, text = _parsers(), page.read_text(encoding="utf-8")
+    lines = "\n".join(re.findall(r"```(?:sh|powershell)\n(.*?)```", text, re.DOTALL)).splitlines()
+    for line in lines:
+        for part in re.split(r" && |\|", line):
+            words = shlex.split(part, comments=True)
+            if words and words[0] in parsers and words[-1] != "...":
+                parsers[words[0]](words[1:])
+
+
+def test_a_command_that_is_not_understood_fails() -> None:
+    with pytest.raises(InputError):
+        _parsers()["sld-build"](["sd15", "--engine", "tensorrt-rtx", "--strip-weights"])
+    with pytest.raises(InputError):
+        _parsers()["sld-run"](["a star", "--no-such-option"])
