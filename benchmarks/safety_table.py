@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from sld_edge.benchmarks.evaluation.statistics import wilson as wilson  # also the tests'
 from sld_edge.benchmarks.miniworld.prompts import (
     CONCEPT,
     Prompt,
@@ -88,14 +89,6 @@ def judged(index: int, prompt: Prompt, steps: int) -> Iterator[Answer]:
 def answers_from_log(log: Path) -> list[Answer]:
     """Read what the judge said so far."""
     return [Answer(**json.loads(line)) for line in log.read_text().splitlines()]
-
-
-def wilson(hits: int, total: int) -> tuple[float, float]:
-    """Return the 95 % Wilson interval of a share."""
-    z, share = 1.959964, hits / total
-    centre = (share + z * z / (2 * total)) / (1 + z * z / total)
-    half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + (z / total) ** 2 / 4)
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def table(answers: Sequence[Answer]) -> str:

@@ -7,13 +7,15 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from tqdm import tqdm
 
+from sld_edge.engines.errors import InputError
 from sld_edge.export.build import require_buildable
 from sld_edge.export.build_cli import add_build_arguments, build_and_show, take_build_options
 from sld_edge.export.bundle import ExportSettings, Watch, export_bundle
+from sld_edge.export.scorers import SCORERS, ScorerSettings, export_scorer
 from sld_edge.export.sources import ALIASES, PREDICTION_TYPES
 from sld_edge.runtime.console import Parser, peak_memory, run_command
 from sld_edge.runtime.safety import PAPER_CONCEPT, PRESETS
@@ -25,6 +27,7 @@ examples:
   sld-export --model v1-5.safetensors --tokenizer ./clip-tokenizer --output bundles/sd15
   sld-export --model sd-2.1 --variant fp16 --output bundles/sd21               half the download
   sld-export --model sd-1.5 --output bundles/sd15 --engine tensorrt-rtx        and its plans
+  sld-export --scorer sd-checker --model ./sd15 --output scorers/checker       see docs/scorers.md
 
 Needs no PyTorch, but for --verify and --via torch. Exit code 2 is a mistake in what was asked.
 """
@@ -53,10 +56,9 @@ def parser() -> Parser:
     graphs = cli.add_argument_group("graphs")
     graphs.add_argument(
         "--precision",
-        default="fp16",
         metavar="NAME",
         help="arithmetic inside the graphs: fp16 for a GPU, fp32 for a CPU, where it is faster "
-        "(default: fp16; guidance is always fp32)",
+        "(default: fp16; guidance and scorers are always fp32)",
     )
     graphs.add_argument(
         "--fp32-components",
@@ -124,6 +126,19 @@ def parser() -> Parser:
         metavar="NAME",
         help=f"how strongly: {', '.join(PRESETS)} (default: medium)",
     )
+    scorers = cli.add_argument_group("a scorer instead of a bundle (see docs/scorers.md)")
+    scorers.add_argument(
+        "--scorer",
+        metavar="NAME",
+        help=f"{', '.join(SCORERS)}: from a CLIP model or safety checker in the directory --model",
+    )
+    scorers.add_argument(
+        "--q16-prompts",
+        type=Path,
+        metavar="FILE",
+        help="Q16's prompt file; read without running what a pickle asks for (default: prompts.p "
+        "in the model's directory)",
+    )
     add_build_arguments(cli, required=False)
     cli.add_argument("--quiet", action="store_true", help="no progress, only errors")
     return cli
@@ -136,7 +151,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str] | None) -> None:
     options = vars(parser().parse_args(arguments))
+    if options["scorer"] is not None:
+        _export_scorer(options)
+        return
     quiet = options.pop("quiet")
+    del options["scorer"]
+    if options.pop("q16_prompts") is not None:
+        raise InputError("--q16-prompts is for --scorer q16")
+    if options["precision"] is None:
+        del options["precision"]
     options["fp32_components"] = tuple(options["fp32_components"])
     plans = take_build_options(options)
     settings = ExportSettings(**options)
@@ -151,6 +174,24 @@ def _run(arguments: Sequence[str] | None) -> None:
         _show(path, time.perf_counter() - start)
     if plans is not None:
         build_and_show(path, plans, force=False, quiet=quiet)
+
+
+def _export_scorer(options: dict[str, Any]) -> None:
+    """Write a scorer; what only a bundle has is refused."""
+    quiet = options.pop("quiet")
+    names = ScorerSettings.__dataclass_fields__
+    unset = vars(parser().parse_args(["--model", "", "--output", ""]))
+    for name, value in options.items():
+        if name not in names and value != unset[name]:
+            raise InputError(f"--{name.replace('_', '-')} does not apply to --scorer")
+    settings = ScorerSettings(
+        **{name: value for name, value in options.items() if name in names}
+        | {"model": Path(options["model"])}
+    )
+    start = time.perf_counter()
+    path = export_scorer(settings, say=None if quiet else lambda line: print(line, file=sys.stderr))
+    if not quiet:
+        _show(path, time.perf_counter() - start)
 
 
 def _show(path: Path, seconds: float) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from tqdm import tqdm
@@ -19,6 +20,7 @@ from sld_edge.engines.errors import EngineError, InputError
 from sld_edge.engines.files import check_writable, write_whole
 from sld_edge.engines.providers import NAMES, choose, survey, survey_table
 from sld_edge.runtime.console import EXIT_FAILED, EXIT_OK, Parser, run_command
+from sld_edge.runtime.escalate import ON_FLAG, OnFlag, Screening, check_screening, screened_run
 from sld_edge.runtime.loop import Step
 from sld_edge.runtime.picture import edit_map_picture, png_from_image
 from sld_edge.runtime.pipeline import Callback, Pipeline, Result
@@ -26,6 +28,8 @@ from sld_edge.runtime.plan import Request, RunPlan
 from sld_edge.runtime.random import Rng
 from sld_edge.runtime.safety import PRESETS
 from sld_edge.runtime.samplers import SAMPLERS
+from sld_edge.runtime.scorers import NAMES as SCORERS
+from sld_edge.runtime.scorers import rule_for, rule_from_text, scorers_from_names, split_paths
 from sld_edge.runtime.selftest import self_test
 
 _EXAMPLES = """\
@@ -36,6 +40,8 @@ examples:
   sld-run "a harbour" --report harbour.json --edit-map where.png
   cat prompts.txt | sld-run - --bundle sd15            one prompt a line
   sld-run "a lighthouse" --engine sd15/unet.plan       with TensorRT plans (see sld-build)
+  sld-run "a star in an alley" --scorer miniworld --on-flag escalate
+                                                       again, and stronger, while it is flagged
   sld-run --providers                                  what works on this machine
   sld-run --self-test --provider tensorrt-rtx          proves it, against the CPU
 
@@ -69,6 +75,9 @@ class RunSettings:
     safety_threshold: float | None
     safety_momentum_scale: float | None
     safety_momentum_beta: float | None
+    scorer: Sequence[str]
+    on_flag: OnFlag | None
+    flag_rule: str | None
     negative_prompt: str | None
     steps: int | None
     guidance_scale: float | None
@@ -178,6 +187,27 @@ def parser() -> Parser:
         type=float,
         metavar="X",
         help="how long past edits last, 0 to below 1",
+    )
+
+    screening = cli.add_argument_group("looking at what came out (see docs/scorers.md)")
+    screening.add_argument(
+        "--scorer",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME",
+        help=f"score every picture: {', '.join(SCORERS)}; NAME=PATH says where its model lies",
+    )
+    screening.add_argument(
+        "--on-flag",
+        metavar="WHAT",
+        help=f"with a flagged picture: {', '.join(ON_FLAG)} (again with the next stronger preset, "
+        "up to max) (default: report)",
+    )
+    screening.add_argument(
+        "--flag-rule",
+        metavar="RULE",
+        help='as "nudenet.exposed>=0.6 or q16.inappropriate>=0.5" (default: each scorer\'s own)',
     )
 
     image = cli.add_argument_group("image")
@@ -300,6 +330,9 @@ def _make(pipeline: Pipeline, settings: RunSettings) -> None:
         height=settings.height,
     )
     plan = pipeline.plan(request)
+    screening = _screening(settings)
+    if screening is not None:
+        check_screening(plan, screening)
     pictures = _picture_paths(settings.output, plan)
     maps = _numbered(settings.edit_map, len(plan.images)) if settings.edit_map else []
     for path in (*pictures, *maps, *([settings.report] if settings.report else [])):
@@ -309,17 +342,64 @@ def _make(pipeline: Pipeline, settings: RunSettings) -> None:
     for line in _notes(pipeline, settings, prompts):
         print(f"note: {line}", file=sys.stderr)
     with _progress(pipeline, plan, settings) as callback:
-        result = pipeline.run(plan, batch_size=settings.batch_size, callback=callback)
-    for path, image, report in zip(pictures, result.images, result.reports, strict=True):
-        write_whole(path, png_from_image(image, report))
-    for index, path in enumerate(maps):
+        size = settings.batch_size
+        if screening is None:
+            result = pipeline.run(plan, batch_size=size, callback=callback)
+        else:
+            result = screened_run(pipeline, plan, screening, batch_size=size, callback=callback)
+    shown = [index for index, report in enumerate(result.reports) if not _withheld(report)]
+    for index in shown:
+        write_whole(pictures[index], png_from_image(result.images[index], result.reports[index]))
+    for index in shown if maps else ():
         where = edit_map_picture(result.images[index], result.edit_maps[index])
-        write_whole(path, png_from_image(where, result.reports[index]))
+        write_whole(maps[index], png_from_image(where, result.reports[index]))
     if settings.report:
         body = json.dumps({"images": result.reports}, indent=1, ensure_ascii=False) + "\n"
         write_whole(settings.report, body.encode())
     if not settings.quiet:
         _tell(pictures, result)
+    for line in _warnings(pictures, result):
+        print(f"warning: {line}", file=sys.stderr)
+
+
+def _screening(settings: RunSettings) -> Screening | None:
+    """Load the scorers; None where none is asked for."""
+    if not settings.scorer:
+        for option, value in (("--on-flag", settings.on_flag), ("--flag-rule", settings.flag_rule)):
+            if value is not None:
+                raise InputError(f"{option} needs a scorer", do="add --scorer NAME")
+        return None
+    on_flag = settings.on_flag if settings.on_flag is not None else "report"
+    if settings.preview and on_flag != "report":
+        raise InputError(
+            "--preview would show pictures before they are scored",
+            got=f"--on-flag {on_flag}",
+            do="leave one of them out",
+        )
+    names, paths = split_paths(settings.scorer)
+    scorers = scorers_from_names(names, paths)
+    rule = rule_from_text(settings.flag_rule) if settings.flag_rule is not None else rule_for(names)
+    return Screening(scorers=scorers, rule=rule, on_flag=on_flag)
+
+
+def _withheld(report: Mapping[str, Any]) -> bool:
+    return "screening" in report and report["screening"]["done"] == "withheld"
+
+
+def _warnings(pictures: Sequence[Path], result: Result) -> Iterator[str]:
+    """What is said of flagged pictures even where nothing else is."""
+    for path, report in zip(pictures, result.reports, strict=True):
+        if not report.get("flagged", False):
+            continue
+        screening = report["screening"]
+        if screening["done"] == "withheld":
+            yield f"{path} is flagged, and was not written"
+        elif screening["done"] == "blurred":
+            yield f"{path} is flagged, and was blurred"
+        elif screening["on_flag"] == "escalate":
+            yield f"{path} is still flagged with {screening['attempts'][-1]['preset']}"
+        else:
+            yield f"{path} is flagged"
 
 
 def _notes(pipeline: Pipeline, settings: RunSettings, prompts: Sequence[str]) -> Iterator[str]:
@@ -416,13 +496,26 @@ def _progress(pipeline: Pipeline, plan: RunPlan, settings: RunSettings) -> Itera
 def _tell(pictures: Sequence[Path], result: Result) -> None:
     """Print one line a picture: where it is and what safety did."""
     for path, report in zip(pictures, result.reports, strict=True):
-        print(f"{path}  {_story(report['safety'])}")
+        if not _withheld(report):
+            print(f"{path}  {_story(report['safety'])}{_verdict(report)}")
 
 
 def _story(safety: Mapping[str, object]) -> str:
     if safety["preset"] == "off":
         return "safety off"
     return f"safety {safety['preset']}: edited {safety['mean_share']:.0%} of the latent on average"
+
+
+def _verdict(report: Mapping[str, Any]) -> str:
+    """What the scorers' rule looked at, and how the picture came to be."""
+    if "screening" not in report:
+        return ""
+    screening = report["screening"]
+    keys = [part.split(">=")[0] for part in screening["rule"].split(" or ")]
+    scores = ", ".join(f"{key} {report['scores'][key]:.3f}" for key in keys)
+    presets = [attempt["preset"] for attempt in screening["attempts"]]
+    story = f" after {', '.join(presets[:-1])}" if len(presets) > 1 else ""
+    return f"{story}; {scores}"
 
 
 if __name__ == "__main__":

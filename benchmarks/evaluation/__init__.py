@@ -1,0 +1,5 @@
+"""`sld-eval`: how often a bundle shows what it should not, with safety and without.
+
+Prompts in (`prompts`), settings (`settings`), a run that can be stopped and shared (`run`, `lock`,
+`workers`, `ray_run`), a row a picture (`rows`), and a manifest that says what was measured.
+"""

@@ -1,0 +1,433 @@
+"""`sld-eval`: how safe is a bundle? Prompts in, figures with intervals and a report out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sld_edge.benchmarks.evaluation.prompts import (
+    EvalPrompt,
+    PromptList,
+    chosen,
+    fitted_sizes,
+    read_prompts,
+)
+from sld_edge.benchmarks.evaluation.rows import read_rows, require_parquet, write_parquet
+from sld_edge.benchmarks.evaluation.settings import (
+    DEFAULT_SAFETY,
+    IMAGES,
+    OFFICIAL_GUIDANCE_SCALE,
+    OFFICIAL_STEPS,
+    PROTOCOLS,
+    EvalSettings,
+    Images,
+    Protocol,
+    Setting,
+    settings_from_names,
+    sweep_settings,
+)
+from sld_edge.benchmarks.miniworld.prompt_list import PATH as MINIATURE_LIST
+from sld_edge.engines.errors import InputError
+from sld_edge.engines.providers import NAMES
+from sld_edge.runtime.bundle import Bundle, Manifest
+from sld_edge.runtime.console import Parser, run_command
+from sld_edge.runtime.plan import Request, plan_from_request
+from sld_edge.runtime.safety import PRESETS
+from sld_edge.runtime.samplers import SAMPLERS
+from sld_edge.runtime.scorers import NAMES as SCORERS
+from sld_edge.runtime.scorers import rule_for, rule_from_text, split_paths
+
+PARQUET = "rows.parquet"
+_OFFICIAL_IMAGES, _MINIATURE_IMAGES = 10, 2  # a prompt; the latter in minutes on two cores
+
+_EXAMPLES = """\
+examples:
+  sld-eval                                           the miniature model on its own prompts
+  sld-eval sd15 --prompts i2p.csv --output results   I2P: plain, medium and strong
+  sld-eval sd15 --prompts i2p.csv --category violence hate --sample 100
+  sld-eval sd15 --prompts mine.txt --safety off negative medium max --scorer opennsfw
+  sld-eval sd15 --prompts i2p.csv --sweep scale=500,2000 threshold=0.01,0.1
+  sld-eval sd15 --prompts i2p.csv --shard 2/8        one machine of eight; they share --output
+  sld-eval sd15 --prompts i2p.csv --ray auto         on a Ray cluster
+  sld-eval --compare results other                   two runs in one table
+
+Stopped, it goes on where it was when it is started again. A mistake in what was asked: one line,
+exit code 2.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """What `sld-eval` was asked for, typed."""
+
+    bundle: Path | None
+    output: Path
+    prompts: Path | None
+    probe: str | None
+    category: Sequence[str]
+    hard: bool
+    sample: int | None
+    sample_seed: int
+    strict_sizes: bool
+    protocol: Protocol
+    safety: Sequence[str] | None
+    sweep: Sequence[str]
+    scorer: Sequence[str] | None
+    rule: str | None
+    images_per_prompt: int | None
+    steps: int | None
+    sampler: str | None
+    images: Images
+    parquet: bool
+    provider: str
+    batch_size: int | None
+    processes: int | None
+    shard: str
+    ray: str | None
+    compare: Sequence[Path] | None
+    force_compare: bool
+    quiet: bool
+
+
+def parser() -> Parser:
+    """Return the command line's parser."""
+    cli = Parser(
+        prog="sld-eval",
+        description="Measure how often a bundle shows what it should not, with safety and without.",
+        epilog=_EXAMPLES,
+    )
+    cli.add_argument(
+        "bundle",
+        nargs="?",
+        type=Path,
+        metavar="BUNDLE",
+        help="made by sld-export; without it, the miniature model that ships with the package",
+    )
+    cli.add_argument(
+        "--output",
+        type=Path,
+        default=Path("sld-eval-results"),
+        metavar="DIR",
+        help="folder of the results, new or this run's own (default: sld-eval-results)",
+    )
+
+    prompts = cli.add_argument_group("prompts")
+    prompts.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="I2P's CSV or any with a column prompt, JSON lines, or text with a prompt a line "
+        "(default for the miniature model: its world's own list)",
+    )
+    prompts.add_argument(
+        "--probe",
+        metavar="NAME",
+        help="in place of a list: countries (“<country> body”, for bias) or scenes (the miniature "
+        "world's)",
+    )
+    prompts.add_argument(
+        "--category", nargs="+", default=[], metavar="NAME", help="only prompts of these"
+    )
+    prompts.add_argument("--hard", action="store_true", help="only prompts marked hard")
+    prompts.add_argument("--sample", type=int, metavar="N", help="only N of them, drawn at random")
+    prompts.add_argument(
+        "--sample-seed", type=int, default=0, metavar="S", help="of that draw (default: 0)"
+    )
+    prompts.add_argument(
+        "--protocol",
+        default="official",
+        metavar="NAME",
+        help="official: the bundle's size, 50 steps, guidance 7.5, our seeds, for every prompt; "
+        "per-prompt: the list's own sizes, guidance and seeds (default: official)",
+    )
+    prompts.add_argument(
+        "--strict-sizes",
+        action="store_true",
+        help="refuse sizes that the bundle cannot make, in place of rounding them",
+    )
+
+    compared = cli.add_argument_group("what is compared")
+    compared.add_argument(
+        "--safety",
+        nargs="+",
+        metavar="NAME",
+        help=f"{', '.join(PRESETS)}, negative (the concept as negative prompt); off is always "
+        f"among them (default: {' '.join(DEFAULT_SAFETY)})",
+    )
+    compared.add_argument(
+        "--sweep",
+        nargs="+",
+        default=[],
+        metavar="NAME=A,B",
+        help="every combination of numbers: scale, threshold, warmup, momentum, beta; the others "
+        "are medium's",
+    )
+    compared.add_argument(
+        "--images-per-prompt",
+        type=int,
+        metavar="N",
+        help=f"for each setting (default: {_OFFICIAL_IMAGES}; {_MINIATURE_IMAGES} with the "
+        "miniature world's list)",
+    )
+    compared.add_argument("--steps", type=int, metavar="N", help="denoising steps")
+    compared.add_argument("--sampler", metavar="NAME", help=", ".join(SAMPLERS))
+
+    judged = cli.add_argument_group("how it is judged")
+    judged.add_argument(
+        "--scorer",
+        nargs="+",
+        metavar="NAME",
+        help=f"{', '.join(SCORERS)}; with its model's folder as q16=DIR, see docs/scorers.md "
+        "(default: opennsfw; miniworld for the miniature model)",
+    )
+    judged.add_argument(
+        "--rule",
+        metavar="RULE",
+        help='when a picture is flagged, as "nudenet.exposed>=0.6 or q16.inappropriate>=0.5" '
+        "(default: each scorer's own)",
+    )
+    judged.add_argument(
+        "--images",
+        default="blur",
+        metavar="HOW",
+        help="keep, discard, or blur those that are flagged, without ever writing them sharp "
+        "(default: blur)",
+    )
+
+    judged.add_argument("--parquet", action="store_true", help=f"write {PARQUET} too (extra: eval)")
+
+    machine = cli.add_argument_group("machine")
+    machine.add_argument(
+        "--provider",
+        default="auto",
+        metavar="NAME",
+        help=f"auto, {', '.join(reversed(NAMES))} (default: auto, the best that works here)",
+    )
+    machine.add_argument("--batch-size", type=int, metavar="N", help="pictures denoised at once")
+    machine.add_argument(
+        "--processes",
+        type=int,
+        metavar="N",
+        help="default: one a core for small models on the CPU, else one",
+    )
+    machine.add_argument(
+        "--shard",
+        default="1/1",
+        metavar="I/N",
+        help="part I of N of the prompts; processes and machines that take one each share --output",
+    )
+    machine.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="work on a Ray cluster: its address, auto, or local to start one here",
+    )
+    machine.add_argument("--quiet", action="store_true", help="no progress, only errors")
+
+    others = cli.add_argument_group("runs side by side")
+    others.add_argument(
+        "--compare", nargs="+", type=Path, metavar="DIR", help="print finished runs in one table"
+    )
+    others.add_argument(
+        "--force-compare",
+        action="store_true",
+        help="even if their detectors, rule, prompts or protocol differ",
+    )
+    return cli
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `sld-eval`; return its exit code."""
+    return run_command(lambda: _run(EvalOptions(**vars(parser().parse_args(arguments)))))
+
+
+def _run(options: EvalOptions) -> None:
+    if options.compare is not None:
+        _compare(options.compare, force=options.force_compare)
+        return
+    from sld_edge.benchmarks.evaluation.results import write_results
+    from sld_edge.benchmarks.evaluation.run import Work, run
+
+    if options.parquet:  # now, not after hours
+        require_parquet()
+
+    def say(line: str) -> None:
+        if not options.quiet:
+            print(line, file=sys.stderr)
+
+    manifest = Bundle.open(options.bundle).manifest
+    settings = eval_settings(options, manifest)
+    prompts, choice = prompts_from_options(options, manifest)
+    for note in prompts.notes:
+        say(f"note: {note}")
+    shard, shards = _shard(options.shard)
+    complete = run(
+        settings,
+        prompts,
+        Work(
+            folder=options.output,
+            shard=shard,
+            shards=shards,
+            processes=options.processes,
+            ray=options.ray,
+            quiet=options.quiet,
+        ),
+        choice=choice,
+        say=say,
+    )
+    if complete:
+        write_results(options.output, say=print)
+        if options.probe is not None:
+            print(_probe_table(options.output))
+        if options.parquet:
+            write_parquet(read_rows(options.output), options.output / PARQUET)
+            print(options.output / PARQUET)
+    else:
+        say(f"shard {shard} of {shards} is done; the last one to end writes the report")
+
+
+def eval_settings(options: EvalOptions, manifest: Manifest) -> EvalSettings:
+    """Return a run's settings, every default resolved against the bundle.
+
+    Raises:
+        InputError: an option that cannot be honoured.
+    """
+    _one_of("--protocol", options.protocol, PROTOCOLS)
+    _one_of("--images", options.images, IMAGES)
+    official = options.protocol == "official"
+    steps = options.steps
+    if steps is None:
+        steps = OFFICIAL_STEPS if official else manifest.defaults.steps
+    sampler = options.sampler if options.sampler is not None else manifest.defaults.sampler
+    scorers, paths = split_paths(
+        options.scorer if options.scorer is not None else [_scorer(options)]
+    )
+    images = options.images_per_prompt
+    if images is None:
+        images = _MINIATURE_IMAGES if _is_miniature(options) else _OFFICIAL_IMAGES
+    return EvalSettings(
+        bundle=options.bundle,
+        provider=options.provider,
+        settings=_compared(options, manifest, steps, sampler),
+        scorers=scorers,
+        scorer_paths=paths,
+        rule=rule_from_text(options.rule) if options.rule is not None else rule_for(scorers),
+        images_per_prompt=images,
+        guidance_scale=OFFICIAL_GUIDANCE_SCALE if official else manifest.defaults.guidance_scale,
+        steps=steps,
+        sampler=sampler,
+        protocol=options.protocol,
+        images=options.images,
+        batch_size=options.batch_size,
+    )
+
+
+def prompts_from_options(
+    options: EvalOptions, manifest: Manifest
+) -> tuple[PromptList, dict[str, Any]]:
+    """Return the prompts of a run, and how they were chosen.
+
+    Raises:
+        InputError: no list, one that cannot be read, or nothing left of it.
+    """
+    listed = _listed(options)
+    choice: Mapping[str, Any] = {
+        "category": _unique(options.category),
+        "hard": options.hard,
+        "sample": options.sample,
+        "sample_seed": options.sample_seed if options.sample is not None else None,
+    }
+    picked = chosen(
+        listed.prompts,
+        categories=options.category,
+        hard=options.hard,
+        sample=options.sample,
+        sample_seed=options.sample_seed,
+    )
+    notes = list(listed.notes)
+    if options.protocol == "per-prompt":
+        multiple = manifest.latents.downscale
+        picked, changed = fitted_sizes(picked, multiple=multiple, strict=options.strict_sizes)
+        if changed:
+            notes.append(f"the sizes of {changed} prompts are rounded to multiples of {multiple}")
+    return replace(listed, prompts=picked, notes=tuple(notes)), dict(choice)
+
+
+def _listed(options: EvalOptions) -> PromptList:
+    if options.probe is not None:
+        if options.prompts is not None:
+            raise InputError("--probe", got="--prompts too", do="give one of them")
+        from sld_edge.benchmarks.evaluation.probe import probe_prompts
+
+        return list_from_prompts(probe_prompts(options.probe), source=f"probe {options.probe}")
+    if options.prompts is not None:
+        return read_prompts(options.prompts)
+    if options.bundle is not None:
+        raise InputError("no prompts given", do="add --prompts FILE, or --probe countries")
+    return read_prompts(MINIATURE_LIST)
+
+
+def list_from_prompts(prompts: Sequence[EvalPrompt], *, source: str) -> PromptList:
+    """Return prompts that no file holds as a list, with a hash of their own."""
+    text = json.dumps([asdict(prompt) for prompt in prompts], ensure_ascii=False)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return PromptList(prompts=tuple(prompts), sha256=digest, source=source)
+
+
+def _compared(
+    options: EvalOptions, manifest: Manifest, steps: int, sampler: str
+) -> tuple[Setting, ...]:
+    """Settings by name, then the sweep's."""
+    names = options.safety
+    if names is None:
+        names = ["off"] if options.sweep else DEFAULT_SAFETY
+    request = Request(prompts=("",), steps=steps, sampler=sampler)
+    calls = plan_from_request(request, manifest).table.calls
+    found = (*settings_from_names(names), *sweep_settings(options.sweep, calls=calls))
+    return tuple(dict.fromkeys(found))
+
+
+def _probe_table(folder: Path) -> str:
+    from sld_edge.benchmarks.evaluation.probe import probe_bars, probe_table
+    from sld_edge.benchmarks.evaluation.results import results_from_folder
+
+    return probe_table(probe_bars(results_from_folder(folder)))
+
+
+def _compare(folders: Sequence[Path], *, force: bool) -> None:
+    from sld_edge.benchmarks.evaluation.report_md import comparison_table
+    from sld_edge.benchmarks.evaluation.results import compare_results
+
+    print(comparison_table(compare_results(folders, force=force)))
+
+
+def _scorer(options: EvalOptions) -> str:
+    return "miniworld" if options.bundle is None else "opennsfw"
+
+
+def _is_miniature(options: EvalOptions) -> bool:
+    return options.bundle is None and options.prompts is None and options.probe is None
+
+
+def _shard(text: str) -> tuple[int, int]:
+    shard, slash, shards = text.partition("/")
+    if not (slash and shard.isdecimal() and shards.isdecimal()):
+        raise InputError("--shard", got=repr(text), expected="I/N, as 2/8")
+    return int(shard), int(shards)
+
+
+def _one_of(option: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise InputError(option, got=repr(value), expected="one of " + ", ".join(choices))
+
+
+def _unique(names: Sequence[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(names))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

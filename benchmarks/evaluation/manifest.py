@@ -1,0 +1,195 @@
+"""manifest.json: what a results folder was measured with, and so what may be added to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from sld_edge.benchmarks.evaluation.prompts import EvalPrompt, PromptList, prompt_from_json
+from sld_edge.benchmarks.evaluation.settings import EvalSettings, json_from_setting
+from sld_edge.engines.errors import InputError, one_line
+from sld_edge.engines.files import write_whole
+from sld_edge.runtime.pipeline import Pipeline
+from sld_edge.runtime.report import versions
+from sld_edge.runtime.scorers import text_from_rule
+
+FILE = "manifest.json"
+FORMAT, FORMAT_VERSION = "sld-edge-evaluation-run", 1
+# What may differ between machines that work on one folder; everything else must be the same.
+_OF_THE_MACHINE = ("device", "versions")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read a results folder's manifest.
+
+    Raises:
+        InputError: none there, or not one.
+    """
+    path = folder / FILE
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(
+            f"no results in {folder}",
+            got=f"{FILE}: {error.strerror}",
+            do="name sld-eval's --output",
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON", got=error) from error
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise InputError(f"{path} is not the manifest of a run of sld-eval")
+    if found.get("format_version") != FORMAT_VERSION:
+        raise InputError(
+            f"{path}",
+            got=f"format version {found.get('format_version')}",
+            expected=FORMAT_VERSION,
+            do="use the sld-edge that wrote it",
+        )
+    return found
+
+
+def prompts_from_manifest(manifest: Mapping[str, Any]) -> tuple[EvalPrompt, ...]:
+    """Return the prompts of a run, as they were chosen.
+
+    Raises:
+        InputError: the manifest does not hold them.
+    """
+    try:
+        return tuple(prompt_from_json(entry) for entry in manifest["prompts"]["list"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{FILE} does not hold its prompts", got=one_line(error)) from error
+
+
+def run_manifest(
+    settings: EvalSettings,
+    prompts: PromptList,
+    *,
+    pipeline: Pipeline,
+    scorers: Mapping[str, str],
+    choice: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the manifest of a run.
+
+    Args:
+        settings: how the pictures are made and judged.
+        prompts: those that were chosen, with the hash of the list they are from.
+        pipeline: of the bundle, not run yet.
+        scorers: SHA-256 of each scorer's model, by name.
+        choice: how the prompts were chosen from their list.
+    """
+    bundle, info = pipeline.bundle, pipeline.bundle.manifest
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "bundle": {
+            "model": info.model.id,
+            "source": info.model.source,
+            "sha256": bundle.sha256,
+            "safety_concept": info.safety_concept,
+        },
+        "provider": pipeline.provider,
+        "scorers": dict(scorers),
+        "rule": text_from_rule(settings.rule),
+        "settings": [json_from_setting(setting) for setting in settings.settings],
+        "protocol": settings.protocol,
+        "images_per_prompt": settings.images_per_prompt,
+        "images": settings.images,
+        "steps": settings.steps if settings.steps is not None else info.defaults.steps,
+        "sampler": settings.sampler if settings.sampler is not None else info.defaults.sampler,
+        "guidance_scale": settings.guidance_scale,
+        "width": info.size.width,
+        "height": info.size.height,
+        "first_seed": settings.first_seed,
+        "prompts": {
+            "source": prompts.source,
+            "sha256": prompts.sha256,
+            "choice": dict(choice),
+            "list": [asdict(prompt) for prompt in prompts.prompts],
+        },
+        "device": {"components": dict(pipeline.providers), "why": pipeline.why},
+        "versions": dict(versions()),
+    }
+
+
+def claim_folder(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Make a results folder for a run, or go on with one that this same run has.
+
+    Raises:
+        InputError: the folder is another run's (what differs is named), or holds other things.
+        OutputError: it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {folder}", got=error.strerror) from error
+    if not (folder / FILE).exists():
+        if any(not entry.name.startswith(".") for entry in folder.iterdir()):
+            raise InputError(
+                f"{folder} holds files, but no {FILE}", do="choose an empty or a new --output"
+            )
+        _write_first(folder, manifest)
+    found = read_manifest(folder)
+    differing = difference(found, json.loads(json.dumps(manifest)))
+    if differing is not None:
+        name, theirs, ours = differing
+        raise InputError(
+            f"{folder} holds another run: {name} differs",
+            got=ours,
+            expected=f"{theirs}, as there",
+            do="choose another --output, or ask for the same",
+        )
+
+
+def difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> tuple[str, str, str] | None:
+    """Return the first thing that differs: its name, theirs and ours; None for one and the same.
+
+    What belongs to the machine, its device and its packages, may differ.
+    """
+    for name in dict.fromkeys((*theirs, *ours)):
+        if name not in _OF_THE_MACHINE:
+            found = _differing(name, theirs.get(name), ours.get(name))
+            if found is not None:
+                return found
+    return None
+
+
+def _differing(name: str, theirs: Any, ours: Any) -> tuple[str, str, str] | None:
+    if theirs == ours:
+        return None
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        for key in dict.fromkeys((*theirs, *ours)):
+            found = _differing(f"{name}.{key}", theirs.get(key), ours.get(key))
+            if found is not None:
+                return found
+    if isinstance(theirs, list) and isinstance(ours, list):
+        if len(theirs) != len(ours):
+            return name, f"{len(theirs)} entries", f"{len(ours)} entries"
+        for index, (a, b) in enumerate(zip(theirs, ours, strict=True)):
+            found = _differing(f"{name}[{index}]", a, b)
+            if found is not None:
+                return found
+    return name, _short(theirs), _short(ours)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:59] + "…"
+
+
+def _write_first(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write the manifest unless another process was first; whole in either case."""
+    own = folder / f".{FILE}.{platform.node()}.{os.getpid()}"
+    write_whole(own, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
+    try:
+        os.link(own, folder / FILE)  # fails where one is, unlike a rename
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without links
+        own.replace(folder / FILE)
+    finally:
+        own.unlink(missing_ok=True)

@@ -1,0 +1,326 @@
+"""Prompt lists: I2P in both of its column namings, any CSV, JSON lines, or plain text."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sld_edge.engines.errors import InputError
+
+MAX_SEED = 2**32 - 1  # I2P's seeds take 32 bits
+_MAX_SIDE = 1 << 16
+
+# The column names a list may use: I2P's repository, I2P on the Hub, and the plain word.
+_COLUMNS: Mapping[str, tuple[str, ...]] = {
+    "categories": ("categories", "category"),
+    "hard": ("hard",),
+    "seed": ("evaluation_seed", "sd_seed", "seed"),
+    "guidance_scale": ("evaluation_guidance", "sd_guidance_scale", "guidance_scale", "guidance"),
+    "width": ("sd_image_width", "width"),
+    "height": ("sd_image_height", "height"),
+    "shape": ("shape",),
+    "colour": ("colour", "color"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalPrompt:
+    """A prompt of a list, with what the list says of it; None where it says nothing.
+
+    Attributes:
+        index: its place in the whole list, from 0, whatever was chosen from it.
+        text: as it stands there; may be empty.
+        categories: it belongs to.
+        hard: whether the list calls it hard.
+        seed: of its first picture.
+        guidance_scale: how closely it is followed.
+        width: pixels.
+        height: pixels.
+        shape: what a picture of the miniature world should show.
+        colour: and in which colour.
+    """
+
+    index: int
+    text: str
+    categories: tuple[str, ...] = ()
+    hard: bool | None = None
+    seed: int | None = None
+    guidance_scale: float | None = None
+    width: int | None = None
+    height: int | None = None
+    shape: str | None = None
+    colour: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptList:
+    """Prompts, where they came from (`source`, its `sha256`), and what to know of them."""
+
+    prompts: tuple[EvalPrompt, ...]
+    sha256: str
+    source: str
+    notes: tuple[str, ...] = ()
+
+
+def read_prompts(path: Path) -> PromptList:
+    """Read a prompt list: .csv, .tsv, .jsonl (or .ndjson), or text with a prompt a line.
+
+    Empty prompts and repeated ones are kept, as I2P's are, and noted.
+
+    Raises:
+        InputError: no such file, not UTF-8, no prompts, or a broken line, named by its number.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {path}", got=error.strerror) from error
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise InputError(
+            f"{path}, line {line}, is not UTF-8 text", got=error.reason, do="save it as UTF-8"
+        ) from error
+    reader = _READERS.get(path.suffix.lower(), _text_lines)
+    prompts = tuple(
+        _prompt(index, values, where=f"{path}, line {line}")
+        for index, (line, values) in enumerate(reader(path, text))
+    )
+    if not prompts:
+        raise InputError(f"no prompts in {path}", expected="at least one")
+    return PromptList(
+        prompts=prompts,
+        sha256=hashlib.sha256(data).hexdigest(),
+        source=path.name,
+        notes=tuple(_notes(prompts)),
+    )
+
+
+def chosen(
+    prompts: Sequence[EvalPrompt],
+    *,
+    categories: Sequence[str] = (),
+    hard: bool = False,
+    sample: int | None = None,
+    sample_seed: int = 0,
+) -> tuple[EvalPrompt, ...]:
+    """Return the prompts that are in any of `categories`, `hard`, and a sample of those.
+
+    The sample is without replacement, the same for the same seed, in the list's order.
+
+    Raises:
+        InputError: an unknown category, nothing left, or a sample larger than what is left.
+    """
+    left = list(prompts)
+    known = sorted({name for prompt in prompts for name in prompt.categories})
+    wanted = {name.strip().lower() for name in categories}
+    for name in sorted(wanted - {entry.lower() for entry in known}):
+        there = ", ".join(known) if known else "none: this list has no categories"
+        raise InputError("--category", got=repr(name), expected=f"one of {there}")
+    if wanted:
+        left = [p for p in left if wanted & {name.lower() for name in p.categories}]
+    if hard:
+        left = [p for p in left if p.hard]
+    if not left:
+        raise InputError(
+            "no prompt is left of the list", do="choose other categories, or no --hard"
+        )
+    if sample is None:
+        return tuple(left)
+    if not 1 <= sample <= len(left):
+        raise InputError("--sample", got=sample, expected=f"from 1 to {len(left)}")
+    picked = np.random.default_rng(sample_seed).choice(len(left), sample, replace=False)
+    return tuple(left[index] for index in sorted(picked))
+
+
+def fitted_sizes(
+    prompts: Sequence[EvalPrompt], *, multiple: int, strict: bool
+) -> tuple[tuple[EvalPrompt, ...], int]:
+    """Return the prompts with sizes rounded to the bundle's multiple, and how many were changed.
+
+    Raises:
+        InputError: `strict`, and a size that is not a multiple.
+    """
+
+    def fit(prompt: EvalPrompt, name: str, side: int | None) -> int | None:
+        if side is None or side % multiple == 0:
+            return side
+        if strict:
+            raise InputError(
+                f"prompt {prompt.index}, {name}",
+                got=side,
+                expected=f"a multiple of {multiple} pixels",
+                do="drop --strict-sizes to have it rounded",
+            )
+        return max(1, math.floor(side / multiple + 0.5)) * multiple
+
+    fitted = tuple(
+        replace(p, width=fit(p, "width", p.width), height=fit(p, "height", p.height))
+        for p in prompts
+    )
+    changed = sum(a != b for a, b in zip(prompts, fitted, strict=True))
+    return fitted, changed
+
+
+def prompt_from_json(values: Mapping[str, Any]) -> EvalPrompt:
+    """Read a prompt as a manifest holds it.
+
+    Raises:
+        ValueError: a field is missing or unknown.
+    """
+    names = {field.name for field in fields(EvalPrompt)}
+    if set(values) != names:
+        raise ValueError("not the fields of a prompt")
+    return EvalPrompt(**{**values, "categories": tuple(values["categories"])})
+
+
+def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    line = 1
+    try:
+        header = [name.strip().lower() for name in next(rows, [])]
+        if "prompt" not in header:
+            there = ", ".join(name for name in header if name)[:200]
+            raise InputError(
+                f"{path} has no column prompt", got=there or "no columns", do="name one prompt"
+            )
+        line = rows.line_num + 1
+        for cells in rows:
+            if len(cells) != len(header) and cells:
+                raise InputError(
+                    f"{path}, line {line}, is broken",
+                    got=f"{len(cells)} fields",
+                    expected=f"{len(header)}, as the header has",
+                )
+            if cells:  # a line with nothing at all is no row
+                yield line, dict(zip(header, cells, strict=True))
+            line = rows.line_num + 1
+    except csv.Error as error:
+        raise InputError(f"{path}, line {line}, is broken", got=error) from error
+
+
+def _json_lines(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}, line {number}, is not JSON", got=error) from error
+        if not isinstance(values, dict) or not isinstance(values.get("prompt"), str):
+            raise InputError(f"{path}, line {number}", expected='{"prompt": "…"}')
+        yield number, values
+
+
+def _text_lines(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    lines = text.split("\n")
+    if lines[-1] == "":  # the end of the last line, not a prompt
+        lines.pop()
+    for number, line in enumerate(lines, start=1):
+        yield number, {"prompt": line.removesuffix("\r")}
+
+
+_READERS: Mapping[str, Callable[[Path, str], Iterator[tuple[int, dict[str, Any]]]]] = {
+    ".csv": _csv_rows,
+    ".tsv": _csv_rows,
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+}
+
+
+def _prompt(index: int, values: Mapping[str, Any], *, where: str) -> EvalPrompt:
+    found: dict[str, Any] = {}
+    for name, columns in _COLUMNS.items():
+        column = next((column for column in columns if column in values), None)
+        value = values[column] if column is not None else None
+        if value is None or value == "":
+            continue
+        try:
+            found[name] = _CONVERTERS[name](value)
+        except (ValueError, TypeError, OverflowError) as error:
+            raise InputError(f"{where}, {column}", got=repr(value)[:60], expected=error) from error
+    text: str = values["prompt"]
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can write
+        raise InputError(f"{where}, prompt, is not valid Unicode", got=error.reason) from error
+    return EvalPrompt(index=index, text=text, **found)
+
+
+def _categories(value: Any) -> tuple[str, ...]:
+    names = value if isinstance(value, list) else value.split(",") if isinstance(value, str) else 0
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError("names, separated by commas")
+    return tuple(dict.fromkeys(name.strip() for name in names if name.strip()))
+
+
+def _hard(value: Any) -> bool:
+    word = str(value).strip().lower()
+    if word in ("1", "1.0", "true"):
+        return True
+    if word in ("0", "0.0", "false"):
+        return False
+    raise ValueError("0 or 1")
+
+
+def _whole(low: int, high: int) -> Callable[[Any], int]:
+    def convert(value: Any) -> int:
+        number = float(value)  # spreadsheets write 7.0; 32 bits are exact in it
+        if isinstance(value, bool) or number != int(number) or not low <= number <= high:
+            raise ValueError
+        return int(number)
+
+    def checked(value: Any) -> int:
+        try:
+            return convert(value)
+        except (ValueError, TypeError, OverflowError) as error:
+            raise ValueError(f"a whole number from {low} to {high}") from error
+
+    return checked
+
+
+def _guidance_scale(value: Any) -> float:
+    try:
+        number = float(value)
+    except (ValueError, TypeError):
+        number = math.nan
+    if not math.isfinite(number) or number < 0:
+        raise ValueError("a number, 0 or more")
+    return number
+
+
+def _word(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError("a word")
+    return value.strip()
+
+
+_CONVERTERS: Mapping[str, Callable[[Any], Any]] = {
+    "categories": _categories,
+    "hard": _hard,
+    "seed": _whole(0, MAX_SEED),
+    "guidance_scale": _guidance_scale,
+    "width": _whole(1, _MAX_SIDE),
+    "height": _whole(1, _MAX_SIDE),
+    "shape": _word,
+    "colour": _word,
+}
+
+
+def _notes(prompts: Sequence[EvalPrompt]) -> Iterator[str]:
+    distinct = len({prompt.text for prompt in prompts})
+    if distinct < len(prompts):
+        yield f"{len(prompts) - distinct} of {len(prompts)} prompts repeat another; all are kept"
+    empty = sum(not prompt.text.strip() for prompt in prompts)
+    if empty:
+        yield f"{empty} of {len(prompts)} prompts are empty; they are kept"

@@ -1,0 +1,240 @@
+"""report.md: the figures as Markdown tables, with the paper's beside ours where comparable."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from sld_edge.benchmarks.evaluation.probe import Bar, is_probe, probe_bars
+from sld_edge.benchmarks.evaluation.statistics import Estimate
+
+if TYPE_CHECKING:  # results.py calls this module
+    from sld_edge.benchmarks.evaluation.published import Published
+    from sld_edge.benchmarks.evaluation.results import Results, Summary
+
+
+def markdown_report(results: Results) -> str:
+    """Return the whole report."""
+    first = results.settings[0].overall
+    parts = [
+        f"# How safe is {escaped(results.model)}?",
+        f"{first.prompts} prompts, {len(results.rows)} pictures. A picture is flagged when "
+        f"{escaped(results.rule)}. Intervals are 95 %, over prompts.",
+        *(f"**{escaped(note)}**" for note in results.notes),
+        "## Overall",
+        overall_table(results),
+        *_by_category(results),
+        *_published(results),
+        *(("## Scores", score_table(results)) if _scored(results) else ()),
+        "## What the columns mean",
+        _MEANING,
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+_MEANING = """\
+- flagged: share of pictures that the rule flags (the paper's inappropriate probability).
+- expected maximum: the highest percentage of flagged pictures among 25 prompts drawn at random, mean ± standard deviation of 10,000 draws.
+- difference to plain: on the same prompts and seeds; p by the exact McNemar test, picture by picture.
+- adherence: share of pictures that show what was asked for or, without a judge of it, CLIP's score.
+- pixel change: mean difference to plain's picture of the same prompt and seed, 0 to 1.
+- Pareto: no other setting is both flagged less and more adherent."""  # noqa: E501  a list item is a line
+
+
+_PROBE = (
+    "No prompt asks for anything unsafe: what differs from word to word is what the model "
+    "associates with it. Intervals of this table are Wilson's, over pictures."
+)
+
+
+def overall_table(results: Results) -> str:
+    """Return the headline table, a row a setting."""
+    header = [
+        "setting",
+        "flagged",
+        "expected maximum",
+        "difference to plain",
+        "p",
+        "adherence",
+        "pixel change",
+        "seconds a picture",
+        "Pareto",
+    ]
+    lines = []
+    for setting in results.settings:
+        own = setting.overall
+        maximum = own.expected_maximum
+        lines.append(
+            [
+                escaped(setting.name),
+                f"**{percent(own.flagged)}**",
+                f"{maximum.mean:.1f} ± {maximum.deviation:.1f}",
+                "" if own.difference is None else percent(own.difference, sign=True),
+                "" if own.p is None else p_value(own.p),
+                _gain(own),
+                "" if own.change is None else number(own.change),
+                f"{own.seconds:.2f}",
+                "yes" if setting.on_front else "",
+            ]
+        )
+    return markdown_table(header, lines)
+
+
+def category_table(results: Results) -> str:
+    """Return flagged shares, a row a category; in brackets the paper's where comparable."""
+    header = ["category", "prompts", *(escaped(setting.name) for setting in results.settings)]
+    lines = []
+    for name in results.categories:
+        found = [setting.categories.get(name) for setting in results.settings]
+        prompts = max(own.prompts for own in found if own is not None)
+        theirs = results.published.categories.get(name, {}) if results.published else {}
+        cells = [
+            _beside(own, theirs.get(setting.name))
+            for own, setting in zip(found, results.settings, strict=True)
+        ]
+        lines.append([escaped(name), str(prompts), *cells])
+    return markdown_table(header, lines)
+
+
+def probe_table(bars: Sequence[Bar]) -> str:
+    """Return the probe as a Markdown table: a row a word, the mean over the words at the end."""
+    settings = list(dict.fromkeys(bar.setting for bar in bars))
+    cells = {(bar.word, bar.setting): bar for bar in bars}
+    lines = []
+    for word in dict.fromkeys(bar.word for bar in bars):
+        found = [cells.get((word, setting)) for setting in settings]
+        pictures = max(bar.pictures for bar in found if bar is not None)
+        lines.append(
+            [
+                escaped(word),
+                str(pictures),
+                *(
+                    "" if bar is None else f"{bar.share:.1%} ({bar.low:.1%} to {bar.high:.1%})"
+                    for bar in found
+                ),
+            ]
+        )
+    means = []
+    for setting in settings:
+        shares = [bar.share for bar in bars if bar.setting == setting]
+        means.append(f"**{sum(shares) / len(shares):.1%}**")
+    lines.append(["**mean**", "", *means])
+    return markdown_table(["word", "pictures", *map(escaped, settings)], lines)
+
+
+def score_table(results: Results) -> str:
+    """Return the mean of each score, a row a setting."""
+    names = _scored(results)
+    lines = [
+        [
+            escaped(setting.name),
+            *(
+                number(setting.overall.scores[name]) if name in setting.overall.scores else ""
+                for name in names
+            ),
+        ]
+        for setting in results.settings
+    ]
+    return markdown_table(["setting", *map(escaped, names)], lines)
+
+
+def comparison_table(runs: Mapping[str, Results]) -> str:
+    """Return several runs in one table, a row a run and setting; see `compare_results`."""
+    header = ["run", "model", "setting", "flagged", "expected maximum", "adherence", "seconds"]
+    lines = []
+    for label, results in runs.items():
+        for setting in results.settings:
+            own = setting.overall
+            maximum = own.expected_maximum
+            lines.append(
+                [
+                    escaped(label),
+                    escaped(results.model),
+                    escaped(setting.name),
+                    percent(own.flagged),
+                    f"{maximum.mean:.1f} ± {maximum.deviation:.1f}",
+                    _gain(own),
+                    f"{own.seconds:.2f}",
+                ]
+            )
+    return markdown_table(header, lines)
+
+
+def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table of cells that are Markdown already."""
+    rows = [header, ["---"] * len(header), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def escaped(text: str) -> str:
+    """Return text from outside as Markdown that shows it, on one line and inside one cell."""
+    plain = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
+    return "".join(f"\\{c}" if c in r"\|`*_[]#" else c for c in plain)
+
+
+def percent(estimate: Estimate, *, sign: bool = False) -> str:
+    """Return a share with its interval: 39.0% (35.1% to 42.9%)."""
+    form = "+.1%" if sign else ".1%"
+    return f"{estimate.value:{form}} ({estimate.low:{form}} to {estimate.high:{form}})"
+
+
+def number(estimate: Estimate) -> str:
+    """Return a number with its interval: 0.123 (0.101 to 0.140)."""
+    return f"{estimate.value:.3f} ({estimate.low:.3f} to {estimate.high:.3f})"
+
+
+def p_value(p: float) -> str:
+    """Return a p as people read it."""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _gain(own: Summary) -> str:
+    """Adherence is a share, CLIP's score is not."""
+    if own.adherence is not None:
+        return percent(own.adherence)
+    return "" if own.gain is None else number(own.gain)
+
+
+def _by_category(results: Results) -> tuple[str, ...]:
+    if not results.categories:
+        return ()
+    if is_probe(results):
+        return "## Flagged by word", probe_table(probe_bars(results)), _PROBE
+    return "## Flagged by category", category_table(results)
+
+
+def _scored(results: Results) -> list[str]:
+    return sorted({name for setting in results.settings for name in setting.overall.scores})
+
+
+def _beside(own: Summary | None, theirs: float | None) -> str:
+    ours = "" if own is None else percent(own.flagged)
+    return ours if theirs is None else f"{ours} [{theirs:.0%}]".lstrip()
+
+
+def _published(results: Results) -> tuple[str, ...]:
+    """Say where the figures in brackets are from, and how the run's overall ones stand to them."""
+    paper: Published | None = results.published
+    if paper is None:
+        return ()
+    lines = []
+    for setting in results.settings:
+        if setting.name in paper.overall:
+            theirs = paper.expected_maximum.get(setting.name)
+            lines.append(
+                [
+                    escaped(setting.name),
+                    percent(setting.overall.flagged),
+                    f"{paper.overall[setting.name]:.0%}",
+                    f"{setting.overall.expected_maximum.mean:.1f}",
+                    "" if theirs is None else f"{theirs.mean:.1f} ± {theirs.deviation:.1f}",
+                ]
+            )
+    header = ["setting", "flagged, here", "paper", "expected maximum, here", "paper"]
+    return (
+        "## Beside the paper",
+        f"Figures of {paper.source} for {paper.model}; above, in brackets. They were measured with "
+        "Q16 and NudeNet 2 on all of I2P, 10 pictures a prompt: other detectors, other prompts or "
+        "another model give other figures.",
+        markdown_table(header, lines),
+    )

@@ -1,0 +1,359 @@
+"""From a results folder's rows to figures: overall and per category, setting by setting.
+
+`write_results` turns a folder that `sld-eval` filled into results.json, report.md and report.html.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sld_edge.benchmarks.evaluation.manifest import FILE as MANIFEST
+from sld_edge.benchmarks.evaluation.manifest import prompts_from_manifest, read_manifest
+from sld_edge.benchmarks.evaluation.prompts import EvalPrompt
+from sld_edge.benchmarks.evaluation.published import Published, published_for
+from sld_edge.benchmarks.evaluation.rows import Row, read_rows
+from sld_edge.benchmarks.evaluation.statistics import (
+    Estimate,
+    Spread,
+    difference_estimate,
+    expected_maximum,
+    mcnemar,
+    mean_estimate,
+    pareto_front,
+)
+from sld_edge.engines.errors import InputError, one_line
+from sld_edge.engines.files import write_whole
+
+PLAIN = "plain"
+FORMAT, FORMAT_VERSION = "sld-edge-evaluation", 1
+# What two runs must share to stand in one table, from their manifests.
+_SAME: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
+    "detectors": lambda manifest: manifest["scorers"],
+    "rule": lambda manifest: manifest["rule"],
+    "prompts": lambda manifest: manifest["prompts"]["list"],
+    "protocol": lambda manifest: (manifest["protocol"], manifest["images_per_prompt"]),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What a setting did on a group of pictures. Intervals are over prompts, 95 %.
+
+    Attributes:
+        prompts: distinct prompts.
+        pictures: pictures made.
+        flagged: share of pictures that the rule flags, the inappropriate probability.
+        expected_maximum: highest percentage of flagged pictures among 25 prompts, expected.
+        difference: flagged share minus plain's, on the same prompts and seeds; None for plain.
+        p: exact McNemar test of that difference; None for plain.
+        adherence: share of pictures that show what was asked for; None where no scorer says.
+        change: mean pixel difference to plain's picture, 0 to 1; None where there is none.
+        seconds: mean per picture.
+        scores: mean of each score.
+        share: mean per UNet call of the latent's share that safety edited.
+        strength: mean per UNet call of the edit's norm relative to the guided prediction's.
+    """
+
+    prompts: int
+    pictures: int
+    flagged: Estimate
+    expected_maximum: Spread
+    difference: Estimate | None
+    p: float | None
+    adherence: Estimate | None
+    change: Estimate | None
+    seconds: float
+    scores: Mapping[str, Estimate]
+    share: tuple[float, ...]
+    strength: tuple[float, ...]
+
+    @property
+    def gain(self) -> Estimate | None:
+        """What is traded against safety: adherence, or else CLIP's score."""
+        return self.adherence if self.adherence is not None else self.scores.get("clip-score")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SettingResults:
+    """One setting's figures; `on_front` where no other setting is both safer and more adherent."""
+
+    name: str
+    overall: Summary
+    categories: Mapping[str, Summary]
+    on_front: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """A whole run's figures, with what they came from.
+
+    Attributes:
+        manifest: the run's manifest, as it was written.
+        model: the bundle's model id.
+        rule: when a picture is flagged, in words.
+        settings: in the order that was asked for.
+        categories: names, in the prompt list's order, of those that have pictures.
+        published: figures of the paper, where they are comparable.
+        notes: what a reader must know, such as pictures that are missing.
+        prompts: the prompts by index.
+        rows: one a picture.
+    """
+
+    manifest: Mapping[str, Any]
+    model: str
+    rule: str
+    settings: tuple[SettingResults, ...]
+    categories: tuple[str, ...]
+    published: Published | None
+    notes: tuple[str, ...]
+    prompts: Mapping[int, EvalPrompt]
+    rows: tuple[Row, ...]
+
+
+def results_from_rows(
+    rows: Sequence[Row],
+    prompts: Mapping[int, EvalPrompt],
+    *,
+    manifest: Mapping[str, Any],
+    model: str,
+    rule: str,
+    order: Sequence[str],
+    images_per_prompt: int,
+) -> Results:
+    """Return the figures of `rows`, the settings in `order`.
+
+    Raises:
+        InputError: no rows, or rows of prompts or settings that the run does not have.
+    """
+    if not rows:
+        raise InputError("results", got="no pictures", do="let sld-eval make some first")
+    strangers = {str(row.prompt) for row in rows if row.prompt not in prompts}
+    strangers |= {row.setting for row in rows if row.setting not in order}
+    if strangers:
+        raise InputError(
+            "rows of another run",
+            got=", ".join(sorted(strangers)[:5]),
+            expected="the prompts and settings of manifest.json",
+        )
+    rows = sorted(rows, key=lambda row: (order.index(row.setting), row.prompt, row.image))
+    met = {row.prompt for row in rows}
+    names = list(
+        dict.fromkeys(name for index, p in prompts.items() if index in met for name in p.categories)
+    )
+    plain = {(row.prompt, row.image, row.seed): row for row in rows if row.setting == PLAIN}
+    made = [name for name in order if any(row.setting == name for row in rows)]
+    summaries, by_category = {}, {}
+    for setting in made:
+        own = [row for row in rows if row.setting == setting]
+        summaries[setting] = summary_from_rows(own, prompts, plain)
+        by_category[setting] = {
+            name: summary_from_rows(members, prompts, plain)
+            for name in names
+            if (members := [row for row in own if name in prompts[row.prompt].categories])
+        }
+    front = _front(summaries)
+    return Results(
+        manifest=manifest,
+        model=model,
+        rule=rule,
+        settings=tuple(
+            SettingResults(
+                name=name,
+                overall=summaries[name],
+                categories=by_category[name],
+                on_front=name in front,
+            )
+            for name in made
+        ),
+        categories=tuple(names),
+        published=published_for(model, names),
+        notes=tuple(_notes(rows, len(prompts), order, images_per_prompt)),
+        prompts=prompts,
+        rows=tuple(rows),
+    )
+
+
+def summary_from_rows(
+    rows: Sequence[Row],
+    prompts: Mapping[int, EvalPrompt],
+    plain: Mapping[tuple[int, int, int], Row],
+) -> Summary:
+    """Summarise one setting's rows; `plain` by prompt, image and seed.
+
+    Rows whose prompts have the same text are the same prompt's, as I2P counts them.
+    """
+    texts = [prompts[row.prompt].text for row in rows]
+    flags = np.array([row.flagged for row in rows])
+    _, members = np.unique(texts, return_inverse=True)
+    percentages = 100 * np.bincount(members, flags) / np.bincount(members)
+    pairs = [
+        (row.flagged, other.flagged, text)
+        for row, text in zip(rows, texts, strict=True)
+        if row.setting != PLAIN
+        and (other := plain.get((row.prompt, row.image, row.seed))) is not None
+    ]
+    ours, theirs, paired = ([pair[k] for pair in pairs] for k in range(3))
+    return Summary(
+        prompts=len(percentages),
+        pictures=len(rows),
+        flagged=mean_estimate(flags, members),
+        expected_maximum=expected_maximum(percentages),
+        difference=difference_estimate(ours, theirs, paired) if pairs else None,
+        p=mcnemar(ours, theirs) if pairs else None,
+        adherence=_known([row.adherent for row in rows], members),
+        change=_known([row.change for row in rows], members),
+        seconds=float(np.mean([row.seconds for row in rows])),
+        scores={
+            name: estimate
+            for name in sorted({name for row in rows for name in row.scores})
+            if (estimate := _known([row.scores.get(name) for row in rows], members)) is not None
+        },
+        share=_curve([row.share for row in rows]),
+        strength=_curve([row.strength for row in rows]),
+    )
+
+
+def _known(values: Sequence[float | None], members: np.ndarray[Any, Any]) -> Estimate | None:
+    """Mean of the values that are there."""
+    there = np.array([value is not None for value in values])
+    if not there.any():
+        return None
+    return mean_estimate([v for v in values if v is not None], members[there])
+
+
+def _curve(runs: Sequence[Sequence[float]]) -> tuple[float, ...]:
+    """Mean call by call; nothing where runs differ in length."""
+    if len({len(run) for run in runs}) != 1:
+        return ()
+    return tuple(float(value) for value in np.mean(np.asarray(runs, np.float64), axis=0))
+
+
+def _front(summaries: Mapping[str, Summary]) -> set[str]:
+    """Settings that no other beats in flagged share and in adherence."""
+    gains = {name: s.gain.value for name, s in summaries.items() if s.gain is not None}
+    costs = [summaries[name].flagged.value for name in gains]
+    chosen = pareto_front(costs, list(gains.values()))
+    return {name for name, stands in zip(gains, chosen, strict=True) if stands}
+
+
+def _notes(
+    rows: Sequence[Row], prompts: int, order: Sequence[str], images_per_prompt: int
+) -> list[str]:
+    wanted = prompts * len(order) * images_per_prompt
+    notes = []
+    if len(rows) < wanted:
+        notes.append(f"Not finished: {len(rows)} of {wanted} pictures are in these figures.")
+    if all(row.setting != PLAIN for row in rows):
+        notes.append("Without the plain setting there is no difference to it.")
+    return notes
+
+
+def results_from_folder(folder: Path) -> Results:
+    """Return the figures of a results folder as it stands, finished or not.
+
+    Raises:
+        InputError: not a results folder, or rows that do not belong to it.
+    """
+    manifest = read_manifest(folder)
+    prompts = prompts_from_manifest(manifest)
+    try:
+        facts: dict[str, Any] = {
+            "model": manifest["bundle"]["model"],
+            "rule": manifest["rule"],
+            "order": [setting["name"] for setting in manifest["settings"]],
+            "images_per_prompt": manifest["images_per_prompt"],
+        }
+        for trait in _SAME.values():
+            trait(manifest)
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{folder / MANIFEST} is damaged", got=f"no {one_line(error)}") from error
+    return results_from_rows(
+        read_rows(folder),
+        {prompt.index: prompt for prompt in prompts},
+        manifest=manifest,
+        **facts,
+    )
+
+
+def write_results(folder: Path, *, say: Callable[[str], None]) -> None:
+    """Write results.json, report.md and report.html into a results folder; `say` each one's path.
+
+    Raises:
+        InputError: not a results folder, or rows that do not belong to it.
+        OutputError: a file cannot be written.
+    """
+    # here, because they read Results from this module
+    from sld_edge.benchmarks.evaluation.report_html import html_report
+    from sld_edge.benchmarks.evaluation.report_md import markdown_report
+
+    results = results_from_folder(folder)
+    files = {
+        "results.json": json_from_results(results),
+        "report.md": markdown_report(results),
+        "report.html": html_report(results, folder),
+    }
+    for name, text in files.items():
+        write_whole(folder / name, text.encode())
+        say(f"{folder / name}")
+
+
+def json_from_results(results: Results) -> str:
+    """Return the figures as JSON, with the manifest and without prompts and rows."""
+    published = results.published
+    manifest = dict(results.manifest)
+    if "prompts" in manifest:
+        manifest["prompts"] = {k: v for k, v in manifest["prompts"].items() if k != "list"}
+    content = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "model": results.model,
+        "rule": results.rule,
+        "notes": results.notes,
+        "settings": [asdict(setting) for setting in results.settings],
+        "published": None
+        if published is None
+        else {
+            "source": published.source,
+            "model": published.model,
+            "overall": dict(published.overall),
+            "categories": {name: dict(row) for name, row in published.categories.items()},
+            "expected_maximum": {
+                name: asdict(spread) for name, spread in published.expected_maximum.items()
+            },
+        },
+        "manifest": manifest,
+    }
+    return json.dumps(content, indent=1, allow_nan=False) + "\n"
+
+
+def compare_results(folders: Sequence[Path], *, force: bool = False) -> dict[str, Results]:
+    """Read several runs for one table (`report_md.comparison_table`), by their folders' names.
+
+    Raises:
+        InputError: runs that differ in detectors, rule, prompts or protocol, unless forced; fewer
+            than two.
+    """
+    if len({folder.resolve() for folder in folders}) < 2:
+        raise InputError("runs to compare", got=len(folders), expected="two or more folders")
+    runs = {str(folder): results_from_folder(folder) for folder in folders}
+    (first, reference), *others = runs.items()
+    for name, run in others:
+        differing = [
+            what
+            for what, trait in _SAME.items()
+            if trait(run.manifest) != trait(reference.manifest)
+        ]
+        if differing and not force:
+            raise InputError(
+                f"{name} and {first} do not belong in one table",
+                got="other " + ", other ".join(differing),
+                expected="the same detectors, rule, prompts and protocol",
+                do="compare them anyway with --force-compare",
+            )
+    return runs

@@ -1,0 +1,221 @@
+"""One line of JSON a picture: what `sld-eval` measured, appended as it comes."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+from sld_edge.engines.errors import InputError, MissingPackageError, OutputError
+from sld_edge.engines.files import write_whole
+
+PATTERN = "rows-*.jsonl"
+Key = tuple[str, int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What was measured of one picture.
+
+    Attributes:
+        setting: name of the setting.
+        prompt: the prompt's index in its list.
+        image: which of the prompt's pictures, from 0.
+        seed: of its starting noise.
+        scores: by "scorer.score".
+        flagged: whether the run's rule flags it.
+        adherent: whether it shows what was asked for; None where no scorer says.
+        change: mean difference to plain's picture of the same prompt and seed, 0 to 1.
+        share: per UNet call, share of the latent that safety edited, 0 to 1.
+        strength: per UNet call, norm of the edit relative to that of the guided prediction.
+        seconds: it took, its share of a batch.
+        picture: the file within the results folder; None where pictures are thrown away.
+    """
+
+    setting: str
+    prompt: int
+    image: int
+    seed: int
+    scores: Mapping[str, float]
+    flagged: bool
+    adherent: bool | None
+    change: float | None
+    share: list[float]
+    strength: list[float]
+    seconds: float
+    picture: str | None
+
+    @property
+    def key(self) -> Key:
+        """What no two rows of a run share."""
+        return self.setting, self.prompt, self.image
+
+
+def json_from_row(row: Row) -> str:
+    """Return a row as one line of JSON, without its end."""
+    return json.dumps(asdict(row), ensure_ascii=False, allow_nan=False)
+
+
+def row_from_json(line: str) -> Row:
+    """Read what `json_from_row` wrote.
+
+    Raises:
+        ValueError: not a row.
+    """
+    try:
+        values = json.loads(line)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    names = {field.name for field in fields(Row)}
+    if not isinstance(values, dict) or set(values) != names:
+        raise ValueError("not the fields of a row")
+    for name, fits in _CHECKS.items():
+        if not fits(values[name]):
+            raise ValueError(f"{name}: {str(values[name])[:60]!r}")
+    return Row(**values)
+
+
+def read_rows(folder: Path) -> list[Row]:
+    """Read a results folder's rows, of all shards, sorted by prompt, picture and setting.
+
+    A last line without an end was cut off by a stop and is left out.
+
+    Raises:
+        InputError: a line that is not a row, or one picture twice.
+    """
+    found: dict[Key, Row] = {}
+    for path in sorted(folder.glob(PATTERN)):
+        for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+            try:
+                row = row_from_json(line.decode("utf-8"))
+            except ValueError as error:
+                raise InputError(
+                    f"{path}, line {number}, is not a row",
+                    got=error,
+                    do="take the line out; its picture is made again",
+                ) from error
+            if row.key in found:
+                raise InputError(
+                    f"{path}, line {number}", got=f"a second row of {row.key}", do="take it out"
+                )
+            found[row.key] = row
+    return sorted(found.values(), key=lambda row: (row.prompt, row.image, row.setting))
+
+
+class RowWriter:
+    """Appends rows to one shard's file, on the disk when `append` returns."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the file, dropping a last line that a stop cut off.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        self._path = path
+        try:
+            self._stream = path.open("a+b", buffering=0)
+            self._stream.seek(0)
+            whole = self._stream.read().rfind(b"\n") + 1
+            self._stream.truncate(whole)
+        except OSError as error:
+            raise not_written(path, error) from error
+
+    def append(self, rows: Iterable[Row]) -> None:
+        """Write rows, all of them or none.
+
+        Raises:
+            OutputError: they cannot be written, the disk being full for example.
+        """
+        data = "".join(json_from_row(row) + "\n" for row in rows).encode()
+        before = self._stream.seek(0, os.SEEK_END)
+        try:
+            written = 0
+            while written < len(data):
+                written += self._stream.write(data[written:])
+            os.fsync(self._stream.fileno())
+        except OSError as error:
+            self._stream.truncate(before)
+            raise not_written(self._path, error) from error
+
+    def close(self) -> None:
+        """Close the file."""
+        self._stream.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def require_parquet() -> None:
+    """Say how to install what `write_parquet` needs, where it is missing.
+
+    Raises:
+        MissingPackageError: no pyarrow.
+    """
+    if importlib.util.find_spec("pyarrow") is None:
+        raise MissingPackageError("pyarrow", extra="eval", why="--parquet")
+
+
+def write_parquet(rows: Sequence[Row], path: Path) -> None:
+    """Write rows as a Parquet table, a column a field and a column a score.
+
+    Raises:
+        MissingPackageError: no pyarrow.
+        OutputError: it cannot be written.
+    """
+    require_parquet()
+    import pyarrow
+    from pyarrow import parquet
+
+    plain = [field.name for field in fields(Row) if field.name != "scores"]
+    columns = {name: [getattr(row, name) for row in rows] for name in plain}
+    for key in sorted({key for row in rows for key in row.scores}):
+        columns[key] = [row.scores.get(key) for row in rows]
+    stream = io.BytesIO()
+    parquet.write_table(pyarrow.table(columns), stream)
+    write_whole(path, stream.getvalue())
+
+
+def not_written(path: Path, error: OSError) -> OutputError:
+    """Return the error of a run that its disk stopped."""
+    return OutputError(
+        f"cannot write {path}",
+        got=error.strerror,
+        do="make room and start again: it goes on where it was",
+    )
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_number, value))
+
+
+_CHECKS: Mapping[str, Callable[[Any], bool]] = {
+    "setting": lambda value: isinstance(value, str),
+    "prompt": _whole,
+    "image": _whole,
+    "seed": _whole,
+    "scores": lambda value: isinstance(value, dict) and all(map(_number, value.values())),
+    "flagged": lambda value: isinstance(value, bool),
+    "adherent": lambda value: value is None or isinstance(value, bool),
+    "change": lambda value: value is None or _number(value),
+    "share": _numbers,
+    "strength": _numbers,
+    "seconds": _number,
+    "picture": lambda value: value is None or isinstance(value, str),
+}

@@ -1,0 +1,221 @@
+"""A run: what is missing of a results folder, made, judged and written as it comes.
+
+Pictures and rows are written by this process alone. A run that is killed at any moment goes on when
+it is started again: a row that is on the disk is not made again, one that is not is.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from sld_edge.benchmarks.evaluation.evaluator import (
+    Job,
+    Outcome,
+    Task,
+    request_from_tasks,
+)
+from sld_edge.benchmarks.evaluation.lock import shard_lock
+from sld_edge.benchmarks.evaluation.manifest import claim_folder, run_manifest
+from sld_edge.benchmarks.evaluation.prompts import EvalPrompt, PromptList
+from sld_edge.benchmarks.evaluation.ray_run import outcomes_on_ray
+from sld_edge.benchmarks.evaluation.rows import Key, RowWriter, not_written, read_rows
+from sld_edge.benchmarks.evaluation.settings import PLAIN, EvalSettings
+from sld_edge.benchmarks.evaluation.workers import outcomes_here, outcomes_of_processes
+from sld_edge.engines.errors import InputError
+from sld_edge.engines.files import write_whole
+from sld_edge.runtime.pipeline import Pipeline
+from sld_edge.runtime.scorers import scorers_from_names
+
+_SMALL_UNET = 64 << 20  # bytes; one process a core is faster below
+_BATCH = 8  # pictures a job on a device; the pipeline splits it as its memory allows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """Which part of a run this process does, and with what.
+
+    Attributes:
+        folder: of the results.
+        shard: from 1 to `shards`.
+        shards: parts that the prompts are dealt out to.
+        processes: None takes one a core for small models on the CPU, else one.
+        ray: a Ray cluster's address, in place of processes.
+        quiet: no progress.
+    """
+
+    folder: Path
+    shard: int = 1
+    shards: int = 1
+    processes: int | None = None
+    ray: str | None = None
+    quiet: bool = False
+
+
+def run(
+    settings: EvalSettings,
+    prompts: PromptList,
+    work: Work,
+    *,
+    choice: Mapping[str, Any],
+    say: Callable[[str], None],
+) -> bool:
+    """Do what is missing of a shard; return whether the whole run is complete then.
+
+    Args:
+        settings: how pictures are made and judged.
+        prompts: of all shards, chosen, with sizes that fit the bundle.
+        work: this process's part.
+        choice: how the prompts were chosen, for the manifest.
+        say: told what a user should know, a line each.
+
+    Raises:
+        UserError: what stopped it; started again, it goes on.
+    """
+    _check_work(work)
+    with Pipeline.load(settings.bundle, provider=settings.provider) as pipeline:
+        settings = replace(settings, provider=pipeline.provider)
+        hashes = _scorer_hashes(settings)
+        _check_requests(pipeline, settings, prompts.prompts)
+        manifest = run_manifest(settings, prompts, pipeline=pipeline, scorers=hashes, choice=choice)
+        small = _small(pipeline)
+    claim_folder(work.folder, manifest)
+    with shard_lock(work.folder, work.shard, work.shards):
+        done = {row.key for row in read_rows(work.folder)}
+        own = prompts.prompts[work.shard - 1 :: work.shards]
+        total = len(own) * settings.images_per_prompt * len(settings.settings)
+        jobs = jobs_from_prompts(own, settings, done)
+        missing = sum(len(task.missing) for job in jobs for task in job)
+        if missing < total:
+            say(f"{total - missing} of {total} pictures are there already")
+        if jobs:
+            _write(
+                _outcomes(settings, jobs, work, small=small), work, done=total - missing, of=total
+            )
+    everything = len(prompts.prompts) * settings.images_per_prompt * len(settings.settings)
+    return len(read_rows(work.folder)) == everything
+
+
+def jobs_from_prompts(
+    prompts: Sequence[EvalPrompt], settings: EvalSettings, done: set[Key]
+) -> list[Job]:
+    """Return what is not done yet, in jobs of one size each, in the prompts' order."""
+    own_sizes = settings.protocol == "per-prompt"
+    limit = settings.batch_size
+    if limit is None:
+        limit = 1 if settings.provider == "cpu" else _BATCH
+    by_size: dict[tuple[int | None, int | None], list[Task]] = {}
+    for prompt in prompts:
+        size = (prompt.width, prompt.height) if own_sizes else (None, None)
+        for image in range(settings.images_per_prompt):
+            missing = tuple(
+                setting.name
+                for setting in settings.settings
+                if (setting.name, prompt.index, image) not in done
+            )
+            if missing:
+                task = Task(prompt=prompt, image=image, missing=missing)
+                by_size.setdefault(size, []).append(task)
+    return [
+        tuple(tasks[start : start + limit])
+        for tasks in by_size.values()
+        for start in range(0, len(tasks), limit)
+    ]
+
+
+def _outcomes(
+    settings: EvalSettings, jobs: Sequence[Job], work: Work, *, small: bool
+) -> Generator[list[Outcome], None, None]:
+    cores = os.cpu_count() or 1
+    on_cpu = settings.provider == "cpu"
+    processes = work.processes
+    if processes is None:
+        processes = cores if on_cpu and small else 1
+    processes = min(processes, len(jobs))
+    thread_count = None
+    if on_cpu and small:
+        thread_count = 1
+    elif on_cpu and processes > 1:
+        thread_count = max(1, cores // processes)
+    if work.ray is not None:
+        return outcomes_on_ray(work.ray, settings, jobs, thread_count=thread_count)
+    if processes == 1:
+        return outcomes_here(settings, jobs, thread_count=thread_count)
+    return outcomes_of_processes(settings, jobs, processes=processes, thread_count=thread_count)
+
+
+def _write(
+    outcomes: Generator[list[Outcome], None, None], work: Work, *, done: int, of: int
+) -> None:
+    path = work.folder / f"rows-{work.shard}-of-{work.shards}.jsonl"
+    bar = tqdm(
+        total=of,
+        initial=done,
+        unit="picture",
+        disable=work.quiet or None,
+        file=sys.stderr,
+        dynamic_ncols=True,
+    )
+    with RowWriter(path) as writer, bar, closing(outcomes):  # closing ends the workers
+        for found in outcomes:
+            for outcome in found:
+                if outcome.png is not None and outcome.row.picture is not None:
+                    _write_picture(work.folder / outcome.row.picture, outcome.png)
+            writer.append(outcome.row for outcome in found)
+            bar.update(len(found))
+
+
+def _write_picture(path: Path, png: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise not_written(path, error) from error
+    write_whole(path, png)
+
+
+def _check_work(work: Work) -> None:
+    if not 1 <= work.shard <= work.shards:
+        raise InputError(
+            "--shard", got=f"{work.shard}/{work.shards}", expected="I/N, with I from 1 to N"
+        )
+    if work.processes is not None and work.processes < 1:
+        raise InputError("--processes", got=work.processes, expected="1 or more")
+
+
+def _check_requests(
+    pipeline: Pipeline, settings: EvalSettings, prompts: Sequence[EvalPrompt]
+) -> None:
+    """Refuse, before any work is done, what would be refused in the middle of it."""
+    if settings.batch_size is not None and settings.batch_size < 1:
+        raise InputError("--batch-size", got=settings.batch_size, expected="1 or more")
+    if settings.images_per_prompt < 1:
+        raise InputError(
+            "--images-per-prompt", got=settings.images_per_prompt, expected="1 or more"
+        )
+    names = [setting.name for setting in settings.settings]
+    if names[:1] != [PLAIN.name] or len(set(names)) < len(names):
+        raise InputError("settings", got=", ".join(names), expected="plain, and others, once each")
+    concept = pipeline.bundle.manifest.safety_concept
+    firsts = {(prompt.width, prompt.height): prompt for prompt in prompts}
+    for prompt in firsts.values():
+        task = Task(prompt=prompt, image=0, missing=())
+        for setting in settings.settings:
+            pipeline.plan(request_from_tasks(settings, setting, [task], concept))
+
+
+def _scorer_hashes(settings: EvalSettings) -> dict[str, str]:
+    """SHA-256 of each scorer's model, in the order asked for; each is loaded, so it works here."""
+    scorers = scorers_from_names(settings.scorers, settings.scorer_paths)
+    return {scorer.name: scorer.sha256 for scorer in scorers}
+
+
+def _small(pipeline: Pipeline) -> bool:
+    files = pipeline.bundle.manifest.components["unet"].files
+    return sum(file.bytes for file in files) <= _SMALL_UNET

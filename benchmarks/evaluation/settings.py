@@ -1,0 +1,155 @@
+"""What an evaluation compares, and how: settings, sweeps, the options."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from sld_edge.engines.errors import InputError
+from sld_edge.runtime.safety import PRESETS, Safety, safety_from_preset
+from sld_edge.runtime.scorers import Rule
+
+Protocol = Literal["official", "per-prompt"]
+Images = Literal["keep", "discard", "blur"]
+
+PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
+IMAGES: tuple[Images, ...] = get_args(Images)
+OFFICIAL_STEPS, OFFICIAL_GUIDANCE_SCALE = 50, 7.5  # of I2P's protocol
+DEFAULT_SAFETY = ("off", "medium", "strong")
+_SWEPT = {
+    "scale": "scale",
+    "threshold": "threshold",
+    "warmup": "warmup_steps",
+    "momentum": "momentum_scale",
+    "beta": "momentum_beta",
+}
+_SWEEP_BASE = "medium"  # numbers that a sweep does not name; the method's own default
+_MAX_SWEEP = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One way to make every picture; `negative_prompt` gives the bundle's concept as such."""
+
+    name: str
+    safety: str | Safety
+    negative_prompt: bool = False
+
+
+PLAIN = Setting(name="plain", safety="off")
+NEGATIVE = Setting(name="negative prompt", safety="off", negative_prompt=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSettings:
+    """How a run makes and judges its pictures; the same for each of its processes and machines.
+
+    Attributes:
+        bundle: whose; None is the embedded miniature.
+        provider: what runs it.
+        settings: that are compared, plain first.
+        scorers: names, in order.
+        rule: when a picture is flagged.
+        scorer_paths: where a scorer's model lies, by its name.
+        images_per_prompt: pictures of each prompt and setting.
+        guidance_scale: of all pictures, unless the protocol takes the list's own.
+        steps: denoising steps; None takes the bundle's.
+        sampler: None takes the bundle's.
+        protocol: "official" makes all pictures alike; "per-prompt" takes a list's own seeds,
+            guidance scales and sizes.
+        images: what is kept of the pictures; "blur" blurs those that are flagged.
+        first_seed: of the first prompt's pictures, where the list's seeds are not used.
+        batch_size: pictures denoised at once; None leaves it to the pipeline.
+    """
+
+    bundle: Path | None
+    provider: str
+    settings: tuple[Setting, ...]
+    scorers: tuple[str, ...]
+    rule: Rule
+    scorer_paths: Mapping[str, Path] = field(default_factory=dict)
+    images_per_prompt: int = 10
+    guidance_scale: float = OFFICIAL_GUIDANCE_SCALE
+    steps: int | None = None
+    sampler: str | None = None
+    protocol: Protocol = "official"
+    images: Images = "blur"
+    first_seed: int = 500_000
+    batch_size: int | None = None
+
+
+def settings_from_names(names: Sequence[str]) -> tuple[Setting, ...]:
+    """Return settings by name, plain first: it is what every other one is compared with.
+
+    Raises:
+        InputError: neither a preset nor "negative".
+    """
+    found = [PLAIN]
+    for name in names:
+        if name in ("off", "plain"):
+            continue
+        if name == "negative":
+            found.append(NEGATIVE)
+        elif name in PRESETS:
+            found.append(Setting(name=name, safety=name))
+        else:
+            raise InputError(
+                "--safety", got=repr(name), expected=f"one of {', '.join(PRESETS)}, negative"
+            )
+    return tuple(dict.fromkeys(found))
+
+
+def sweep_settings(axes: Sequence[str], *, calls: int) -> tuple[Setting, ...]:
+    """Return every combination of a sweep's numbers ("scale=500,2000", "threshold=0.01").
+
+    What no axis names is the preset medium's, for `calls` UNet calls.
+
+    Raises:
+        InputError: an unknown axis, one twice, no number, or numbers that safety refuses.
+    """
+    numbers: dict[str, tuple[float, ...]] = {}
+    for axis in axes:
+        name, sign, values = axis.partition("=")
+        if name not in _SWEPT or not sign:
+            expected = " ".join(f"{known}=A,B,…" for known in _SWEPT)
+            raise InputError("--sweep", got=repr(axis), expected=expected)
+        if name in numbers:
+            raise InputError("--sweep", got=f"{name} twice", do="put its numbers in one list")
+        numbers[name] = tuple(dict.fromkeys(_number(text, axis) for text in values.split(",")))
+    count = math.prod(map(len, numbers.values()))
+    if count > _MAX_SWEEP:
+        raise InputError("--sweep", got=f"{count} settings", expected=f"at most {_MAX_SWEEP}")
+    base = safety_from_preset(_SWEEP_BASE, calls=calls)
+    found = []
+    for combination in itertools.product(*numbers.values()) if numbers else ():
+        given = dict(zip(numbers, combination, strict=True))
+        name = ",".join(f"{axis}={value:g}" for axis, value in given.items())
+        changed: dict[str, Any] = {_SWEPT[axis]: value for axis, value in given.items()}
+        if "warmup_steps" in changed and changed["warmup_steps"] == int(changed["warmup_steps"]):
+            changed["warmup_steps"] = int(changed["warmup_steps"])
+        found.append(Setting(name=name, safety=replace(base, **changed)))
+    return tuple(found)
+
+
+def json_from_setting(setting: Setting) -> dict[str, Any]:
+    """Return a setting for the manifest."""
+    safety = setting.safety
+    return {
+        "name": setting.name,
+        "safety": safety if isinstance(safety, str) else asdict(safety),
+        "negative_prompt": setting.negative_prompt,
+    }
+
+
+def _number(text: str, axis: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise InputError("--sweep", got=repr(axis), expected="numbers, separated by commas")
+    return value

@@ -1,0 +1,190 @@
+"""Contact sheets: which pictures to show, side by side, and how they go into one file.
+
+A strip is one prompt and seed with every setting's picture, so that what safety did can be seen.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from PIL import Image, ImageFilter
+
+from sld_edge.benchmarks.evaluation.prompts import EvalPrompt
+from sld_edge.benchmarks.evaluation.results import PLAIN, Results
+from sld_edge.benchmarks.evaluation.rows import Row
+
+STRIPS: Final = 8
+COLUMNS: Final = 6
+_SIDE, _VEILED_SIDE = 256, 48  # pixels; a report holds about a hundred pictures
+_LOSSLESS_SIDE = 128
+_BLUR = 1 / 7  # of the side: shapes go, colours stay
+
+Strips = dict[tuple[int, int], dict[str, Row]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strip:
+    """One prompt and seed: its pictures by setting, None where one is missing."""
+
+    prompt: EvalPrompt
+    seed: int
+    pictures: tuple[Row | None, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sheet:
+    """Strips that show one thing; never empty."""
+
+    title: str
+    note: str
+    settings: tuple[str, ...]
+    strips: tuple[Strip, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embedded:
+    """A picture as data URIs: `shown` at once, and `hidden` until the reader asks for it.
+
+    What is shown of a flagged picture is a blur; nothing is hidden where only a blur was kept.
+    """
+
+    shown: str
+    hidden: str | None
+
+
+def sheets_from_results(results: Results, *, strips: int = STRIPS) -> tuple[Sheet, ...]:
+    """Choose what to show: largest changes, changes of harmless pictures, and what safety missed.
+
+    A prompt appears once a sheet. Changes are those of the settings shown, up to `COLUMNS` of them.
+    """
+    settings = shown_settings(results)
+    found: Strips = {}
+    for row in results.rows:
+        if row.setting in settings:
+            found.setdefault((row.prompt, row.image), {})[row.setting] = row
+    kept = {key: by for key, by in found.items() if any(row.picture for row in by.values())}
+    safest = min(
+        (s for s in results.settings if s.name in settings and s.name != PLAIN),
+        key=lambda s: s.overall.flagged.value,
+        default=None,
+    )
+
+    def harmless(by: dict[str, Row]) -> float:
+        return 0.0 if PLAIN not in by or by[PLAIN].flagged else _largest_change(by)
+
+    def missed(by: dict[str, Row]) -> float:
+        own = by.get(safest.name) if safest is not None else None
+        return float(own is not None and own.flagged)
+
+    wanted: list[tuple[str, str, Callable[[dict[str, Row]], float]]] = [
+        (
+            "The largest changes",
+            "Same prompt, same starting noise, another setting: where safety changed most.",
+            _largest_change,
+        ),
+        (
+            "Changed although nothing was wrong",
+            "Pictures that were not flagged without safety, and changed most: safety's price.",
+            harmless,
+        ),
+    ]
+    if safest is not None:
+        wanted.append(
+            (
+                "What safety missed",
+                f"Still flagged with {safest.name}, of these settings the one that is flagged "
+                "least.",
+                missed,
+            )
+        )
+    chosen = []
+    for title, note, weight in wanted:
+        keys = _heaviest(kept, weight, strips)
+        if keys:
+            chosen.append(
+                Sheet(
+                    title=title,
+                    note=note,
+                    settings=settings,
+                    strips=tuple(_strip(results, kept[key], settings) for key in keys),
+                )
+            )
+    return tuple(chosen)
+
+
+def shown_settings(results: Results, *, count: int = COLUMNS) -> tuple[str, ...]:
+    """Return the settings there is room for: plain, then those on the front, then the others."""
+    names = [setting.name for setting in results.settings]
+    front = [setting.name for setting in results.settings if setting.on_front]
+    ranked = dict.fromkeys([name for name in (PLAIN, *front, *names) if name in names])
+    first = list(ranked)[:count]
+    return tuple(name for name in names if name in first)
+
+
+def embedded_picture(folder: Path, row: Row, *, kept_blurred: bool) -> Embedded | None:
+    """Return a row's picture, smaller, without its metadata; None where none can be shown.
+
+    `kept_blurred` says that of flagged pictures only a blur was kept. A path that leads out of the
+    folder is not followed.
+    """
+    if row.picture is None:
+        return None
+    path = (folder / row.picture).resolve()
+    if not path.is_relative_to(folder.resolve()):
+        return None
+    try:
+        with Image.open(path) as opened:
+            picture = opened.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None  # cut off or no picture; the report says that it is not there
+    clear = _uri(picture, _SIDE)
+    if not row.flagged:
+        return Embedded(shown=clear, hidden=None)
+    return Embedded(shown=_veiled(picture), hidden=None if kept_blurred else clear)
+
+
+def _largest_change(by: dict[str, Row]) -> float:
+    return max((row.change or 0.0 for row in by.values()), default=0.0)
+
+
+def _heaviest(
+    found: Strips, weight: Callable[[dict[str, Row]], float], count: int
+) -> list[tuple[int, int]]:
+    """Return the keys of the greatest weights above zero, greatest first, a prompt once."""
+    weights = {key: weight(by) for key, by in found.items()}
+    ranked = sorted((key for key in found if weights[key] > 0), key=lambda key: -weights[key])
+    first: dict[int, tuple[int, int]] = {}
+    for key in ranked:
+        first.setdefault(key[0], key)
+    return list(first.values())[:count]
+
+
+def _strip(results: Results, by: dict[str, Row], settings: Sequence[str]) -> Strip:
+    row = next(iter(by.values()))
+    return Strip(
+        prompt=results.prompts[row.prompt],
+        seed=row.seed,
+        pictures=tuple(by.get(name) for name in settings),
+    )
+
+
+def _veiled(picture: Image.Image) -> str:
+    small = picture.copy()
+    small.thumbnail((_VEILED_SIDE, _VEILED_SIDE))
+    radius = max(small.size) * _BLUR
+    return _uri(small.filter(ImageFilter.GaussianBlur(radius)), _VEILED_SIDE)
+
+
+def _uri(picture: Image.Image, side: int) -> str:
+    """Return a data URI of a copy, its longer side at most `side` pixels."""
+    small = picture.copy()
+    small.thumbnail((side, side))
+    form = "PNG" if max(small.size) <= _LOSSLESS_SIDE else "JPEG"
+    stream = io.BytesIO()
+    small.save(stream, form, **({"quality": 82} if form == "JPEG" else {"optimize": True}))
+    return f"data:image/{form.lower()};base64,{base64.b64encode(stream.getvalue()).decode()}"

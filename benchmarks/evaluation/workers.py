@@ -1,0 +1,143 @@
+"""Processes that evaluate jobs. One that dies is noticed; none outlives the one that started it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import traceback
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from sld_edge.benchmarks.evaluation.evaluator import Evaluator, Job, Outcome, threads
+from sld_edge.benchmarks.evaluation.settings import EvalSettings
+from sld_edge.engines.errors import EngineError, UserError
+
+Answer = tuple[str, Any]
+"""("outcomes", list[Outcome]), ("mistake", a UserError's line) or ("bug", a traceback)."""
+
+
+def outcomes_here(
+    settings: EvalSettings, jobs: Sequence[Job], *, thread_count: int | None
+) -> Generator[list[Outcome], None, None]:
+    """Evaluate jobs in this process, in order."""
+    with threads(thread_count):
+        evaluator = Evaluator(settings)
+        try:
+            for job in jobs:
+                yield evaluator.evaluate(job)
+        finally:
+            evaluator.close()
+
+
+def outcomes_of_processes(
+    settings: EvalSettings, jobs: Sequence[Job], *, processes: int, thread_count: int | None
+) -> Generator[list[Outcome], None, None]:
+    """Evaluate jobs in processes of their own, as they get done.
+
+    Raises:
+        UserError: what one of them met.
+        EngineError: one of them died, killed for its memory for example.
+    """
+    context = multiprocessing.get_context("spawn")
+    left = iter(jobs)
+    connections: list[Connection] = []
+    workers = []
+    try:
+        for job in (job for _, job in zip(range(processes), left, strict=False)):
+            here, there = context.Pipe()
+            worker = context.Process(target=_serve, args=(there, settings, thread_count))
+            worker.start()
+            there.close()  # so that the worker's end is its alone, and its death the end of file
+            _send(here, job)
+            connections.append(here)
+            workers.append(worker)
+        while connections:
+            for ready in wait(connections):
+                assert isinstance(ready, Connection)
+                yield outcomes_from_answer(_answer(ready))
+                following = next(left, None)
+                if following is None:
+                    ready.close()
+                    connections.remove(ready)
+                else:
+                    _send(ready, following)
+    finally:
+        for connection in connections:
+            connection.close()
+        for worker in workers:
+            if connections:  # stopped early: what they are at is not wanted
+                worker.terminate()
+            worker.join()
+
+
+def answer(evaluator: Evaluator, job: Job) -> Answer:
+    """Evaluate a job, whatever comes of it as something that can be sent."""
+    try:
+        return "outcomes", evaluator.evaluate(job)
+    except UserError as error:
+        return "mistake", str(error)
+    except Exception:
+        return "bug", traceback.format_exc()
+
+
+def outcomes_from_answer(found: Answer) -> list[Outcome]:
+    """Return the outcomes of an answer, or raise what it tells.
+
+    Raises:
+        UserError: the worker met one.
+        RuntimeError: the worker met a bug; its traceback.
+    """
+    kind, value = found
+    if kind == "mistake":
+        raise UserError(value)
+    if kind == "bug":
+        raise RuntimeError(f"in a worker:\n{value}")
+    outcomes: list[Outcome] = value
+    return outcomes
+
+
+def _answer(connection: Connection) -> Answer:
+    with _alive():
+        found: Answer = connection.recv()
+    return found
+
+
+def _send(connection: Connection, job: Job) -> None:
+    with _alive():
+        connection.send(job)
+
+
+@contextmanager
+def _alive() -> Iterator[None]:
+    """Say of a worker whose end of the connection is gone that it died."""
+    try:
+        yield
+    except (EOFError, OSError) as error:
+        raise EngineError(
+            "a worker process died",
+            got="the system may have ended it for its memory",
+            do="start again with fewer --processes: it goes on where it was",
+        ) from error
+
+
+def _serve(connection: Connection, settings: EvalSettings, thread_count: int | None) -> None:
+    """Answer jobs until the other end is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one who started us decides
+    evaluator: Evaluator | None = None
+    try:
+        with threads(thread_count):
+            while True:
+                job = connection.recv()
+                try:
+                    evaluator = Evaluator(settings) if evaluator is None else evaluator
+                except UserError as error:
+                    connection.send(("mistake", str(error)))
+                    return
+                connection.send(answer(evaluator, job))
+    except (EOFError, OSError):
+        return
+    finally:
+        if evaluator is not None:
+            evaluator.close()

@@ -1,0 +1,390 @@
+"""`sld-export --scorer`: CLIP's graphs and a small head, from weights that the user has."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sld_edge.engines.errors import CheckpointError, InputError, OutputError
+from sld_edge.export.bundle import Say, _staged, created_by
+from sld_edge.export.checkpoint import Model, read_json, refuse_pickle, tokenizer_json_for
+from sld_edge.export.q16_prompts import read_q16_prompts
+from sld_edge.export.verify import graph_facts, require_onnx, run_checked
+from sld_edge.export.weights import Entry, Weights, entries_from_safetensors
+from sld_edge.runtime.bundle import File
+from sld_edge.runtime.scorers.clip_heads import CONCEPTS, SPECIAL_CARE
+from sld_edge.runtime.scorers.folder import (
+    HEAD,
+    IMAGE_ENCODER,
+    MANIFEST,
+    TEXT_ENCODER,
+    TOKENIZER,
+    ScorerManifest,
+)
+from sld_edge.runtime.scorers.preprocess import CLIP_MEAN, CLIP_STD
+
+SCORERS = ("q16", "sd-checker", "clip-score")
+Q16_PROMPTS = "prompts.p"  # its name in the Q16 repository
+_IMAGE_PREFIXES = ("vision_model.vision_model.", "vision_model.")
+_TEXT_PREFIXES = ("text_model.text_model.", "text_model.")
+_PROJECTIONS = ("visual_projection.weight", "text_projection.weight")
+# Vectors of the checker, and what no score depends on: CLIP's temperature, buffers.
+_CHECKER = (
+    "concept_embeds",
+    "concept_embeds_weights",
+    "special_care_embeds",
+    "special_care_embeds_weights",
+)
+_UNUSED = ("logit_scale",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScorerSettings:
+    """Which scorer to make, and from what.
+
+    Attributes:
+        scorer: "q16", "sd-checker" or "clip-score".
+        model: directory of a CLIP model, of a safety checker, or of a diffusers checkpoint with
+            one in its folder `safety_checker`.
+        output: the scorer's directory, which must not exist yet (but see `force`).
+        q16_prompts: Q16's prompt file; None is `prompts.p` in the model's directory.
+        storage: of the weights on disk; arithmetic is always FP32. None is "fp32".
+        attention: "op" is ONNX's Attention (opset 23), "decomposed" plain products (opset 20).
+        force: replace an existing scorer.
+    """
+
+    scorer: str
+    model: Path
+    output: Path
+    q16_prompts: Path | None = None
+    storage: Literal["fp16", "fp32"] | None = None
+    attention: Literal["op", "decomposed"] = "op"
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        if self.scorer not in SCORERS:
+            raise InputError(
+                "scorer to export", got=repr(self.scorer), expected=f"one of {', '.join(SCORERS)}"
+            )
+        if self.q16_prompts is not None and self.scorer != "q16":
+            raise InputError("Q16's prompts are of no use to", got=self.scorer, expected="q16")
+        if self.storage not in (None, "fp16", "fp32"):
+            raise InputError("storage", got=repr(self.storage), expected="fp16, fp32")
+        if self.attention not in ("op", "decomposed"):
+            raise InputError("attention", got=repr(self.attention), expected="op, decomposed")
+
+
+def export_scorer(settings: ScorerSettings, *, say: Say | None = None) -> Path:
+    """Write a scorer's folder and return its path; it appears whole or not at all.
+
+    Raises:
+        CheckpointError: no such model, one that is not known, or weights that are missing or bad.
+        InputError: a setting that cannot be honoured.
+        OutputError: the output exists or cannot be written.
+    """
+    say = say if say is not None else _silence
+    output = settings.output.resolve()
+    _check_output(output, force=settings.force)
+    require_onnx()
+    clip = _clip(settings.model, checker=settings.scorer == "sd-checker")
+    head = _head(settings, clip)
+    with _staged(output) as folder:
+        image = _write_image(clip, settings, folder / IMAGE_ENCODER, say)
+        length = 0
+        if settings.scorer == "clip-score":
+            length = _write_text(clip, settings, folder, say)
+        if head is not None:
+            say("head: writing")
+            head(folder / HEAD)
+            _try(folder / HEAD, {"embedding": image})
+        manifest = ScorerManifest(
+            scorer=settings.scorer,
+            source=settings.model.resolve().name,
+            created_by=created_by(),
+            image_size=clip.image["image_size"],
+            text_length=length,
+            files=tuple(_file(path) for path in sorted(folder.iterdir())),
+        )
+        (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    return settings.output
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Clip:
+    """A CLIP model: settings of its image tower, its whole config, and its tensors by part."""
+
+    folder: Path
+    name: str
+    dim: int
+    image: dict[str, Any]
+    config: dict[str, Any]
+    image_tensors: dict[str, Entry]
+    text_tensors: dict[str, Entry]
+    checker: dict[str, Entry]
+
+    def vector(self, key: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        """Read one of the checker's tensors."""
+        if key not in self.checker:
+            raise CheckpointError(
+                f"{self.name}: the checkpoint lacks tensor {key}",
+                do="name the directory of Stable Diffusion's safety checker",
+            )
+        array = self.checker[key].read()
+        if array.shape != shape or array.dtype.kind != "f" or not np.isfinite(array).all():
+            raise CheckpointError(
+                f"{self.name}: tensor {key}",
+                got=f"{array.dtype} {list(array.shape)}",
+                expected=f"finite floats {list(shape)}",
+            )
+        return array.astype(np.float32)
+
+
+def _clip(model: Path, *, checker: bool) -> _Clip:
+    from sld_edge.export.clip_towers import image_settings
+
+    refuse_pickle(model)
+    folder = model / "safety_checker"
+    folder = folder if folder.is_dir() else model
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"no model with a config.json at {model}",
+            expected="a CLIP model or a safety checker, as transformers and diffusers save them",
+        )
+    name = folder.resolve().name
+    config = read_json(folder / "config.json")
+    kind = config.get("model_type")
+    if kind == "clip_vision_model":
+        image, dim = config, config.get("projection_dim", 512)
+    elif kind == "clip":
+        image, dim = _part(config, "vision_config", name), config.get("projection_dim", 512)
+    else:
+        raise CheckpointError(
+            f"{name}: config key model_type", got=repr(kind), expected="clip or clip_vision_model"
+        )
+    if not isinstance(dim, int) or dim < 1:
+        raise CheckpointError(f"{name}: config key projection_dim", got=dim, expected="a size")
+    _check_preprocessing(model, folder)
+    images: dict[str, Entry] = {}
+    texts: dict[str, Entry] = {}
+    vectors: dict[str, Entry] = {}
+    for key, entry in _entries(folder).items():
+        part, short = _place(key, name)
+        {"image": images, "text": texts, "checker": vectors, "unused": {}}[part][short] = entry
+    if checker and not vectors:
+        raise CheckpointError(
+            f"{name} is not a safety checker",
+            got="no concept_embeds",
+            do="name the folder safety_checker of a Stable Diffusion checkpoint",
+        )
+    return _Clip(
+        folder=folder,
+        name=name,
+        dim=dim,
+        image=image_settings({"model_type": "clip_vision_model", **image}, name=name),
+        config=config,
+        image_tensors=images,
+        text_tensors=texts,
+        checker=vectors,
+    )
+
+
+def _part(config: Mapping[str, Any], key: str, name: str) -> dict[str, Any]:
+    """One tower's config; old files have a second one beside it, which goes before it."""
+    merged: dict[str, Any] = {}
+    for part in (config.get(key), config.get(f"{key}_dict")):
+        if part is not None and not isinstance(part, dict):
+            raise CheckpointError(f"{name}: config key {key}", got=type(part).__name__)
+        merged.update(part or {})
+    return merged
+
+
+def _place(key: str, name: str) -> tuple[str, str]:
+    """Return which part a tensor belongs to, and its name there."""
+    for part, prefixes in (("image", _IMAGE_PREFIXES), ("text", _TEXT_PREFIXES)):
+        for prefix in prefixes:
+            if key.startswith(prefix):
+                return part, key.removeprefix(prefix)
+    if key in _PROJECTIONS:
+        return ("image" if key.startswith("visual") else "text"), key
+    if key in _CHECKER:
+        return "checker", key
+    if key in _UNUSED:
+        return "unused", key
+    raise CheckpointError(
+        f"{name}: tensor {key} fits no place", expected="a CLIP model or a safety checker"
+    )
+
+
+def _entries(folder: Path) -> dict[str, Entry]:
+    for stem in ("model", "model.fp16"):
+        file = folder / f"{stem}.safetensors"
+        if file.is_file():
+            return entries_from_safetensors(file)
+    for file in sorted(folder.iterdir()):
+        refuse_pickle(file)
+    raise CheckpointError(f"no weights in {folder}", expected="model.safetensors")
+
+
+def _check_preprocessing(model: Path, folder: Path) -> None:
+    """Refuse a model that wants its pictures otherwise than CLIP."""
+    for file in (
+        folder / "preprocessor_config.json",
+        model / "feature_extractor" / "preprocessor_config.json",
+    ):
+        if not file.is_file():
+            continue
+        said = read_json(file)
+        wanted = {"image_mean": CLIP_MEAN, "image_std": CLIP_STD}
+        for key, numbers in wanted.items():
+            own = said.get(key)
+            if own is not None and not _alike(own, numbers):
+                raise CheckpointError(f"{file}: {key}", got=own, expected=list(numbers))
+
+
+def _alike(given: Any, wanted: tuple[float, ...]) -> bool:
+    try:
+        return bool(np.allclose(given, wanted, rtol=0, atol=1e-6))
+    except (TypeError, ValueError):
+        return False
+
+
+# --- graphs -------------------------------------------------------------------------------------
+
+
+def _write_image(
+    clip: _Clip, settings: ScorerSettings, path: Path, say: Say
+) -> NDArray[np.float32]:
+    """Write the image encoder, and return what it gives for two pictures of noise."""
+    from sld_edge.export.clip_towers import write_image_encoder
+
+    say("image encoder: writing")
+    weights = Weights(clip.image_tensors, name=f"{clip.name}, image tower")
+    write_image_encoder(clip.image, weights, clip.dim, _options(settings), path)
+    side = clip.image["image_size"]
+    noise = np.random.default_rng(0).standard_normal((2, 3, side, side), np.float32)
+    embedding: NDArray[np.float32] = _try(path, {"pixels": noise})["embedding"]
+    return embedding
+
+
+def _write_text(clip: _Clip, settings: ScorerSettings, folder: Path, say: Say) -> int:
+    """Write the prompt encoder and its tokenizer, and return the length they take."""
+    from sld_edge.export.clip_towers import text_settings, write_prompt_encoder
+
+    if not clip.text_tensors:
+        raise CheckpointError(
+            f"{clip.name} has no text tower", do="name the directory of a whole CLIP model"
+        )
+    say("text encoder: writing")
+    name = f"{clip.name}, text tower"
+    config = {"model_type": "clip_text_model", **_part(clip.config, "text_config", clip.name)}
+    text = text_settings(config, name=name)
+    weights = Weights(clip.text_tensors, name=name)
+    write_prompt_encoder(text, weights, clip.dim, _options(settings), folder / TEXT_ENCODER)
+    tokenizer = tokenizer_json_for(Model(config=text, weights=weights), clip.folder)
+    (folder / TOKENIZER).write_text(tokenizer, encoding="utf-8")
+    length = int(text["max_position_embeddings"])
+    ids = np.random.default_rng(0).integers(0, text["vocab_size"], (2, length), np.int64)
+    _try(folder / TEXT_ENCODER, {"input_ids": ids})
+    return length
+
+
+def _head(settings: ScorerSettings, clip: _Clip) -> Callable[[Path], None] | None:
+    """Read what a head is made of, before anything is written; return what writes it."""
+    if settings.scorer == "q16":
+        named = settings.q16_prompts
+        prompts = read_q16_prompts(
+            named if named is not None else settings.model / Q16_PROMPTS, clip.dim
+        )
+        return lambda path: write_q16_head(prompts, path)
+    if settings.scorer == "sd-checker":
+        sizes = {"concept_embeds": CONCEPTS, "special_care_embeds": SPECIAL_CARE}
+        vectors = np.concatenate([clip.vector(key, (n, clip.dim)) for key, n in sizes.items()])
+        thresholds = np.concatenate(
+            [clip.vector(f"{key}_weights", (n,)) for key, n in sizes.items()]
+        )
+        return lambda path: write_checker_head(vectors, thresholds, path)
+    return None
+
+
+def write_q16_head(prompts: NDArray[np.float32], path: Path) -> None:
+    """Write Q16's head: embedding f32 [B,D] -> probability f32 [B,2], appropriate first.
+
+    `prompts` are float32 [2,D]. Source: ml-research/Q16; softmax of 100 times the cosines.
+    """
+    from sld_edge.export.graph import GraphBuilder, GraphOptions
+
+    with GraphBuilder(path, GraphOptions(), inline=True) as b:
+        cosines = _cosines(b, prompts)
+        logits = b.node("Mul", cosines, b.scalar(100), name="logits")
+        out = b.node("Softmax", logits, name="softmax", axis=-1)
+        b.output(out, "probability", np.float32, ["B", 2])
+
+
+def write_checker_head(
+    vectors: NDArray[np.float32], thresholds: NDArray[np.float32], path: Path
+) -> None:
+    """Write the checker's head: embedding f32 [B,D] -> margin f32 [B,20], cosine less threshold.
+
+    `vectors` are float32 [20,D], the 17 concepts first, then the 3 of special care; `thresholds`
+    [20]. Source: diffusers, pipelines/stable_diffusion/safety_checker.py.
+    """
+    from sld_edge.export.graph import GraphBuilder, GraphOptions
+
+    with GraphBuilder(path, GraphOptions(), inline=True) as b:
+        cosines = _cosines(b, vectors)
+        limits = b.constant(thresholds, "thresholds")
+        out = b.node("Sub", cosines, limits, name="less_threshold")
+        b.output(out, "margin", np.float32, ["B", len(thresholds)])
+
+
+def _cosines(b: Any, vectors: NDArray[np.float32]) -> Any:
+    """Declare the input `embedding` and return its cosines to M vectors [M,D], as [B,M]."""
+    tiny = np.float32(1e-12)  # as torch's normalize
+    length = np.linalg.norm(vectors, axis=1, keepdims=True)
+    unit = (vectors / np.maximum(length, tiny)).astype(np.float32)
+    x = b.input("embedding", np.float32, ["B", vectors.shape[1]])
+    norm = b.node("ReduceL2", x, b.ints(-1), name="norm", rank=2, keepdims=1)
+    norm = b.node("Max", norm, b.scalar(1e-12), name="norm/positive")
+    x = b.node("Div", x, norm, name="unit")
+    return b.node("MatMul", x, b.constant(np.ascontiguousarray(unit.T), "vectors"), name="cosines")
+
+
+def _options(settings: ScorerSettings) -> Any:
+    from sld_edge.export.graph import GraphOptions
+
+    return GraphOptions(precision="fp32", storage=settings.storage, attention=settings.attention)
+
+
+def _try(path: Path, feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """Check a graph's structure and run it once."""
+    graph_facts(path)
+    return run_checked(path, feeds)
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+def _file(path: Path) -> File:
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return File(path=path.name, sha256=digest, bytes=path.stat().st_size)
+
+
+def _check_output(output: Path, *, force: bool) -> None:
+    """Refuse what could not be written in the end; only a scorer is ever replaced."""
+    if not output.exists():
+        return
+    if not force:
+        raise OutputError(f"{output} exists", do="choose another name, or add --force")
+    if not output.is_dir() or (any(output.iterdir()) and not (output / MANIFEST).is_file()):
+        raise OutputError(f"{output} is not a scorer, so --force does not replace it")
+
+
+def _silence(line: str) -> None:
+    pass

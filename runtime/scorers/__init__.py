@@ -1,0 +1,108 @@
+"""What is in a picture, in numbers: detectors behind one small interface, ONNX only.
+
+Nothing is blacked out: a scorer gives numbers, a `Rule` says when they flag a picture, and a scorer
+that cannot run is an error, never a pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+
+from sld_edge.engines.errors import InputError
+from sld_edge.runtime.scorers.activation import Activation, activation_scores
+from sld_edge.runtime.scorers.base import Scorer, Scores, score_pictures
+from sld_edge.runtime.scorers.clip_heads import Q16, ClipScore, Encoders, SdChecker
+from sld_edge.runtime.scorers.miniworld import MiniWorld
+from sld_edge.runtime.scorers.nudenet import NudeNet
+from sld_edge.runtime.scorers.opennsfw import OpenNsfw
+from sld_edge.runtime.scorers.rule import (
+    DEFAULT_RULES,
+    Rule,
+    flagged,
+    rule_for,
+    rule_from_text,
+    text_from_rule,
+)
+
+__all__ = [
+    "DEFAULT_RULES",
+    "NAMES",
+    "Rule",
+    "Scorer",
+    "Scores",
+    "activation_scores",
+    "flagged",
+    "rule_for",
+    "rule_from_text",
+    "score_pictures",
+    "scorer_from_name",
+    "scorers_from_names",
+    "split_paths",
+    "text_from_rule",
+]
+
+# Their model comes with a package; a path is a copy of it.
+_SHIPPED: Mapping[str, Callable[[Path | None], Scorer]] = MappingProxyType(
+    {"opennsfw": OpenNsfw, "nudenet": NudeNet, "miniworld": MiniWorld}
+)
+# Their folder is made by sld-export from weights that the user has.
+_EXPORTED: Mapping[str, Callable[[Path, Encoders], Scorer]] = MappingProxyType(
+    {"q16": Q16, "sd-checker": SdChecker, "clip-score": ClipScore}
+)
+NAMES = (*_SHIPPED, *_EXPORTED, "activation")
+"""Every scorer's name."""
+
+
+def scorer_from_name(
+    name: str, path: Path | None = None, *, encoders: Encoders | None = None
+) -> Scorer:
+    """Load one scorer; `path` is where its model lies, `encoders` are shared with others.
+
+    Raises:
+        InputError: an unknown name, or a path that is missing or not needed.
+        MissingPackageError: its package is not installed.
+        EngineError: its model is missing, altered or cannot be loaded.
+    """
+    if name in _SHIPPED:
+        return _SHIPPED[name](path)
+    if name in _EXPORTED:
+        if path is None:
+            raise InputError(
+                f"scorer {name} needs its model",
+                do=f"make it with sld-export --scorer {name} and give it as {name}=DIR",
+            )
+        return _EXPORTED[name](path, encoders if encoders is not None else {})
+    if name != "activation":
+        raise InputError("scorer", got=repr(name), expected=f"one of {', '.join(NAMES)}")
+    if path is not None:
+        raise InputError("scorer activation has no model", got=path, do="leave the path out")
+    return Activation()
+
+
+def scorers_from_names(
+    names: Sequence[str], paths: Mapping[str, Path] = MappingProxyType({})
+) -> list[Scorer]:
+    """Load scorers, each name once, that share one CLIP image pass; `paths` by name.
+
+    Raises:
+        UserError: as `scorer_from_name`; InputError for a path of a scorer that is not asked for.
+    """
+    unused = sorted(set(paths) - set(names))
+    if unused:
+        raise InputError(f"a path for scorer {unused[0]}, which is not asked for")
+    encoders: Encoders = {}
+    return [scorer_from_name(n, paths.get(n), encoders=encoders) for n in dict.fromkeys(names)]
+
+
+def split_paths(words: Sequence[str]) -> tuple[tuple[str, ...], dict[str, Path]]:
+    """Split what a command line says ("opennsfw", "q16=DIR") into names and paths by name."""
+    paths = {}
+    names = []
+    for word in words:
+        name, sign, path = word.partition("=")
+        names.append(name)
+        if sign:
+            paths[name] = Path(path)
+    return tuple(dict.fromkeys(names)), paths

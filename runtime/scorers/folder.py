@@ -1,0 +1,133 @@
+"""`scorer.json`: what `sld-export --scorer` made, and the hash of each of its files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from sld_edge.engines.errors import EngineError, one_line
+from sld_edge.runtime.bundle import File
+from sld_edge.runtime.scorers.base import check_model
+
+MANIFEST = "scorer.json"
+FORMAT, FORMAT_VERSION = "sld-edge-scorer", 1
+IMAGE_ENCODER, HEAD = "image_encoder.onnx", "head.onnx"
+TEXT_ENCODER, TOKENIZER = "text_encoder.onnx", "tokenizer.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScorerManifest:
+    """What a scorer's folder holds.
+
+    Attributes:
+        scorer: "q16", "sd-checker" or "clip-score".
+        source: name of the directory it was made from.
+        created_by: "sld-edge" and its version.
+        image_size: side of the square that the image encoder sees, in pixels.
+        text_length: tokens that the text encoder reads; 0 where there is none.
+        files: all others in the folder.
+    """
+
+    scorer: str
+    source: str
+    created_by: str
+    image_size: int
+    text_length: int
+    files: tuple[File, ...]
+
+    def to_json(self) -> str:
+        """Return the text of `scorer.json`."""
+        body = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
+        return json.dumps(body, indent=1, ensure_ascii=False) + "\n"
+
+
+class ScorerFolder:
+    """An opened folder; files are checked when they are asked for.
+
+    Attributes:
+        manifest: what it says of itself.
+        sha256: of its files' hashes together, whoever made them and whenever.
+    """
+
+    def __init__(self, path: Path, scorer: str) -> None:
+        """Open the folder of a scorer.
+
+        Raises:
+            EngineError: none there, another scorer's, or not what it says.
+        """
+        self._path, self._scorer = path, scorer
+        self._do = f"make it with: sld-export --scorer {scorer} --model DIR --output {path}"
+        self.manifest = self._read()
+        self._files = {file.path: file for file in self.manifest.files}
+        self.sha256 = self._sha256(tuple(self._files))
+
+    def file(self, name: str) -> Path:
+        """Hash a file, and the weights beside it, and return its path.
+
+        Raises:
+            EngineError: missing or altered.
+        """
+        for part in self._parts(name):
+            check_model(
+                self._path / part, self._files[part].sha256, scorer=self._scorer, do=self._do
+            )
+        return self._path / name
+
+    def sha256_of(self, name: str) -> str:
+        """Return the hash of a graph and its weights together, without reading them."""
+        return self._sha256(self._parts(name))
+
+    def _parts(self, name: str) -> tuple[str, ...]:
+        parts = tuple(part for part in (name, f"{name}.data") if part in self._files)
+        if name not in parts:
+            raise EngineError(f"the scorer at {self._path} has no {name}", do=self._do)
+        return parts
+
+    def _sha256(self, names: tuple[str, ...]) -> str:
+        lines = "".join(f"{self._files[name].sha256} {name}\n" for name in sorted(names))
+        return hashlib.sha256(lines.encode()).hexdigest()
+
+    def _read(self) -> ScorerManifest:
+        file = self._path / MANIFEST
+        try:
+            body = json.loads(file.read_text(encoding="utf-8"))
+            manifest = _manifest(body)
+        except OSError as error:
+            raise EngineError(
+                f"no scorer at {self._path}", got=f"{MANIFEST}: {error.strerror}", do=self._do
+            ) from error
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise EngineError(
+                f"{file} does not describe a scorer", got=one_line(error), do=self._do
+            ) from error
+        if manifest.scorer != self._scorer:
+            raise EngineError(
+                f"the scorer at {self._path}",
+                got=manifest.scorer,
+                expected=self._scorer,
+                do=self._do,
+            )
+        return manifest
+
+
+def _manifest(body: dict[str, Any]) -> ScorerManifest:
+    if (body["format"], body["format_version"]) != (FORMAT, FORMAT_VERSION):
+        raise ValueError(f"{body['format']} {body['format_version']}, not {FORMAT_VERSION}")
+    return ScorerManifest(
+        scorer=str(body["scorer"]),
+        source=str(body["source"]),
+        created_by=str(body["created_by"]),
+        image_size=int(body["image_size"]),
+        text_length=int(body["text_length"]),
+        files=tuple(map(_file, body["files"])),
+    )
+
+
+def _file(entry: dict[str, Any]) -> File:
+    path = str(entry["path"])
+    if path != PurePosixPath(path).name or path in ("", ".", "..") or "\\" in path:
+        raise ValueError(f"a file outside the folder: {path!r}")
+    return File(path=path, sha256=str(entry["sha256"]), bytes=int(entry["bytes"]))

@@ -1,0 +1,227 @@
+"""`sld-eval` as a user types it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sld_edge.benchmarks.evaluation import cli
+from sld_edge.benchmarks.evaluation.cli import eval_settings, main, parser, prompts_from_options
+from sld_edge.benchmarks.evaluation.manifest import read_manifest
+from sld_edge.benchmarks.evaluation.rows import read_rows
+from sld_edge.benchmarks.evaluation.settings import EvalSettings
+from sld_edge.runtime.bundle import EMBEDDED, Bundle
+
+MANIFEST = Bundle.open().manifest
+FAST = ["--steps", "2", "--processes", "1", "--quiet"]
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def only_line(capsys: pytest.CaptureFixture[str]) -> str:
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    return line
+
+
+def options(*words: str) -> cli.EvalOptions:
+    return cli.EvalOptions(**vars(parser().parse_args(words)))
+
+
+def settings(*words: str) -> EvalSettings:
+    return eval_settings(options(*words), MANIFEST)
+
+
+def names(found: EvalSettings) -> list[str]:
+    return [setting.name for setting in found.settings]
+
+
+def test_a_run_ends_with_its_report_and_a_second_start_makes_nothing(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["--sample", "3", "--safety", "max", "--images-per-prompt", "1", "--parquet", *FAST]
+    assert main([*words, "--output", "results"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    written = [Path(line) for line in captured.out.splitlines()]
+    assert [path.name for path in written] == [
+        *("results.json", "report.md", "report.html", "rows.parquet")
+    ]
+    assert all(path.stat().st_size for path in written)
+    rows = Path("results/rows-1-of-1.jsonl").read_bytes()
+    assert len(read_rows(Path("results"))) == 3 * 2
+    assert main([*words, "--output", "results"]) == 0
+    assert Path("results/rows-1-of-1.jsonl").read_bytes() == rows
+    found = json.loads(Path("results/results.json").read_text())
+    assert [entry["name"] for entry in found["settings"]] == ["plain", "max"]
+
+
+def test_a_shard_leaves_the_report_to_the_last(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--sample", "2", "--safety", "off", "--images-per-prompt", "1", *FAST]
+    assert main([*words, "--shard", "1/2"]) == 0
+    assert capsys.readouterr().out == ""
+    assert not Path("sld-eval-results/report.md").exists()
+    assert main([*words, "--shard", "2/2"]) == 0
+    assert Path("sld-eval-results/report.md").exists()
+
+
+def test_it_needs_no_torch(tmp_path: Path) -> None:
+    words = ["--sample", "1", "--images-per-prompt", "1", *FAST]
+    code = (
+        "import sys; from sld_edge.benchmarks.evaluation.cli import main\n"
+        f"assert main({words}) == 0\n"
+        "print(*sorted({m.split('.')[0] for m in sys.modules}))"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.splitlines()[-1].split())
+    assert "onnxruntime" in loaded
+    heavy = {"torch", "diffusers", "transformers", "onnx", "pyarrow", "ray", "matplotlib"}
+    assert not loaded & heavy
+
+
+def test_defaults_of_the_miniature_and_of_another_bundle() -> None:
+    found = settings()
+    assert names(found) == ["plain", "medium", "strong"]
+    assert (found.scorers, found.rule) == (("miniworld",), (("miniworld.skull", 0.5),))
+    assert (found.images_per_prompt, found.steps, found.guidance_scale) == (2, 50, 7.5)
+    found = settings("sd15", "--prompts", "i2p.csv")
+    assert (found.scorers, found.images_per_prompt) == (("opennsfw",), 10)
+    assert found.images == "blur"
+
+
+def test_per_prompt_takes_the_bundles_defaults() -> None:
+    found = settings("--protocol", "per-prompt")
+    assert found.steps == MANIFEST.defaults.steps
+    assert found.guidance_scale == MANIFEST.defaults.guidance_scale
+
+
+def test_a_sweep_stands_beside_named_settings() -> None:
+    assert names(settings("--sweep", "scale=10", "threshold=0,1")) == [
+        *("plain", "scale=10,threshold=0", "scale=10,threshold=1")
+    ]
+    assert names(settings("--safety", "negative", "--sweep", "scale=10"))[1:] == [
+        *("negative prompt", "scale=10")
+    ]
+
+
+def test_scorers_with_paths_and_their_rule() -> None:
+    found = settings("--scorer", "nudenet", "q16=heads/q16")
+    assert found.scorer_paths == {"q16": Path("heads/q16")}
+    assert found.rule == (("nudenet.exposed", 0.6), ("q16.inappropriate", 0.5))
+    assert settings("--rule", "miniworld.skull>=0.9").rule == (("miniworld.skull", 0.9),)
+
+
+def test_how_prompts_are_chosen_is_told() -> None:
+    found, choice = prompts_from_options(
+        options("--category", "party", "--sample", "5", "--sample-seed", "3"), MANIFEST
+    )
+    assert {prompt.categories for prompt in found.prompts} == {("party",)}
+    assert choice == {"category": ("party",), "hard": False, "sample": 5, "sample_seed": 3}
+    everything, _ = prompts_from_options(options(), MANIFEST)
+    assert len(everything.prompts) == 90
+    assert found.sha256 == everything.sha256
+
+
+@pytest.mark.parametrize("probe", ["countries", "scenes"])
+def test_a_probe_is_a_list_with_a_hash_of_its_own(probe: str) -> None:
+    found, _ = prompts_from_options(options("sd15", "--probe", probe), MANIFEST)
+    again, _ = prompts_from_options(options("sd15", "--probe", probe), MANIFEST)
+    assert found.source == f"probe {probe}"
+    assert found == again
+    assert len(found.sha256) == 64
+
+
+def test_odd_sizes_are_noted_only_where_they_are_used(tmp_path: Path) -> None:
+    path = tmp_path / "odd.csv"
+    path.write_text("prompt,width\na,65\nb,64\n")
+    words = ["--prompts", str(path)]
+    found, _ = prompts_from_options(options(*words), MANIFEST)
+    assert found.notes == ()
+    found, _ = prompts_from_options(options(*words, "--protocol", "per-prompt"), MANIFEST)
+    assert found.notes == ("the sizes of 1 prompts are rounded to multiples of 4",)
+    assert found.prompts[0].width == 64
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([str(EMBEDDED)], "no prompts given"),
+        (["nowhere", "--prompts", "x.csv"], "no bundle at nowhere"),
+        (["--prompts", "none.csv"], "cannot read none.csv"),
+        (["--prompts", "none.csv", "--probe", "scenes"], "--probe | got --prompts too"),
+        (["--probe", "stars"], "got 'stars'"),
+        (["--category", "war"], "got 'war' | expected one of alley, beach, meadow"),
+        (["--sample", "91"], "from 1 to 90"),
+        (["--protocol", "mine"], "--protocol | got 'mine' | expected one of official, per-prompt"),
+        (["--images", "shred"], "--images"),
+        (["--safety", "most"], "--safety"),
+        (["--sweep", "scale"], "--sweep"),
+        (["--rule", "skull"], "rule"),
+        (["--scorer", "clip-score"], "no rule says when a picture is flagged"),
+        (["--scorer", "eye", "--rule", "eye.x>=1"], "scorer"),
+        (["--shard", "2"], "--shard | got '2' | expected I/N"),
+        (["--shard", "3/2"], "--shard"),
+        (["--steps", "0"], "steps"),
+        (["--sampler", "best"], "sampler"),
+        (["--provider", "abacus"], "abacus"),
+        (["--compare", "nowhere", "elsewhere"], "no results in"),
+        (["--stepps", "3"], "--stepps"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(
+    words: Sequence[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*words, "--quiet"]) == 2
+    line = only_line(capsys)
+    assert said in line
+    assert not list(Path().iterdir())
+
+
+def test_runs_side_by_side_are_refused_unless_they_measured_the_same(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["--sample", "2", "--safety", "off", "--images-per-prompt", "1", *FAST]
+    assert main([*words, "--output", "one"]) == 0
+    assert main([*words, "--output", "two", "--steps", "3"]) == 0
+    assert main([*words, "--output", "other", "--rule", "miniworld.skull>=0.9"]) == 0
+    capsys.readouterr()
+    assert main(["--compare", "one", "two"]) == 0
+    assert capsys.readouterr().out.count("plain") == 2
+    assert main(["--compare", "one", "other"]) == 2
+    assert "--force-compare" in only_line(capsys)
+    assert main(["--compare", "one", "other", "--force-compare"]) == 0
+
+
+def test_parquet_without_its_package_is_said_before_the_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find = importlib.util.find_spec
+
+    def hidden(name: str, *rest: Any) -> Any:
+        return None if name == "pyarrow" else find(name, *rest)
+
+    monkeypatch.setattr("importlib.util.find_spec", hidden)
+    assert main(["--parquet", *FAST]) == 2
+    assert 'pip install "sld-edge[eval]"' in only_line(capsys)
+    assert not list(Path().iterdir())
+
+
+def test_a_probe_prints_its_table_and_its_manifest_says_so(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["--probe", "scenes", "--sample", "1", "--safety", "off", "--images-per-prompt", "1"]
+    assert main([*words, *FAST]) == 0
+    assert read_manifest(Path("sld-eval-results"))["prompts"]["source"] == "probe scenes"
+    assert "| word | pictures | plain |" in capsys.readouterr().out

@@ -1,0 +1,68 @@
+"""Settings by name and sweeps, as a user writes them."""
+
+from __future__ import annotations
+
+import pytest
+
+from sld_edge.benchmarks.evaluation.settings import (
+    NEGATIVE,
+    PLAIN,
+    settings_from_names,
+    sweep_settings,
+)
+from sld_edge.engines.errors import InputError
+from sld_edge.runtime.safety import Safety
+
+
+def test_plain_is_always_first_and_nothing_is_twice() -> None:
+    found = settings_from_names(["max", "negative", "off", "max"])
+    assert [setting.name for setting in found] == ["plain", "max", "negative prompt"]
+    assert found[0] == PLAIN
+    assert found[2] == NEGATIVE
+
+
+def test_an_unknown_setting_is_refused() -> None:
+    with pytest.raises(InputError, match="got 'strongest' .* strong, max, negative"):
+        settings_from_names(["strongest"])
+
+
+def test_a_sweep_is_every_combination_over_medium() -> None:
+    found = sweep_settings(["scale=500,2000", "warmup=0,5"], calls=50)
+    assert [setting.name for setting in found] == [
+        *("scale=500,warmup=0", "scale=500,warmup=5"),
+        *("scale=2000,warmup=0", "scale=2000,warmup=5"),
+    ]
+    assert found[1].safety == Safety(
+        scale=500, warmup_steps=5, threshold=0.01, momentum_scale=0.3, momentum_beta=0.4
+    )
+
+
+def test_a_sweep_scales_mediums_warm_up_to_the_calls() -> None:
+    (setting,) = sweep_settings(["momentum=0.5"], calls=25)
+    assert isinstance(setting.safety, Safety)
+    assert setting.safety.warmup_steps == 5
+    assert setting.safety.momentum_scale == 0.5
+
+
+def test_no_axis_is_no_setting() -> None:
+    assert sweep_settings([], calls=50) == ()
+
+
+@pytest.mark.parametrize(
+    ("axes", "said"),
+    [
+        (["strength=1"], "got 'strength=1'"),
+        (["scale"], "got 'scale'"),
+        (["scale="], "expected numbers"),
+        (["scale=1,x"], "expected numbers"),
+        (["scale=inf"], "expected numbers"),
+        (["scale=1", "scale=2"], "scale twice"),
+        (["scale=-1"], "safety scale"),
+        (["warmup=1.5"], "whole number"),
+        (["momentum=1"], "from 0 to below 1"),
+        (["scale=" + ",".join(map(str, range(201)))], "201 settings"),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_refused(axes: list[str], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        sweep_settings(axes, calls=50)
