@@ -164,7 +164,7 @@ def export_bundle(
         say(f"note: {note}")
     if watch is not None:
         _watch_weights(checkpoint, watch)
-    with _staged(output) as folder:
+    with staged(output) as folder:
         graphs = _write_graphs(checkpoint, settings, folder, shape, say)
         if settings.verify:
             _verify(checkpoint, settings, folder, graphs, shape, say)
@@ -417,7 +417,7 @@ def _check_output(output: Path, *, force: bool) -> None:
 
 
 @contextmanager
-def _staged(output: Path) -> Iterator[Path]:
+def staged(output: Path) -> Iterator[Path]:
     """Give a folder beside `output` that takes its place if all goes well, and else is removed."""
     mark = uuid.uuid4().hex[:8]
     part = output.with_name(f".{output.name}.{mark}.part")

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sld_edge.engines.errors import CheckpointError, InputError, OutputError
-from sld_edge.export.bundle import Say, _staged, created_by
+from sld_edge.export.bundle import Say, created_by, staged
 from sld_edge.export.checkpoint import Model, read_json, refuse_pickle, tokenizer_json_for
 from sld_edge.export.q16_prompts import read_q16_prompts
 from sld_edge.export.verify import graph_facts, require_onnx, run_checked
@@ -94,7 +94,7 @@ def export_scorer(settings: ScorerSettings, *, say: Say | None = None) -> Path:
     require_onnx()
     clip = _clip(settings.model, checker=settings.scorer == "sd-checker")
     head = _head(settings, clip)
-    with _staged(output) as folder:
+    with staged(output) as folder:
         image = _write_image(clip, settings, folder / IMAGE_ENCODER, say)
         length = 0
         if settings.scorer == "clip-score":

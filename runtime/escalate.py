@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
-from PIL import Image, ImageFilter
+from PIL import Image
 
 from sld_edge.engines.errors import InputError
+from sld_edge.runtime.picture import blurred
 from sld_edge.runtime.pipeline import Callback, Pipeline, Result
 from sld_edge.runtime.plan import ImagePlan, RunPlan
 from sld_edge.runtime.safety import safety_from_preset
@@ -22,7 +23,6 @@ from sld_edge.runtime.scorers import Rule, Scorer, flagged, score_pictures, text
 OnFlag = Literal["report", "blur", "withhold", "escalate"]
 ON_FLAG: tuple[OnFlag, ...] = get_args(OnFlag)
 LADDER = ("off", "weak", "medium", "strong", "max")
-_BLUR_SHARE = 1 / 12  # of the shorter side: large shapes and colours are left, no detail
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,11 +136,6 @@ def escalated(image: ImagePlan, *, calls: int) -> ImagePlan:
         raise InputError("no preset is stronger", got=image.preset)
     safety = safety_from_preset(preset, calls=calls, concept=image.safety.concept)
     return replace(image, preset=preset, safety=safety)
-
-
-def blurred(image: Image.Image) -> Image.Image:
-    """Return a picture with only its large shapes and colours left."""
-    return image.filter(ImageFilter.GaussianBlur(min(image.size) * _BLUR_SHARE))
 
 
 def _judge(result: Result, images: Sequence[ImagePlan], screening: Screening) -> list[Verdict]:

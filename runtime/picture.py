@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageFilter, PngImagePlugin
+
+_BLUR_SHARE = 1 / 12  # of the shorter side: large shapes and colours are left, no detail
 
 # IPTC's term for a picture made by a generative model; readers look for it in XMP.
 _AI_SOURCE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
@@ -94,3 +96,8 @@ def edit_map_picture(image: Image.Image, edit_map: NDArray[np.float32]) -> Image
     grey = np.asarray(image.convert("L"), np.float32)[..., None] * 0.7 + 40
     mixed = grey * (1 - alpha) + colour * alpha
     return Image.fromarray(np.clip(np.round(mixed), 0, 255).astype(np.uint8))
+
+
+def blurred(image: Image.Image) -> Image.Image:
+    """Return a picture with only its large shapes and colours left."""
+    return image.filter(ImageFilter.GaussianBlur(min(image.size) * _BLUR_SHARE))

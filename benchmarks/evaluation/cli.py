@@ -281,8 +281,6 @@ def _run(options: EvalOptions) -> None:
     )
     if complete:
         write_results(options.output, say=print)
-        if options.probe is not None:
-            print(_probe_table(options.output))
         if options.parquet:
             write_parquet(read_rows(options.output), options.output / PARQUET)
             print(options.output / PARQUET)
@@ -389,13 +387,6 @@ def _compared(
     calls = plan_from_request(request, manifest).table.calls
     found = (*settings_from_names(names), *sweep_settings(options.sweep, calls=calls))
     return tuple(dict.fromkeys(found))
-
-
-def _probe_table(folder: Path) -> str:
-    from sld_edge.benchmarks.evaluation.probe import probe_bars, probe_table
-    from sld_edge.benchmarks.evaluation.results import results_from_folder
-
-    return probe_table(probe_bars(results_from_folder(folder)))
 
 
 def _compare(folders: Sequence[Path], *, force: bool) -> None:

@@ -6,13 +6,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from PIL import Image, ImageFilter
+from PIL import Image
 
 from sld_edge.benchmarks.evaluation.settings import Images
-from sld_edge.runtime.picture import png_from_image
+from sld_edge.runtime.picture import blurred, png_from_image
 
 FOLDER = "pictures"
-_BLUR_SHARE = 1 / 12  # of the shorter side: shapes and colours are left, what they are is not
 
 
 def kept_png(
@@ -24,11 +23,6 @@ def kept_png(
     if images == "blur" and flagged:
         image = blurred(image)
     return png_from_image(image, report)
-
-
-def blurred(image: Image.Image) -> Image.Image:
-    """Blur a picture by a Gaussian, its radius a share of the picture's size."""
-    return image.filter(ImageFilter.GaussianBlur(min(image.size) * _BLUR_SHARE))
 
 
 def picture_name(setting: str, prompt: int, image: int) -> str:

@@ -120,7 +120,7 @@ def _headline(results: Results) -> str:
             "unsafe": _cell(own.flagged),
             "unsafe, paper": ("", "") if theirs is None else (f"{theirs:.0%}", theirs),
             "worst of 25 prompts, %": (spread, maximum.mean),
-            "difference to plain": _cell(own.difference, sign=True, more=gap),
+            "difference to plain, points": _points(own.difference, gap),
             "as asked": _cell(own.adherence),
             "pixel change": _cell(own.change),
             "seconds a picture": (f"{own.seconds:.2f}", own.seconds),
@@ -372,14 +372,19 @@ def _chart(svg: str, caption: str = "") -> str:
     return f'<figure class="chart">{told}{svg}</figure>'
 
 
-def _cell(
-    estimate: Estimate | None, *, sign: bool = False, more: str = ""
-) -> tuple[str, float | str]:
+def _cell(estimate: Estimate | None) -> tuple[str, float | str]:
     if estimate is None:
         return "", ""
-    form = "+.1%" if sign else ".1%"
-    interval = f"<small>{estimate.low:{form}} to {estimate.high:{form}}</small>"
-    return f"{estimate.value:{form}}{interval}{more}", estimate.value
+    interval = f"<small>{estimate.low:.1%} to {estimate.high:.1%}</small>"
+    return f"{estimate.value:.1%}{interval}", estimate.value
+
+
+def _points(estimate: Estimate | None, more: str) -> tuple[str, float | str]:
+    """A difference of shares, in percentage points."""
+    if estimate is None:
+        return "", ""
+    value, low, high = (100 * x for x in (estimate.value, estimate.low, estimate.high))
+    return f"{value:+.1f}<small>{low:+.1f} to {high:+.1f}</small>{more}", estimate.value
 
 
 def _number(estimate: Estimate | None) -> tuple[str, float | str]:

@@ -218,10 +218,9 @@ def test_parquet_without_its_package_is_said_before_the_run(
     assert not list(Path().iterdir())
 
 
-def test_a_probe_prints_its_table_and_its_manifest_says_so(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_probes_report_is_by_word() -> None:
     words = ["--probe", "scenes", "--sample", "1", "--safety", "off", "--images-per-prompt", "1"]
     assert main([*words, *FAST]) == 0
     assert read_manifest(Path("sld-eval-results"))["prompts"]["source"] == "probe scenes"
-    assert "| word | pictures | plain |" in capsys.readouterr().out
+    report = Path("sld-eval-results/report.md").read_text(encoding="utf-8")
+    assert "| word | pictures | plain |" in report

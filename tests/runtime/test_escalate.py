@@ -17,13 +17,12 @@ from sld_edge.runtime.cli import main
 from sld_edge.runtime.escalate import (
     LADDER,
     Screening,
-    blurred,
     check_screening,
     escalated,
     screened_run,
     stronger,
 )
-from sld_edge.runtime.picture import png_from_image
+from sld_edge.runtime.picture import blurred, png_from_image
 from sld_edge.runtime.scorers.base import Reports, Scores
 
 FAST = ["--steps", "2", "--sampler", "ddim", "--quiet"]
