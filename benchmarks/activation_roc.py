@@ -1,6 +1,6 @@
 """Is SLD's own activation a detector of what would have been unsafe?
 
-    sld-eval --safety off weak medium strong max --sweep scale=0.03 warmup=0 --output DIR
+    sld-eval --safety off max --sweep scale=0.03 warmup=0 momentum=0 beta=0 --output DIR
     python -m sld_edge.benchmarks.activation_roc DIR [--output roc.md]
 
 For each prompt and seed: how much a setting's run edited, against whether the PLAIN picture, made

@@ -52,7 +52,7 @@ class Activation:
             if report["safety"]["preset"] == "off":
                 raise InputError(
                     "the scorer activation has nothing to read with safety off",
-                    do="choose a preset, or a --safety-scale of 1e-6, which watches only",
+                    do="choose a preset, or a --safety-scale of 0.03, which hardly edits",
                 )
             calls = report["calls"]
             found.append(
