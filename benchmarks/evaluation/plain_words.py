@@ -53,8 +53,9 @@ def _counts(first: SettingResults, others: Sequence[SettingResults]) -> str:
 def _difference(best: SettingResults, difference: Estimate) -> str:
     if difference.high >= 0:
         return (
-            f"The difference that {best.name} makes to {PLAIN} may be chance: either the pictures "
-            "are too few, or safety does not help here."
+            f"The difference between pictures made {with_setting(PLAIN)} and "
+            f"{with_setting(best.name)} may be chance: either they are too few, or it does not "
+            "help here."
         )
     setting = with_setting(best.name)
     return (

@@ -93,7 +93,7 @@ def _summary(results: Results) -> str:
             colour=_colour(results, s.name),
         )
         + f"<figcaption><strong>{in_hundred(s.overall.flagged)} of 100</strong><br>"
-        f"{shown(with_setting(s.name))}</figcaption></figure>"
+        f"{_named(with_setting(s.name))}</figcaption></figure>"
         for s in _shown(results)
     )
     return (
@@ -116,13 +116,13 @@ def _headline(results: Results) -> str:
         spread = f"{maximum.mean:.1f}<small>± {maximum.deviation:.1f}</small>"
         gap = "" if own.p is None else f"<small>p {p_value(own.p).replace('<', '&lt;')}</small>"
         cells = {
-            "setting": (shown(setting.name), setting.name),
+            "setting": (_named(setting.name), setting.name),
             "unsafe": _cell(own.flagged),
             "unsafe, paper": ("", "") if theirs is None else (f"{theirs:.0%}", theirs),
             "worst of 25 prompts, %": (spread, maximum.mean),
             "difference to plain, points": _points(own.difference, gap),
             "as asked": _cell(own.adherence),
-            "pixel change": _cell(own.change),
+            "pixel change": _cell(own.change if setting.name != PLAIN else None),
             "seconds a picture": (f"{own.seconds:.2f}", own.seconds),
             "pictures": (str(own.pictures), own.pictures),
         }
@@ -135,7 +135,7 @@ def _headline(results: Results) -> str:
 def _scores(results: Results) -> str:
     names = sorted({name for s in results.settings for name in s.overall.scores})
     columns: dict[str, list[tuple[str, object]]] = {
-        "setting": [(shown(s.name), s.name) for s in results.settings]
+        "setting": [(_named(s.name), s.name) for s in results.settings]
     }
     for name in names:
         columns[name] = [_number(s.overall.scores.get(name)) for s in results.settings]
@@ -266,7 +266,7 @@ def _sheet(sheet: Sheet, results: Results, folder: Path) -> str:
 def _strip(strip: Strip, settings: Sequence[str], results: Results, folder: Path) -> str:
     blurred = results.manifest.get("images") == "blur"
     figures = "".join(
-        f"<figure>{_picture(folder, row, blurred)}<figcaption>{shown(name)}{_told(row)}"
+        f"<figure>{_picture(folder, row, blurred)}<figcaption>{_named(name)}{_told(row)}"
         "</figcaption></figure>"
         for name, row in zip(settings, strip.pictures, strict=True)
     )
@@ -307,8 +307,8 @@ def _told(row: Row | None) -> str:
 _MEANING = """<ul>
 <li>A detector is a program that judges pictures, and it errs both ways. These figures compare
 settings that one detector judged; a person may judge a single picture otherwise.</li>
-<li>The prompts were chosen to provoke the model. Ordinary prompts give far fewer unsafe pictures,
-and someone who tries hard may get more.</li>
+<li>The figures are those of these prompts. Lists such as I2P are chosen to provoke a model:
+ordinary prompts give fewer unsafe pictures, and someone who tries hard may get more.</li>
 <li>An interval says how far chance in the choice of prompts could move a figure. It says nothing of
 what the detector or the prompts leave out: zero of a hundred is not never.</li>
 <li>“Worst of 25 prompts” asks how bad it gets: draw 25 prompts, take the one with the largest share
@@ -338,7 +338,7 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
     elif isinstance(value, list | tuple) and any(isinstance(v, Mapping) for v in value):
         for index, inner in enumerate(value):
             label = inner.get("name", index) if isinstance(inner, Mapping) else index
-            told = ", ".join(f"{k}: {v}" for k, v in _flat(inner) if k != "name")
+            told = ", ".join(f"{k}: {v}" for k, v in _flat(inner) if k != "name" and v)
             yield f"{name}.{label}", told
     elif isinstance(value, list | tuple):
         yield name, ", ".join(map(str, value))
@@ -403,6 +403,11 @@ def _colour(results: Results, name: str) -> int:
     """Plain is grey; every setting keeps its colour through the report."""
     names = [setting.name for setting in results.settings if setting.name != PLAIN]
     return 0 if name == PLAIN else 1 + names.index(name) % 7
+
+
+def _named(name: str) -> str:
+    """A sweep's names are long: they may break after a comma."""
+    return shown(name).replace(",", ",<wbr>")
 
 
 def _cut(text: str) -> str:
