@@ -46,7 +46,6 @@ class CudaEngine(Protocol):
     """`ICudaEngine`: a plan in device memory."""
 
     num_io_tensors: int
-    num_optimization_profiles: int
 
     def get_tensor_name(self, index: int) -> str: ...
     def get_tensor_mode(self, name: str) -> Any: ...

@@ -150,7 +150,7 @@ def export_bundle(
     """
     say = say if say is not None else _silence
     output = Path(settings.output).resolve()
-    _check_output(output, force=settings.force)
+    check_output(output, force=settings.force, kind="bundle", manifest=MANIFEST)
     require_onnx()  # before gigabytes are downloaded
     checkpoint = checkpoint_from_source(
         settings.model,
@@ -362,7 +362,7 @@ def _verify(
 def _component(name: str, facts: GraphFacts, settings: ExportSettings, folder: Path) -> Component:
     graph = folder / f"{name}.onnx"
     data = folder / f"{name}.onnx.data"
-    files = tuple(_file(path) for path in (graph, data) if path.exists())
+    files = tuple(file_entry(path) for path in (graph, data) if path.exists())
     return Component(
         files=files,
         precision=settings.precision_of(name),
@@ -397,23 +397,24 @@ def _write_embeddings(
 
 def _write(path: Path, data: bytes) -> File:
     path.write_bytes(data)
-    return _file(path)
+    return file_entry(path)
 
 
-def _file(path: Path) -> File:
+def file_entry(path: Path) -> File:
+    """Return what a manifest says of a file that lies beside it."""
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     return File(path=path.name, sha256=digest, bytes=path.stat().st_size)
 
 
-def _check_output(output: Path, *, force: bool) -> None:
-    """Refuse what could not be written in the end; only a bundle is ever replaced."""
+def check_output(output: Path, *, force: bool, kind: str, manifest: str) -> None:
+    """Refuse what could not be written in the end; only another of its kind is ever replaced."""
     if not output.exists():
         return
     if not force:
         raise OutputError(f"{output} exists", do="choose another name, or add --force")
-    if not output.is_dir() or (any(output.iterdir()) and not (output / MANIFEST).is_file()):
-        raise OutputError(f"{output} is not a bundle, so --force does not replace it")
+    if not output.is_dir() or (any(output.iterdir()) and not (output / manifest).is_file()):
+        raise OutputError(f"{output} is not a {kind}, so --force does not replace it")
 
 
 @contextmanager

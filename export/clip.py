@@ -86,14 +86,15 @@ def write_text_encoder(
     with GraphBuilder(path, options, weights) as b:
         b.weights.ignore([f"{root}embeddings.position_ids"])  # a buffer that holds 0, 1, 2, ...
         ids = b.input("input_ids", np.int64, ["N", length])
-        x = _embeddings(b, ids, f"{root}embeddings", settings)
+        x = text_embeddings(b, ids, f"{root}embeddings", settings)
         for i in range(settings["num_hidden_layers"]):
-            x = _layer(b, x, f"{root}encoder.layers.{i}", settings)
+            x = clip_layer(b, x, f"{root}encoder.layers.{i}", settings, causal_length=length)
         x = layer_norm(b, x, f"{root}final_layer_norm", width, eps)
         b.output(b.outer(x), "hidden_states", np.float32, ["N", length, width])
 
 
-def _embeddings(b: GraphBuilder, ids: Value, key: str, settings: dict[str, Any]) -> Value:
+def text_embeddings(b: GraphBuilder, ids: Value, key: str, settings: Mapping[str, Any]) -> Value:
+    """Look tokens [N,L] up and add their positions' embeddings: [N,L,C]."""
     length, width = settings["max_position_embeddings"], settings["hidden_size"]
     table = b.stored_weight(f"{key}.token_embedding.weight", (settings["vocab_size"], width))
     # Look up first, cast after: the table is a third of the model.
@@ -104,7 +105,10 @@ def _embeddings(b: GraphBuilder, ids: Value, key: str, settings: dict[str, Any])
     return b.node("Add", x, positions, name=key)
 
 
-def _layer(b: GraphBuilder, x: Value, key: str, settings: dict[str, Any]) -> Value:
+def clip_layer(
+    b: GraphBuilder, x: Value, key: str, settings: Mapping[str, Any], *, causal_length: int | None
+) -> Value:
+    """One transformer layer of a CLIP tower; the text's looks only back, over `causal_length`."""
     width, inner = settings["hidden_size"], settings["intermediate_size"]
     eps = settings["layer_norm_eps"]
     y = layer_norm(b, x, f"{key}.layer_norm1", width, eps)
@@ -117,7 +121,7 @@ def _layer(b: GraphBuilder, x: Value, key: str, settings: dict[str, Any]) -> Val
         heads=settings["num_attention_heads"],
         channels=width,
         name=f"{key}.self_attn",
-        causal_length=settings["max_position_embeddings"],
+        causal_length=causal_length,
     )
     y = linear(b, y, f"{key}.self_attn.out_proj", width, width)
     x = b.node("Add", x, y, name=f"{key}/after_attention")

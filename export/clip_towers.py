@@ -6,30 +6,20 @@ same weights make the same file, and scorers made from different checkpoints sha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sld_edge.engines.errors import CheckpointError
+from sld_edge.export.clip import clip_layer, text_embeddings
 from sld_edge.export.config import Key, anything, checked_config, count, number, one_of
 from sld_edge.export.graph import GraphBuilder, GraphOptions, Value
-from sld_edge.export.layers import (
-    attention,
-    gelu,
-    layer_norm,
-    linear,
-    quick_gelu,
-    tokens_from_image,
-)
+from sld_edge.export.layers import layer_norm, tokens_from_image
 from sld_edge.export.weights import Weights
 
 IMAGE_PROJECTION, TEXT_PROJECTION = "visual_projection.weight", "text_projection.weight"
-_ACTIVATIONS: dict[str, Callable[[GraphBuilder, Value, str], Value]] = {
-    "quick_gelu": quick_gelu,
-    "gelu": gelu,
-}
 # What transformers 4 wrote into every part of a config; of text generation, training, bookkeeping.
 _NO_DIFFERENCE = """
     architectures attention_dropout bad_words_ids begin_suppress_tokens bos_token_id
@@ -141,7 +131,7 @@ def write_image_encoder(
         )
         x = layer_norm(b, x, "pre_layrnorm", width, eps)  # spelled so in every checkpoint
         for i in range(settings["num_hidden_layers"]):
-            x = _block(b, x, f"encoder.layers.{i}", settings, causal_length=None)
+            x = clip_layer(b, x, f"encoder.layers.{i}", settings, causal_length=None)
         first = b.constant(np.array(0, np.int64), "number/first")
         x = b.node("Gather", x, first, name="pooled", rank=2, axis=1)
         x = layer_norm(b, x, "post_layernorm", width, eps)
@@ -160,46 +150,13 @@ def write_prompt_encoder(
     with GraphBuilder(path, options, weights) as b:
         b.weights.ignore(["embeddings.position_ids"])
         ids = b.input("input_ids", np.int64, ["N", length])
-        key = "embeddings.token_embedding"
-        table = b.stored_weight(f"{key}.weight", (settings["vocab_size"], width))
-        x = b.node("Gather", table, ids, name=key, rank=3)
-        if b.storage != b.dtype:
-            x = b.cast(x, b.dtype, f"{key}/inner")
-        places = b.weight("embeddings.position_embedding.weight", (length, width))
-        x = b.node("Add", x, places, name="embeddings")
+        x = text_embeddings(b, ids, "embeddings", settings)
         for i in range(settings["num_hidden_layers"]):
-            x = _block(b, x, f"encoder.layers.{i}", settings, causal_length=length)
+            x = clip_layer(b, x, f"encoder.layers.{i}", settings, causal_length=length)
         x = layer_norm(b, x, "final_layer_norm", width, settings["layer_norm_eps"])
         end = b.node("ArgMax", ids, name="end", rank=2, axis=1, keepdims=1)
         x = b.node("GatherND", x, end, name="pooled", rank=2, batch_dims=1)
         _project(b, x, TEXT_PROJECTION, width, dim, "N")
-
-
-def _block(
-    b: GraphBuilder, x: Value, key: str, settings: Mapping[str, Any], *, causal_length: int | None
-) -> Value:
-    width, inner = settings["hidden_size"], settings["intermediate_size"]
-    eps = settings["layer_norm_eps"]
-    y = layer_norm(b, x, f"{key}.layer_norm1", width, eps)
-    q, k, v = (linear(b, y, f"{key}.self_attn.{n}_proj", width, width) for n in "qkv")
-    heads = settings["num_attention_heads"]
-    y = attention(
-        b,
-        q,
-        k,
-        v,
-        heads=heads,
-        channels=width,
-        name=f"{key}.self_attn",
-        causal_length=causal_length,
-    )
-    y = linear(b, y, f"{key}.self_attn.out_proj", width, width)
-    x = b.node("Add", x, y, name=f"{key}/after_attention")
-    y = layer_norm(b, x, f"{key}.layer_norm2", width, eps)
-    y = linear(b, y, f"{key}.mlp.fc1", width, inner)
-    y = _ACTIVATIONS[settings["hidden_act"]](b, y, f"{key}.mlp.act")
-    y = linear(b, y, f"{key}.mlp.fc2", inner, width)
-    return b.node("Add", x, y, name=key)
 
 
 def _project(b: GraphBuilder, x: Value, key: str, width: int, dim: int, batch: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +10,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from sld_edge.engines.errors import CheckpointError, InputError, OutputError
-from sld_edge.export.bundle import Say, created_by, staged
+from sld_edge.engines.errors import CheckpointError, InputError
+from sld_edge.export.bundle import Say, check_output, created_by, file_entry, staged
 from sld_edge.export.checkpoint import Model, read_json, refuse_pickle, tokenizer_json_for
 from sld_edge.export.q16_prompts import read_q16_prompts
 from sld_edge.export.verify import graph_facts, require_onnx, run_checked
 from sld_edge.export.weights import Entry, Weights, entries_from_safetensors
-from sld_edge.runtime.bundle import File
 from sld_edge.runtime.scorers.clip_heads import CONCEPTS, SPECIAL_CARE
 from sld_edge.runtime.scorers.folder import (
     HEAD,
@@ -90,7 +88,7 @@ def export_scorer(settings: ScorerSettings, *, say: Say | None = None) -> Path:
     """
     say = say if say is not None else _silence
     output = settings.output.resolve()
-    _check_output(output, force=settings.force)
+    check_output(output, force=settings.force, kind="scorer", manifest=MANIFEST)
     require_onnx()
     clip = _clip(settings.model, checker=settings.scorer == "sd-checker")
     head = _head(settings, clip)
@@ -109,7 +107,7 @@ def export_scorer(settings: ScorerSettings, *, say: Say | None = None) -> Path:
             created_by=created_by(),
             image_size=clip.image["image_size"],
             text_length=length,
-            files=tuple(_file(path) for path in sorted(folder.iterdir())),
+            files=tuple(file_entry(path) for path in sorted(folder.iterdir())),
         )
         (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return settings.output
@@ -365,25 +363,6 @@ def _try(path: Path, feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     """Check a graph's structure and run it once."""
     graph_facts(path)
     return run_checked(path, feeds)
-
-
-# --- files --------------------------------------------------------------------------------------
-
-
-def _file(path: Path) -> File:
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return File(path=path.name, sha256=digest, bytes=path.stat().st_size)
-
-
-def _check_output(output: Path, *, force: bool) -> None:
-    """Refuse what could not be written in the end; only a scorer is ever replaced."""
-    if not output.exists():
-        return
-    if not force:
-        raise OutputError(f"{output} exists", do="choose another name, or add --force")
-    if not output.is_dir() or (any(output.iterdir()) and not (output / MANIFEST).is_file()):
-        raise OutputError(f"{output} is not a scorer, so --force does not replace it")
 
 
 def _silence(line: str) -> None:
