@@ -16,7 +16,7 @@ from sld_edge.cpp_ext.arguments import (
 )
 
 try:
-    from sld_edge.cpp_ext import _kernels
+    import sld_edge.cpp_ext._kernels as _kernels
 except ModuleNotFoundError as missing:
     if missing.name != "sld_edge.cpp_ext._kernels":
         raise
@@ -24,7 +24,7 @@ except ModuleNotFoundError as missing:
 else:
     HAVE_NATIVE = True
 
-__all__ = ["HAVE_NATIVE", "Combine", "empty_outputs", "safe_step"]
+__all__ = ["HAVE_NATIVE", "empty_outputs", "safe_step"]
 
 
 def safe_step(

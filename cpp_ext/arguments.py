@@ -1,4 +1,4 @@
-"""The arrays of a safe step: their names, types and shapes, checked the same for both ways to run."""
+"""The arrays of a safe step: names, types, shapes; checked alike for native code and NumPy."""
 
 from __future__ import annotations
 
@@ -102,7 +102,8 @@ def empty_outputs(sizes: Mapping[str, int]) -> dict[str, Array]:
 
 def _check_names(what: str, given: Mapping[str, Array], wanted: Mapping[str, object]) -> None:
     if given.keys() != wanted.keys():
-        missing, unknown = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
+        missing = sorted(wanted.keys() - given.keys())
+        unknown = sorted(given.keys() - wanted.keys())
         got = f"none named {missing}" if missing else f"unknown {unknown}"
         raise ValueError(_message(f"{what} of a step", got, ", ".join(wanted)))
 

@@ -64,7 +64,7 @@ def _norm(values: Array) -> Array:
 
 def _ratio(above: Array, below: Array) -> Array:
     """Nothing to compare with gives 0."""
-    return np.where(below == 0, 0, above / np.where(below == 0, 1, below))
+    return np.asarray(np.where(below == 0, 0, above / np.where(below == 0, 1, below)))
 
 
 def _finite(latents: Array, *predictions: Array) -> Array:

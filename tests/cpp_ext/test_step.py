@@ -141,9 +141,7 @@ def test_every_row_of_a_run_of_a_sampler(
 
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("threads", [2, 3, 8])
-def test_threads_change_nothing(
-    c_step: Step, make_feeds: Make, threads: int, half: bool
-) -> None:
+def test_threads_change_nothing(c_step: Step, make_feeds: Make, threads: int, half: bool) -> None:
     feeds = make_feeds(3, 2, 30, 41, half=half)
     one, many = (c_step(feeds, threads=count, cuda=False) for count in (1, threads))
     for name, array in one.items():
