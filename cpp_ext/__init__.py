@@ -12,6 +12,7 @@ from sld_edge.cpp_ext.arguments import (
     check_choices,
     check_inputs,
     check_outputs,
+    check_overlap,
     empty_outputs,
 )
 
@@ -63,11 +64,12 @@ def safe_step(
         outputs = empty_outputs(sizes)
     else:
         outputs = dict(out)
-        check_outputs(outputs, feeds, sizes)
+        check_outputs(outputs, sizes)
     if HAVE_NATIVE:
         code = COMBINATIONS.index(combine)
         _kernels.safe_step(**feeds, **outputs, combine=code, threads=threads)
     else:
+        check_overlap(outputs, feeds)
         for name, array in reference.safe_step(feeds, combine).items():
             outputs[name][...] = array
     return outputs

@@ -59,21 +59,27 @@ def check_inputs(feeds: Mapping[str, Array]) -> dict[str, int]:
     return sizes
 
 
-def check_outputs(
-    outputs: Mapping[str, Array], feeds: Mapping[str, Array], sizes: Mapping[str, int]
-) -> None:
+def check_outputs(outputs: Mapping[str, Array], sizes: Mapping[str, int]) -> None:
     """Check arrays to write to.
 
     Raises:
-        ValueError: as for inputs; also one that cannot be written, or overlaps another array.
+        ValueError: as for inputs; also one that cannot be written.
     """
     _check_names("outputs", outputs, _OUTPUTS)
-    others = dict(feeds)
     for name, shape in _OUTPUTS.items():
-        array = outputs[name]
-        _check_array(name, array, "float32", shape, dict(sizes))
-        if not array.flags.writeable:
+        _check_array(name, outputs[name], "float32", shape, dict(sizes))
+        if not outputs[name].flags.writeable:
             raise ValueError(_message(name, "a read-only array", "one that can be written"))
+
+
+def check_overlap(outputs: Mapping[str, Array], feeds: Mapping[str, Array]) -> None:
+    """Check what native code checks by itself.
+
+    Raises:
+        ValueError: an output that overlaps an input or another output.
+    """
+    others = dict(feeds)
+    for name, array in outputs.items():
         for other, memory in others.items():
             if np.may_share_memory(array, memory):
                 raise ValueError(_message(name, f"memory of {other}", "memory of its own"))

@@ -99,7 +99,7 @@ def test_outputs_can_be_given(make_feeds: Make) -> None:
 def test_outputs_that_do_not_fit(make_feeds: Make) -> None:
     feeds = make_feeds()
     for name, array, message in (
-        ("latents_next", feeds["latents"], "got memory of latents | expected memory of its own"),
+        ("latents_next", feeds["latents"], "memory of its own"),
         ("share", np.empty(3, np.float32), "share | got float32 [3] | expected float32 [B=2]"),
         ("finite", np.empty(2), "finite | got float64"),
     ):
@@ -107,7 +107,7 @@ def test_outputs_that_do_not_fit(make_feeds: Make) -> None:
             safe_step(feeds, out={**empty_outputs(SIZES), name: array})
         assert message in str(caught.value)
     out = empty_outputs(SIZES)
-    with pytest.raises(ValueError, match=escape("strength | got memory of share")):
+    with pytest.raises(ValueError, match="memory of its own"):
         safe_step(feeds, out={**out, "strength": out["share"]})
     out["momentum_next"].flags.writeable = False
     with pytest.raises(ValueError, match=escape("momentum_next | got a read-only array")):
