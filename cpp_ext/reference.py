@@ -54,7 +54,7 @@ def _combined(edits: Array, combine: Combine) -> Array:
     if combine == "sum":
         return np.asarray(edits.sum(axis=0))
     highest, lowest = edits.max(axis=0), edits.min(axis=0)
-    return np.where(highest + lowest >= 0, highest, lowest)
+    return np.asarray(np.where(highest + lowest >= 0, highest, lowest))
 
 
 def _norm(values: Array) -> Array:

@@ -125,7 +125,7 @@ def test_native_and_numpy_agree(make_feeds: Make, monkeypatch: pytest.MonkeyPatc
 @needs_native
 def test_the_native_signature_is_a_check(make_feeds: Make) -> None:
     """Past the door too: wrong types and axes are TypeErrors, sizes ValueErrors."""
-    from sld_edge.cpp_ext import _kernels
+    import sld_edge.cpp_ext._kernels as _kernels
 
     for name, how, error in (
         ("latents", "float64", TypeError),
@@ -149,7 +149,7 @@ def test_the_native_signature_is_a_check(make_feeds: Make) -> None:
 
 @needs_native
 def test_both_sides_know_the_same_numbers() -> None:
-    from sld_edge.cpp_ext import _kernels
+    import sld_edge.cpp_ext._kernels as _kernels
 
     assert _kernels.ABI_VERSION == 1
     assert _kernels.MAX_CONCEPTS == arguments.MAX_CONCEPTS
