@@ -183,13 +183,17 @@ def test_says_which_image_is_not_finite(
         assert step(feeds)["finite"].tolist() == wanted
 
 
-def test_a_step_that_overflows_is_not_finite(step: Step, make_feeds: Make) -> None:
-    """All predictions are finite, their difference is not, and the gate would hide it."""
+@pytest.mark.parametrize("concept", [0, 1])
+def test_a_step_that_overflows_is_not_finite(step: Step, make_feeds: Make, concept: int) -> None:
+    """All predictions are finite, one concept's difference is not, and the gate would hide it."""
     feeds = make_feeds(1, 2)
     largest = np.finfo(np.float32).max
     feeds["noise_pred_uncond"][0, 0, 0, 0] = -largest
-    feeds["noise_pred_safety"][:, 0, 0, 0, 0] = largest / 2, 0
-    feeds["noise_pred_text"][0, 0, 0, 0] = largest
+    feeds["noise_pred_safety"][:, 0, 0, 0, 0] = 0
+    feeds["noise_pred_safety"][concept, 0, 0, 0, 0] = largest / 2
+    feeds["noise_pred_text"][0, 0, 0, 0] = 0  # the plain guidance stays finite
+    feeds["guidance_scale"][:] = 1
+    feeds["safety"][0, :2] = 0
     assert step(feeds)["finite"].tolist() == [0]
 
 
