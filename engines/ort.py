@@ -76,6 +76,7 @@ class OrtEngine:
 
         With `as_is` nothing is optimized and the weights stay mapped from the file: ready at once,
         in little memory. It is for graphs optimized before (see `sessions`) or run only once.
+        `as_is` stays readable: such an engine costs nothing to close and load again.
 
         Raises:
             EngineError: ONNX Runtime cannot load the graph here.
@@ -87,6 +88,7 @@ class OrtEngine:
             # Prepacked weights would be copies in memory of what is mapped from the file.
             options.add_session_config_entry("session.disable_prepacking", "1")
         self.path = path
+        self.as_is = as_is
         self.session = create_session(path, options, provider, device)
         self.inputs = tuple(map(_spec, self.session.get_inputs()))
         self.outputs = tuple(map(_spec, self.session.get_outputs()))
