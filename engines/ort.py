@@ -13,6 +13,7 @@ import numpy as np
 from sld_edge.engines.base import Array, TensorSpec, check_feeds
 from sld_edge.engines.device import Device
 from sld_edge.engines.errors import EngineError, MissingPackageError, one_line
+from sld_edge.engines.malloc import return_large_blocks
 from sld_edge.engines.settings import cache_folder, thread_count
 
 OrtProvider = Literal["cpu", "cuda", "ort-tensorrt", "ort-tensorrt-rtx"]
@@ -136,6 +137,7 @@ def create_session(
 ) -> Any:
     """Create a session; whatever stops it becomes one line."""
     ort = onnxruntime()
+    return_large_blocks()
     if provider != "cpu" and hasattr(ort, "preload_dlls"):
         ort.preload_dlls()  # CUDA and cuDNN that pip installed
     providers: list[Any] = [(PROVIDERS[provider], provider_options(provider, device))]
