@@ -39,6 +39,14 @@ def measure(who: str, model: Path | None, *, size: int, steps: int, threads: int
         "size": size,
         "steps": steps,
     }
+    found = run_worker(task, threads=threads)
+    found["step_s"] = statistics.median(found["steps_s"])
+    found["step_cpu_s"] = statistics.median(found["steps_cpu_s"])
+    return found
+
+
+def run_worker(task: dict[str, Any], *, threads: int) -> dict[str, Any]:
+    """Run one process with a task for `worker.py` and return the figures it prints."""
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": str(threads),
@@ -49,9 +57,8 @@ def measure(who: str, model: Path | None, *, size: int, steps: int, threads: int
     command = [sys.executable, "-m", "sld_edge.benchmarks.worker", json.dumps(task)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        sys.exit(f"{who} failed:\n{done.stderr[-2000:]}")
+        sys.exit(f"{task['who']} failed:\n{done.stderr[-2000:]}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    found["step_s"] = statistics.median(found["steps_s"])
     return found
 
 

@@ -31,6 +31,7 @@ from sld_edge.runtime.samplers import SAMPLERS
 from sld_edge.runtime.scorers import NAMES as SCORERS
 from sld_edge.runtime.scorers import rule_for, rule_from_text, scorers_from_names, split_paths
 from sld_edge.runtime.selftest import self_test
+from sld_edge.runtime.tiles import VaeTiling
 
 _EXAMPLES = """\
 examples:
@@ -68,6 +69,7 @@ class RunSettings:
     trust_plan: bool
     no_cuda_graph: bool
     low_memory: bool
+    vae_tiling: VaeTiling
     safety: str
     safety_concept: Sequence[str] | None
     safety_scale: float | None
@@ -265,6 +267,13 @@ def parser() -> Parser:
         help="hold text encoder and decoder only while they are needed",
     )
     machine.add_argument(
+        "--vae-tiling",
+        default="auto",
+        metavar="WHEN",
+        help="decode in overlapping tiles, which bounds memory: auto (on the CPU, above 768x768 "
+        "pixels), on, off (default: auto)",
+    )
+    machine.add_argument(
         "--no-cuda-graph", action="store_true", help="start every kernel by itself (for debugging)"
     )
     machine.add_argument("--batch-size", type=int, metavar="N", help="images denoised at once")
@@ -292,6 +301,7 @@ def _run(settings: RunSettings) -> int:
         trust_plan=settings.trust_plan,
         cuda_graph=not settings.no_cuda_graph,
         low_memory=settings.low_memory,
+        vae_tiling=settings.vae_tiling,
     )
     with pipeline:
         _make(pipeline, settings)
