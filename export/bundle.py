@@ -49,8 +49,9 @@ from sld_edge.runtime.tokenizer import Tokenizer, input_ids
 Say = Callable[[str], None]
 Watch = Callable[[int, int], None]
 Precision = Literal["fp16", "fp32"]
-COMPONENTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder", "guidance")
-_CHOOSABLE = COMPONENTS[:-1]  # guidance is FP32 always
+COMPONENTS = ("text_encoder", "unet", "unet_shallow", "vae_decoder", "vae_encoder", "guidance")
+_CHOOSABLE = ("text_encoder", "unet", "vae_decoder", "vae_encoder")  # guidance is FP32 always
+_PARTS = {"unet_shallow": "unet"}  # graphs that are part of another, with its weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,11 +123,13 @@ class ExportSettings:
 
     def precision_of(self, component: str) -> Precision:
         """Return the arithmetic of one component's graph."""
+        component = _PARTS.get(component, component)
         own = component == "guidance" or component in self.fp32_components
         return "fp32" if own else self.precision
 
     def storage_of(self, component: str) -> Precision:
         """Return the type of one component's weights on disk."""
+        component = _PARTS.get(component, component)
         if component == "guidance" or self.storage is None:
             return self.precision_of(component)
         return self.storage
@@ -319,10 +322,16 @@ def _writers(checkpoint: Checkpoint, settings: ExportSettings) -> dict[str, Call
         "vae_decoder": partial(write_vae_decoder, vae.config, vae.weights),
         "vae_encoder": partial(write_vae_encoder, vae.config, vae.weights),
     }
-    return {
-        **{name: partial(write, options[name]) for name, write in writers.items()},
-        "guidance": write_guidance,
-    }
+    written = {name: partial(write, options[name]) for name, write in writers.items()}
+    shallow = {"unet_shallow": _write_shallow}
+    everything = {**written, **shallow, "guidance": write_guidance}
+    return {name: everything[name] for name in COMPONENTS}
+
+
+def _write_shallow(path: Path) -> None:
+    from sld_edge.export.shallow import write_shallow_unet
+
+    write_shallow_unet(path.with_name("unet.onnx"), path)
 
 
 def _torch_writers(
@@ -361,7 +370,7 @@ def _verify(
 
 def _component(name: str, facts: GraphFacts, settings: ExportSettings, folder: Path) -> Component:
     graph = folder / f"{name}.onnx"
-    data = folder / f"{name}.onnx.data"
+    data = folder / f"{_PARTS.get(name, name)}.onnx.data"
     files = tuple(file_entry(path) for path in (graph, data) if path.exists())
     return Component(
         files=files,

@@ -129,7 +129,8 @@ class Manifest:
     def files(self) -> list[File]:
         """Every file that a run on the CPU needs; plans are looked at where they are used."""
         parts = [self.tokenizer, _file(asdict(self.embeddings))]
-        return parts + [file for part in self.components.values() for file in part.files]
+        parts += [file for part in self.components.values() for file in part.files]
+        return list(dict.fromkeys(parts))  # the two graphs of a UNet share their weights
 
 
 def manifest_from_json(text: str, *, origin: str) -> Manifest:
