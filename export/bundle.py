@@ -32,6 +32,7 @@ from sld_edge.export.verify import (
 )
 from sld_edge.runtime.bundle import (
     MANIFEST,
+    SHALLOW,
     Component,
     Defaults,
     Embeddings,
@@ -49,9 +50,9 @@ from sld_edge.runtime.tokenizer import Tokenizer, input_ids
 Say = Callable[[str], None]
 Watch = Callable[[int, int], None]
 Precision = Literal["fp16", "fp32"]
-COMPONENTS = ("text_encoder", "unet", "unet_shallow", "vae_decoder", "vae_encoder", "guidance")
+COMPONENTS = ("text_encoder", "unet", SHALLOW, "vae_decoder", "vae_encoder", "guidance")
 _CHOOSABLE = ("text_encoder", "unet", "vae_decoder", "vae_encoder")  # guidance is FP32 always
-_PARTS = {"unet_shallow": "unet"}  # graphs that are part of another, with its weights
+_PARTS = {SHALLOW: "unet"}  # graphs that are part of another, with its weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -331,9 +332,11 @@ def _writers(checkpoint: Checkpoint, settings: ExportSettings) -> dict[str, Call
         "vae_decoder": partial(write_vae_decoder, vae.config, vae.weights),
         "vae_encoder": partial(write_vae_encoder, vae.config, vae.weights),
     }
-    written = {name: partial(write, options[name]) for name, write in writers.items()}
-    shallow = {"unet_shallow": _write_shallow}
-    everything = {**written, **shallow, "guidance": write_guidance}
+    everything: dict[str, Callable[[Path], None]] = {
+        **{name: partial(write, options[name]) for name, write in writers.items()},
+        SHALLOW: _write_shallow,  # out of the UNet, which comes before it
+        "guidance": write_guidance,
+    }
     return {name: everything[name] for name in COMPONENTS}
 
 

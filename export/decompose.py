@@ -54,7 +54,9 @@ def decomposed_graph(source: Path, target: Path) -> Path | None:
     data = None
     try:
         if weights is not None:
-            old, new = (side.with_name(name) for side, name in zip((source, target), weights, strict=True))
+            old, new = (
+                side.with_name(name) for side, name in zip((source, target), weights, strict=True)
+            )
             if old != new:
                 data = new
                 _link(old, new)
@@ -145,7 +147,9 @@ class _Graph:
                     b.copy(node)
 
     def unknown(self, what: str, **facts: Any) -> CheckpointError:
-        return CheckpointError(f"{self.path.name}: {what} cannot be decomposed", do=_FORWARD, **facts)
+        return CheckpointError(
+            f"{self.path.name}: {what} cannot be decomposed", do=_FORWARD, **facts
+        )
 
     def _attention(self, b: GraphBuilder, node: onnx.NodeProto) -> Value:
         given = self._attributes(node, "q_num_heads", "kv_num_heads", "scale", "is_causal")

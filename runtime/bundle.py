@@ -23,6 +23,7 @@ FORMAT = "sld-edge-bundle"
 FORMAT_VERSION = 2
 MANIFEST = "bundle.json"
 REQUIRED_COMPONENTS = ("text_encoder", "unet", "guidance", "vae_decoder")
+SHALLOW = "unet_shallow"  # component that feature caching needs
 EMBEDDED = Path(__file__).parent / "miniature"  # the bundle that ships with the package
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]

@@ -17,12 +17,14 @@ from numpy.typing import NDArray
 
 from sld_edge.engines.base import Array
 from sld_edge.engines.device import Arena, Bound, DeviceEngine, DeviceTensor, Event, Graph
+from sld_edge.runtime.cadence import Call
 from sld_edge.runtime.loop import PREDICTIONS, Figures, Floats, Job
 from sld_edge.runtime.samplers.table import HISTORY
 
 _STATE = ("latents", "momentum", "history", "edit_map")
 _NUMBERS = ("timestep", "row", "safety")  # of one call, lying in a row
 _FIGURES = ("share", "strength", "concept_strength", "finite")  # likewise
+_Key = tuple[Call, int]  # what a call computes, and its turn
 _AHEAD = 2  # calls that are queued before the host waits: the device never idles, Ctrl-C works
 
 
@@ -33,6 +35,7 @@ class DeviceStage:
         self,
         unet: DeviceEngine,
         guidance: DeviceEngine,
+        shallow: DeviceEngine | None,
         *,
         latents: tuple[int, ...],
         context: tuple[int, ...],
@@ -42,6 +45,7 @@ class DeviceStage:
         Args:
             unet: engine of the `unet` graph.
             guidance: engine of the `guidance` graph, on the same device.
+            shallow: engine of the `unet_shallow` graph, where jobs may cache features.
             latents: shape [B,4,h,w].
             context: shape [(2+n)*B,L,C], for n safety concepts.
 
@@ -50,6 +54,7 @@ class DeviceStage:
         """
         self.device = unet.device
         self.latents, self.context = latents, context
+        self.shallow = shallow
         self._unet, self._guidance = unet, guidance
         count, _, height, width = latents
         self._count = count
@@ -67,6 +72,7 @@ class DeviceStage:
                 **{f"{name}/1": layout for name, layout in state.items()},
                 "unet_latents": ("float32", latents),
                 "noise_pred": ("float32", (context[0], *latents[1:])),
+                **self._deep_layout(),
                 "noise": ("float32", latents),
                 "context": ("float32", context),
                 "context_text": ("float32", (count, *context[1:])),  # where it alone is needed
@@ -82,9 +88,9 @@ class DeviceStage:
         )
         self.numbers = self.arena.span(_NUMBERS[0], _NUMBERS[-1])
         self.figures = self.arena.span(_FIGURES[0], _FIGURES[-1])
-        self._bounds: dict[tuple[int, int], tuple[Bound, Bound]] = {}
-        self._graphs: dict[tuple[int, int], Graph] = {}
-        self._settled: dict[tuple[int, int], int] = {}  # workspace that a key has run with
+        self._bounds: dict[_Key, tuple[Bound, Bound]] = {}
+        self._graphs: dict[_Key, Graph] = {}
+        self._settled: dict[_Key, int] = {}  # workspace that a key has run with
         self._job_memory: Arena | None = None
         self._marks: list[Event] = []
 
@@ -106,11 +112,11 @@ class DeviceStage:
         self._marks += [self.device.event() for _ in range(count - len(self._marks))]
         return self._marks
 
-    def launch(self, branches: int, turn: int) -> None:
+    def launch(self, call: Call, turn: int) -> None:
         """Queue the UNet and guidance; from `turn`'s state to the other's."""
-        key = (branches, turn)
+        key = (call, turn)
         if key not in self._bounds:
-            self._bounds[key] = self._bind(branches, turn)
+            self._bounds[key] = self._bind(call, turn)
         generation = self.device.workspace.generation
         if self._settled.get(key) != generation:
             # A graph would hold the address of the old workspace, and the first run with a new
@@ -118,7 +124,7 @@ class DeviceStage:
             self._drop_graph(key)
             self._queue(key)
             self._settled[key] = generation
-        elif self._unet.capturable and self._guidance.capturable:
+        elif all(engine.capturable for engine in self._engines(call)):
             if key not in self._graphs:
                 self._graphs[key] = self.device.capture(lambda: self._queue(key))
             self._graphs[key].launch()
@@ -136,34 +142,49 @@ class DeviceStage:
             self._job_memory.close()
         self.arena.close()
 
-    def _queue(self, key: tuple[int, int]) -> None:
+    def _queue(self, key: _Key) -> None:
         for bound in self._bounds[key]:
             bound.enqueue()
 
-    def _drop_graph(self, key: tuple[int, int]) -> None:
+    def _drop_graph(self, key: _Key) -> None:
         if key in self._graphs:
             self._graphs.pop(key).close()
 
-    def _bind(self, branches: int, turn: int) -> tuple[Bound, Bound]:
-        arena, count = self.arena, self._count
+    def _engines(self, call: Call) -> tuple[DeviceEngine, DeviceEngine]:
+        unet = self.shallow if call.cached and self.shallow is not None else self._unet
+        return unet, self._guidance
+
+    def _deep_layout(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Where the UNet leaves its deep features; one that was exported without has none."""
+        branches, (_, _, height, width) = self.context[0], self.latents
+        found = [spec for spec in self._unet.outputs if spec.name == "deep"]
+        return {
+            spec.name: (spec.dtype, (branches, int(spec.shape[1]), height, width)) for spec in found
+        }
+
+    def _bind(self, call: Call, turn: int) -> tuple[Bound, Bound]:
+        arena, count, branches = self.arena, self._count, call.branches
+        unet_engine, guidance_engine = self._engines(call)
         context = arena["context_text"]
         if branches > 1:
             context = arena["context"].part(0, branches * count)
         predicted = arena["noise_pred"].part(0, branches * count)
-        unet = self._unet.bind(
+        unet = unet_engine.bind(
             {
                 "latents": arena["unet_latents"],
                 "timestep": arena["timestep"],
                 "context": context,
                 "noise_pred": predicted,
+                **{name: arena[name].part(0, branches * count) for name in self._deep_layout()},
             }
         )
         uncond, text = (predicted.part(min(k, branches - 1) * count, count) for k in (0, 1))
-        concepts = self.concepts if branches > 2 else 1
-        first = predicted.part((2 if branches > 2 else 0) * count, concepts * count)
+        concepts = self.concepts if call.safe else 1
+        # Behind what this call predicts lies what an earlier one did of safety.
+        first = arena["noise_pred"].part((2 if call.safe else 0) * count, concepts * count)
         safety = replace(first, shape=(concepts, *self.latents))
         same = ("unet_latents", "noise", "guidance_scale", "row", "safety", *_FIGURES)
-        guidance = self._guidance.bind(
+        guidance = guidance_engine.bind(
             {
                 **dict(zip(PREDICTIONS, (uncond, text, safety), strict=True)),
                 **{name: arena[name] for name in same},
@@ -183,7 +204,7 @@ class DeviceStepper:
         self._stage, self._job = stage, job
         self._device = device = stage.device
         self._calls = 0
-        self._branches: list[int] = []
+        self._safe: list[bool] = []
         table = job.table
         noisy = bool((table.s > 0).any())
         self._memory = stage.job_memory(table.calls, noisy=noisy)
@@ -208,16 +229,16 @@ class DeviceStepper:
         self._marks = stage.marks(table.calls + 1)
         self._marks[0].record()
 
-    def call(self, index: int, branches: int) -> None:
-        """Queue the UNet on `branches` branches, then guidance."""
+    def call(self, index: int, call: Call) -> None:
+        """Queue what a call has of the UNet, then guidance."""
         stage, memory = self._stage, self._memory
         self._move(stage.numbers, memory["numbers"].part(index, 1))
         if self._noisy:
             self._move(stage.arena["noise"], memory["noise"].part(index, 1))
-        stage.launch(branches, index % 2)
+        stage.launch(call, index % 2)
         self._move(memory["figures"].part(index, 1), stage.figures)
         self._calls = index + 1
-        self._branches.append(branches)
+        self._safe.append(call.safe)
         self._marks[self._calls].record()
         if self._calls > _AHEAD:
             self._marks[self._calls - _AHEAD].wait()
@@ -256,7 +277,7 @@ class DeviceStepper:
             begin = tensor.address - first
             bytes_of = np.ascontiguousarray(raw[:, begin : begin + tensor.nbytes])
             found[name] = bytes_of.view(np.float32).reshape(-1, *tensor.shape)
-        without = [branches <= 2 for branches in self._branches]
+        without = [not safe for safe in self._safe]
         found["concept_strength"][without] = 0  # such a call writes only the first concept's
         for index, finite in enumerate(found["finite"]):
             self._job.refuse(finite, index)

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sld_edge.engines.base import Engine
+from sld_edge.runtime.cadence import Call, schedule
 from sld_edge.runtime.numerics import not_finite
 from sld_edge.runtime.plan import ImagePlan
 from sld_edge.runtime.random import NoiseSource
@@ -49,8 +50,8 @@ class Figures:
 class Stepper(Protocol):
     """Runs the calls of one job, in order, and can be asked how it stands."""
 
-    def call(self, index: int, branches: int) -> None:
-        """Run the UNet on `branches` branches, then guidance."""
+    def call(self, index: int, call: Call) -> None:
+        """Run what a call has of the UNet, then guidance."""
 
     def read(self, name: Literal["latents", "edit_map"]) -> Floats:
         """Return the latents [B,4,h,w] or the edit map [B,h,w] after the last call."""
@@ -70,12 +71,14 @@ class Step:
         calls: how many there are.
         timestep: the training timestep of the call.
         branches: UNet branches that were computed: 1, 2, or 2 and one for each concept.
+        cached: whether the deep features were those of an earlier call.
     """
 
     index: int
     calls: int
     timestep: float
     branches: int
+    cached: bool
     stepper: Stepper = field(repr=False)
 
     @property
@@ -118,6 +121,8 @@ class Job:
         latents: float32 [B,4,h,w], starting noise of unit variance.
         noise: B sources of fresh noise, for samplers that add some.
         unet_precision: of the UNet's arithmetic, for advice.
+        cache_interval: calls from one whole UNet to the next.
+        safety_interval: calls from one run of the safety branches to the next.
     """
 
     table: SamplerTable
@@ -126,6 +131,8 @@ class Job:
     latents: Floats
     noise: Sequence[NoiseSource]
     unet_precision: str
+    cache_interval: int
+    safety_interval: int
 
     @property
     def concepts(self) -> int:
@@ -176,6 +183,17 @@ class Job:
             return 2 + self.concepts
         return 2 if any(image.guidance_scale > 1 for image in self.images) else 1
 
+    def calls(self) -> tuple[Call, ...]:
+        """What each call computes; the warm-up and the first edit have safety of their own."""
+        indices = range(self.table.calls)
+        acting = [image.safety for image in self.images if image.safety.acts]
+        return schedule(
+            [self.branches(index) for index in indices],
+            [any(index <= safety.warmup_steps for safety in acting) for index in indices],
+            cache_interval=self.cache_interval,
+            safety_interval=self.safety_interval,
+        )
+
     def refuse(self, finite: Floats, index: int) -> None:
         """Raise for what guidance's `finite` [B] of call `index` says.
 
@@ -198,14 +216,14 @@ def denoise(stepper: Stepper, job: Job) -> Generator[Step, None, None]:
         NumericsError: NaN or infinity, named by component and call; on a device, when the stepper
             is next asked for something.
     """
-    for index in range(job.table.calls):
-        branches = job.branches(index)
-        stepper.call(index, branches)
+    for index, call in enumerate(job.calls()):
+        stepper.call(index, call)
         yield Step(
             index=index,
             calls=job.table.calls,
             timestep=float(job.table.timesteps[index]),
-            branches=branches,
+            branches=call.branches,
+            cached=call.cached,
             stepper=stepper,
         )
 
@@ -213,9 +231,28 @@ def denoise(stepper: Stepper, job: Job) -> Generator[Step, None, None]:
 class HostStepper:
     """Runs a job with engines that take and give host arrays."""
 
-    def __init__(self, unet: Engine, guidance: Engine, job: Job, *, together: bool) -> None:
-        """Start a job; `together` runs the branches in one batch, which takes more memory."""
+    def __init__(
+        self,
+        unet: Engine,
+        guidance: Engine,
+        job: Job,
+        *,
+        together: bool,
+        shallow: Engine | None = None,
+    ) -> None:
+        """Start a job.
+
+        Args:
+            unet: engine of the `unet` graph.
+            guidance: engine of the `guidance` graph.
+            job: what to run.
+            together: run the branches in one batch, which takes more memory.
+            shallow: engine of the `unet_shallow` graph, for a job that caches features.
+        """
         self._unet, self._guidance, self._job, self._together = unet, guidance, job, together
+        self._shallow = shallow
+        self._deep: list[Floats] = []  # of the last whole call, by batch
+        self._safety: Floats  # predictions of the last call that ran those branches
         latents = job.starting_latents()
         count, _, height, width = latents.shape
         self._state: dict[str, Floats] = {
@@ -233,8 +270,8 @@ class HostStepper:
         self._concept_strength: list[Floats] = []
         self._seconds: list[float] = []
 
-    def call(self, index: int, branches: int) -> None:
-        """Run the UNet on `branches` branches, then guidance.
+    def call(self, index: int, call: Call) -> None:
+        """Run what a call has of the UNet, then guidance.
 
         Raises:
             NumericsError: NaN or infinity.
@@ -243,7 +280,7 @@ class HostStepper:
         job = self._job
         out = self._guidance.run(
             {
-                **dict(zip(PREDICTIONS, self._predict(index, branches), strict=True)),
+                **dict(zip(PREDICTIONS, self._predict(index, call), strict=True)),
                 **self._state,
                 "noise": job.fresh_noise() if job.table.s[index] > 0 else self._silence,
                 "row": self._rows[index],
@@ -257,7 +294,7 @@ class HostStepper:
         self._share.append(out["share"])
         self._strength.append(out["strength"])
         own = np.zeros((job.concepts, len(self._scale)), np.float32)
-        if branches > 2:
+        if call.safe:
             own[:] = out["concept_strength"]
         self._concept_strength.append(own)
         self._seconds.append(time.perf_counter() - begin)
@@ -275,15 +312,29 @@ class HostStepper:
             seconds=tuple(self._seconds),
         )
 
-    def _predict(self, index: int, branches: int) -> tuple[Floats, Floats, Floats]:
+    def _predict(self, index: int, call: Call) -> tuple[Floats, Floats, Floats]:
         """Run the needed branches; one that is not gets another's place, where it has no effect."""
         count = len(self._unet_latents)
-        first = 1 if branches == 1 else 0  # a single branch is the prompt's
-        wanted = self._job.context[first * count : (first + branches) * count]
+        first = 1 if call.branches == 1 else 0  # a single branch is the prompt's
+        wanted = self._job.context[first * count : (first + call.branches) * count]
         feeds = {"latents": self._unet_latents, "timestep": self._job.timestep(index)}
-        batches = [wanted] if self._together else np.split(wanted, branches)
-        predicted = [self._unet.run({**feeds, "context": part})["noise_pred"] for part in batches]
+        batches = [wanted] if self._together else np.split(wanted, call.branches)
+        predicted = self._unet_outputs([{**feeds, "context": part} for part in batches], call)
         parts = predicted[0] if self._together else np.stack(predicted)
-        parts = parts.reshape(branches, *self._unet_latents.shape)
-        uncond, text = parts[0], parts[min(1, branches - 1)]
-        return uncond, text, parts[2:] if branches > 2 else parts[:1]
+        parts = parts.reshape(call.branches, *self._unet_latents.shape)
+        uncond, text = parts[0], parts[min(1, call.branches - 1)]
+        if call.branches > 2:
+            self._safety = parts[2:]
+        return uncond, text, self._safety if call.safe else parts[:1]
+
+    def _unet_outputs(self, batches: Sequence[dict[str, Floats]], call: Call) -> list[Floats]:
+        """noise_pred of each batch, from the whole UNet or from what its last run left."""
+        if call.cached and self._shallow is not None:
+            kept = self._deep[: len(batches)]  # and of each the branches that are run
+            deep = [k[: len(b["context"])] for k, b in zip(kept, batches, strict=True)]
+            feeds = [{**b, "deep": d} for b, d in zip(batches, deep, strict=True)]
+            return [self._shallow.run(each)["noise_pred"] for each in feeds]
+        outputs = [self._unet.run(feeds) for feeds in batches]
+        if self._shallow is not None:
+            self._deep = [out["deep"] for out in outputs]
+        return [out["noise_pred"] for out in outputs]

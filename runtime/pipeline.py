@@ -14,6 +14,7 @@ from PIL import Image
 
 from sld_edge.engines.base import Engine, TensorSpec
 from sld_edge.engines.errors import BundleError, InputError
+from sld_edge.runtime.bundle import SHALLOW
 from sld_edge.runtime.device_loop import DeviceStage, DeviceStepper, device_engine
 from sld_edge.runtime.loader import Loader, LoadSettings
 from sld_edge.runtime.loop import Floats, HostStepper, Job, Step, denoise
@@ -129,6 +130,8 @@ class Pipeline:
         negative_prompt: str | Sequence[str] | None = None,
         height: int | None = None,
         width: int | None = None,
+        cache_interval: int = 1,
+        safety_interval: int = 1,
         latents: NDArray[np.float32] | None = None,
         batch_size: int | None = None,
         callback: Callback | None = None,
@@ -155,6 +158,10 @@ class Pipeline:
             negative_prompt: takes the empty prompt's place.
             height: in pixels.
             width: in pixels.
+            cache_interval: UNet calls from one whole one to the next; between them the deep layers'
+                features are used again (DeepCache). 1 is off.
+            safety_interval: UNet calls, after the warm-up, from one with the safety branches to the
+                next; between them their predictions are used again. 1 is off.
             latents: float32 [B,4,h,w], starting noise of unit variance, in place of the seeds'.
             batch_size: images denoised at once; by default one on the CPU, elsewhere as many as
                 fill one 512 px image.
@@ -178,6 +185,8 @@ class Pipeline:
             count=count,
             width=width,
             height=height,
+            cache_interval=cache_interval,
+            safety_interval=safety_interval,
         )
         return self.run(
             self.plan(request), latents=latents, batch_size=batch_size, callback=callback
@@ -237,6 +246,8 @@ class Pipeline:
             latents=latents,
             noise=noise,
             unet_precision=self._precision("unet"),
+            cache_interval=plan.cache_interval,
+            safety_interval=plan.safety_interval,
         )
         return denoise(self._stepper(job), job)
 
@@ -311,17 +322,24 @@ class Pipeline:
 
     def _stepper(self, job: Job) -> HostStepper | DeviceStepper:
         unet, guidance = self.engine("unet"), self.engine("guidance")
+        shallow = self.engine(SHALLOW) if job.cache_interval > 1 else None
         device_unet, device_guidance = device_engine(unet), device_engine(guidance)
-        if device_unet is None or device_guidance is None:
+        device_shallow = device_engine(shallow) if shallow is not None else None
+        lent = shallow is not None and device_shallow is None
+        if device_unet is None or device_guidance is None or lent:
             together = self._loader.on_device or job.latents[:, 0].size < _CELLS
-            return HostStepper(unet, guidance, job, together=together)
+            return HostStepper(unet, guidance, job, together=together, shallow=shallow)
         shapes = (job.latents.shape, job.context.shape)
-        if self._stage is not None and (self._stage.latents, self._stage.context) != shapes:
-            self._stage.close()
+        stage = self._stage
+        if stage is not None and (
+            (stage.latents, stage.context) != shapes
+            or (device_shallow is not None and stage.shallow is None)
+        ):
+            stage.close()
             self._stage = None
         if self._stage is None:
             self._stage = DeviceStage(
-                device_unet, device_guidance, latents=shapes[0], context=shapes[1]
+                device_unet, device_guidance, device_shallow, latents=shapes[0], context=shapes[1]
             )
         return DeviceStepper(self._stage, job)
 
@@ -344,9 +362,9 @@ class Pipeline:
         begin = clock()
         steps = self.steps(plan, images, latents)
         encoded = clock()
-        branches = []
+        made = []
         for step in steps:
-            branches.append(step.branches)
+            made.append((step.branches, step.cached))
             if callback is not None:
                 callback(step)
             last = step
@@ -368,7 +386,8 @@ class Pipeline:
                 calls=[
                     StepReport(
                         timestep=float(plan.table.timesteps[index]),
-                        branches=branches[index],
+                        branches=made[index][0],
+                        cached=made[index][1],
                         share=round(float(figures.share[index, position]), 6),
                         strength=round(float(figures.strength[index, position]), 6),
                         concept_strength=[

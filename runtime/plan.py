@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar, get_args
 
 from sld_edge.engines.errors import InputError
-from sld_edge.runtime.bundle import Manifest
+from sld_edge.runtime.bundle import SHALLOW, Manifest
 from sld_edge.runtime.random import MAX_SEED, Rng
 from sld_edge.runtime.safety import Safety, safety_from_preset
 from sld_edge.runtime.samplers import SamplerTable, sampler_table
@@ -40,6 +40,8 @@ class Request:
     count: int = 1
     width: int | None = None
     height: int | None = None
+    cache_interval: int = 1
+    safety_interval: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +73,8 @@ class RunPlan:
     rng: Rng
     width: int
     height: int
+    cache_interval: int
+    safety_interval: int
 
 
 def plan_from_request(request: Request, manifest: Manifest) -> RunPlan:
@@ -122,6 +126,8 @@ def plan_from_request(request: Request, manifest: Manifest) -> RunPlan:
         rng=request.rng,
         width=width,
         height=height,
+        cache_interval=_cache_interval(request.cache_interval, steps, manifest),
+        safety_interval=_interval("safety interval", request.safety_interval, steps),
     )
 
 
@@ -202,6 +208,23 @@ def _guidance_scale(value: float) -> float:
     if not math.isfinite(value) or value < 0:
         raise InputError("guidance scale", got=value, expected="a finite number, 0 or more")
     return float(value)
+
+
+def _interval(name: str, value: int, steps: int) -> int:
+    if not isinstance(value, int) or not 1 <= value <= steps:
+        raise InputError(
+            name, got=value, expected=f"a whole number from 1, which is off, to the {steps} steps"
+        )
+    return value
+
+
+def _cache_interval(value: int, steps: int, manifest: Manifest) -> int:
+    if _interval("cache interval", value, steps) > 1 and SHALLOW not in manifest.components:
+        raise InputError(
+            f"cache interval {value} with a bundle that has no {SHALLOW}",
+            do="export it again, without --via torch, or leave the interval out",
+        )
+    return value
 
 
 def _size(request: Request, manifest: Manifest) -> tuple[int, int]:
