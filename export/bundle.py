@@ -31,6 +31,7 @@ from sld_edge.export.verify import (
     run_checked,
 )
 from sld_edge.runtime.bundle import (
+    KEPT_SAFETY,
     MANIFEST,
     SHALLOW,
     Component,
@@ -50,8 +51,9 @@ from sld_edge.runtime.tokenizer import Tokenizer, input_ids
 Say = Callable[[str], None]
 Watch = Callable[[int, int], None]
 Precision = Literal["fp16", "fp32"]
-COMPONENTS = ("text_encoder", "unet", SHALLOW, "vae_decoder", "vae_encoder", "guidance")
-_CHOOSABLE = ("text_encoder", "unet", "vae_decoder", "vae_encoder")  # guidance is FP32 always
+_GUIDANCE = ("guidance", KEPT_SAFETY)  # without weights, and FP32 always
+COMPONENTS = ("text_encoder", "unet", SHALLOW, "vae_decoder", "vae_encoder", *_GUIDANCE)
+_CHOOSABLE = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
 _PARTS = {SHALLOW: "unet"}  # graphs that are part of another, with its weights
 
 
@@ -134,13 +136,13 @@ class ExportSettings:
     def precision_of(self, component: str) -> Precision:
         """Return the arithmetic of one component's graph."""
         component = _PARTS.get(component, component)
-        own = component == "guidance" or component in self.fp32_components
+        own = component in _GUIDANCE or component in self.fp32_components
         return "fp32" if own else self.precision
 
     def storage_of(self, component: str) -> Precision:
         """Return the type of one component's weights on disk."""
         component = _PARTS.get(component, component)
-        if component == "guidance" or self.storage is None:
+        if component in _GUIDANCE or self.storage is None:
             return self.precision_of(component)
         return self.storage
 
@@ -311,12 +313,13 @@ def _writers(checkpoint: Checkpoint, settings: ExportSettings) -> dict[str, Call
     """Return what writes each component, in the order of COMPONENTS."""
     from sld_edge.export.clip import write_text_encoder
     from sld_edge.export.graph import GraphOptions
-    from sld_edge.export.guidance import write_guidance
+    from sld_edge.export.guidance import write_guidance, write_kept_safety
     from sld_edge.export.unet import write_unet
     from sld_edge.export.vae import write_vae_decoder, write_vae_encoder
 
+    guidance = {"guidance": write_guidance, KEPT_SAFETY: write_kept_safety}
     if settings.via == "torch":
-        return {**_torch_writers(checkpoint, settings), "guidance": write_guidance}
+        return {**_torch_writers(checkpoint, settings), **guidance}
     options = {
         name: GraphOptions(
             precision=settings.precision_of(name),
@@ -335,7 +338,7 @@ def _writers(checkpoint: Checkpoint, settings: ExportSettings) -> dict[str, Call
     everything: dict[str, Callable[[Path], None]] = {
         **{name: partial(write, options[name]) for name, write in writers.items()},
         SHALLOW: _write_shallow,  # out of the UNet, which comes before it
-        "guidance": write_guidance,
+        **guidance,
     }
     return {name: everything[name] for name in COMPONENTS}
 
@@ -388,7 +391,7 @@ def _component(name: str, facts: GraphFacts, settings: ExportSettings, folder: P
         files=files,
         precision=settings.precision_of(name),
         storage=settings.storage_of(name),
-        attention="none" if name == "guidance" else settings.attention,
+        attention="none" if name in _GUIDANCE else settings.attention,
         opset=facts.opset,
         inputs=facts.inputs,
         outputs=facts.outputs,

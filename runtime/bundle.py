@@ -24,6 +24,7 @@ FORMAT_VERSION = 2
 MANIFEST = "bundle.json"
 REQUIRED_COMPONENTS = ("text_encoder", "unet", "guidance", "vae_decoder")
 SHALLOW = "unet_shallow"  # component that feature caching needs
+KEPT_SAFETY = "kept_safety"  # and the one that safety cadence needs
 EMBEDDED = Path(__file__).parent / "miniature"  # the bundle that ships with the package
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]

@@ -32,24 +32,22 @@ class Call:
 
 
 def schedule(
-    needed: Sequence[int], exact: Sequence[bool], *, cache_interval: int, safety_interval: int
+    needed: Sequence[int], *, cache_interval: int, safety_interval: int
 ) -> tuple[Call, ...]:
     """Return what each call of a run computes.
 
     Args:
         needed: branches that count in each call, never fewer than before.
-        exact: calls whose safety branches are not to be kept ones, as in the warm-up.
         cache_interval: calls from one whole UNet to the next; 1 is every call.
         safety_interval: calls from one run of the safety branches to the next; 1 is every call.
     """
     calls: list[Call] = []
-    whole = held = -1  # the last call that was whole, that ran the safety branches
+    whole = ran_safety = -1  # the last call that did
     kept = 0  # branches whose deep features that call left
     for index, wanted in enumerate(needed):
-        safe = wanted > 2
-        branches = wanted
-        if safe and (exact[index] or held < 0 or index - held >= safety_interval):
-            held = index
+        safe, branches = wanted > 2, wanted
+        if safe and (ran_safety < 0 or index - ran_safety >= safety_interval):
+            ran_safety = index
         elif safe:
             branches = 2
         # A branch that was not there then has no features; the first ones stay the same.

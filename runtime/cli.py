@@ -19,7 +19,7 @@ from tqdm import tqdm
 from sld_edge.engines.errors import EngineError, InputError
 from sld_edge.engines.files import check_writable, write_whole
 from sld_edge.engines.providers import NAMES, choose, survey, survey_table
-from sld_edge.runtime.bundle import SHALLOW
+from sld_edge.runtime.bundle import KEPT_SAFETY, SHALLOW
 from sld_edge.runtime.console import EXIT_FAILED, EXIT_OK, Parser, run_command
 from sld_edge.runtime.escalate import ON_FLAG, OnFlag, Screening, check_screening, screened_run
 from sld_edge.runtime.loop import Step
@@ -260,7 +260,7 @@ def parser() -> Parser:
         type=int,
         default=1,
         metavar="N",
-        help="run the safety branches every N-th call only, after the warm-up (default: 1, off)",
+        help="run the safety branches every N-th call only (default: 1, off)",
     )
 
     machine = cli.add_argument_group("machine")
@@ -431,9 +431,13 @@ def _notes(pipeline: Pipeline, settings: RunSettings, prompts: Sequence[str]) ->
     """What a user should know before the run."""
     if settings.provider == "auto" and pipeline.provider != "cpu" and not settings.quiet:
         yield pipeline.why
+    unused = {"vae_encoder"}  # no run needs it yet
+    if settings.cache_interval == 1:
+        unused.add(SHALLOW)
+    if settings.safety_interval == 1:
+        unused.add(KEPT_SAFETY)
     for component, why in pipeline.fallbacks.items():
-        needed = component != SHALLOW or settings.cache_interval > 1
-        if needed and component != "vae_encoder":  # no run needs that yet
+        if component not in unused:
             yield f"{component}: {why}"
     texts = dict.fromkeys((*prompts, settings.negative_prompt or ""), "prompt")
     texts |= dict.fromkeys(settings.safety_concept or (), "safety concept")

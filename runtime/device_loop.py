@@ -8,6 +8,7 @@ graph's inputs and outputs never overlap; each turn and number of branches is on
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
 from typing import Literal, cast
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from sld_edge.engines.base import Array
 from sld_edge.engines.device import Arena, Bound, DeviceEngine, DeviceTensor, Event, Graph
+from sld_edge.runtime.bundle import KEPT_SAFETY, SHALLOW
 from sld_edge.runtime.cadence import Call
 from sld_edge.runtime.loop import PREDICTIONS, Figures, Floats, Job
 from sld_edge.runtime.samplers.table import HISTORY
@@ -33,9 +35,7 @@ class DeviceStage:
 
     def __init__(
         self,
-        unet: DeviceEngine,
-        guidance: DeviceEngine,
-        shallow: DeviceEngine | None,
+        engines: Mapping[str, DeviceEngine],
         *,
         latents: tuple[int, ...],
         context: tuple[int, ...],
@@ -43,19 +43,16 @@ class DeviceStage:
         """Lay out the buffers.
 
         Args:
-            unet: engine of the `unet` graph.
-            guidance: engine of the `guidance` graph, on the same device.
-            shallow: engine of the `unet_shallow` graph, where jobs may cache features.
+            engines: those that the first job's `components` names; later ones may bring more.
             latents: shape [B,4,h,w].
             context: shape [(2+n)*B,L,C], for n safety concepts.
 
         Raises:
             EngineError: out of device memory.
         """
-        self.device = unet.device
+        self.device = engines["unet"].device
+        self.engines = dict(engines)
         self.latents, self.context = latents, context
-        self.shallow = shallow
-        self._unet, self._guidance = unet, guidance
         count, _, height, width = latents
         self._count = count
         self.concepts = context[0] // count - 2
@@ -73,6 +70,8 @@ class DeviceStage:
                 "unet_latents": ("float32", latents),
                 "noise_pred": ("float32", (context[0], *latents[1:])),
                 **self._deep_layout(),
+                "noise_pred/kept": ("float32", (2 * count, *latents[1:])),  # where safety is
+                "safety/kept": ("float32", (self.concepts, *latents)),
                 "noise": ("float32", latents),
                 "context": ("float32", context),
                 "context_text": ("float32", (count, *context[1:])),  # where it alone is needed
@@ -88,7 +87,7 @@ class DeviceStage:
         )
         self.numbers = self.arena.span(_NUMBERS[0], _NUMBERS[-1])
         self.figures = self.arena.span(_FIGURES[0], _FIGURES[-1])
-        self._bounds: dict[_Key, tuple[Bound, Bound]] = {}
+        self._bounds: dict[_Key, list[Bound]] = {}
         self._graphs: dict[_Key, Graph] = {}
         self._settled: dict[_Key, int] = {}  # workspace that a key has run with
         self._job_memory: Arena | None = None
@@ -124,7 +123,7 @@ class DeviceStage:
             self._drop_graph(key)
             self._queue(key)
             self._settled[key] = generation
-        elif all(engine.capturable for engine in self._engines(call)):
+        elif all(self.engines[name].capturable for name in _components(call)):
             if key not in self._graphs:
                 self._graphs[key] = self.device.capture(lambda: self._queue(key))
             self._graphs[key].launch()
@@ -150,50 +149,75 @@ class DeviceStage:
         if key in self._graphs:
             self._graphs.pop(key).close()
 
-    def _engines(self, call: Call) -> tuple[DeviceEngine, DeviceEngine]:
-        unet = self.shallow if call.cached and self.shallow is not None else self._unet
-        return unet, self._guidance
-
     def _deep_layout(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Where the UNet leaves its deep features; one that was exported without has none."""
         branches, (_, _, height, width) = self.context[0], self.latents
-        found = [spec for spec in self._unet.outputs if spec.name == "deep"]
+        found = [spec for spec in self.engines["unet"].outputs if spec.name == "deep"]
         return {
             spec.name: (spec.dtype, (branches, int(spec.shape[1]), height, width)) for spec in found
         }
 
-    def _bind(self, call: Call, turn: int) -> tuple[Bound, Bound]:
-        arena, count, branches = self.arena, self._count, call.branches
-        unet_engine, guidance_engine = self._engines(call)
-        context = arena["context_text"]
-        if branches > 1:
-            context = arena["context"].part(0, branches * count)
-        predicted = arena["noise_pred"].part(0, branches * count)
-        unet = unet_engine.bind(
-            {
-                "latents": arena["unet_latents"],
-                "timestep": arena["timestep"],
-                "context": context,
-                "noise_pred": predicted,
-                **{name: arena[name].part(0, branches * count) for name in self._deep_layout()},
-            }
-        )
-        uncond, text = (predicted.part(min(k, branches - 1) * count, count) for k in (0, 1))
-        concepts = self.concepts if call.safe else 1
-        # Behind what this call predicts lies what an earlier one did of safety.
-        first = arena["noise_pred"].part((2 if call.safe else 0) * count, concepts * count)
-        safety = replace(first, shape=(concepts, *self.latents))
+    def _bind(self, call: Call, turn: int) -> list[Bound]:
+        tensors = {
+            "unet": self._unet_tensors(call),
+            SHALLOW: self._unet_tensors(call),
+            KEPT_SAFETY: self._kept_tensors(),
+            "guidance": self._guidance_tensors(call, turn),
+        }
+        return [self.engines[name].bind(tensors[name]) for name in _components(call)]
+
+    def _predicted(self, call: Call) -> DeviceTensor:
+        """Where a call's predictions go: those that others are to be kept beside, elsewhere."""
+        predicted = self.arena["noise_pred/kept" if call.keeps else "noise_pred"]
+        return predicted.part(0, call.branches * self._count)
+
+    def _safety(self) -> DeviceTensor:
+        """Where the last call that ran the safety branches left them, [n,B,4,h,w]."""
+        count, concepts = self._count, self.concepts
+        behind = self.arena["noise_pred"].part(2 * count, concepts * count)
+        return replace(behind, shape=(concepts, *self.latents))
+
+    def _unet_tensors(self, call: Call) -> dict[str, DeviceTensor]:
+        arena, rows = self.arena, call.branches * self._count
+        alone = call.branches == 1
+        return {
+            "latents": arena["unet_latents"],
+            "timestep": arena["timestep"],
+            "context": arena["context_text"] if alone else arena["context"].part(0, rows),
+            "noise_pred": self._predicted(call),
+            **{name: arena[name].part(0, rows) for name in self._deep_layout()},
+        }
+
+    def _kept_tensors(self) -> dict[str, DeviceTensor]:
+        count = self._count
+        return {
+            "noise_pred_safety": self._safety(),
+            "noise_pred_uncond_then": self.arena["noise_pred"].part(0, count),
+            "noise_pred_uncond": self.arena["noise_pred/kept"].part(0, count),
+            "noise_pred_safety_now": self.arena["safety/kept"],
+        }
+
+    def _guidance_tensors(self, call: Call, turn: int) -> dict[str, DeviceTensor]:
+        arena, count = self.arena, self._count
+        predicted = self._predicted(call)
+        uncond, text = (predicted.part(min(k, call.branches - 1) * count, count) for k in (0, 1))
+        safety = replace(uncond, shape=(1, *self.latents))
+        if call.safe:
+            safety = arena["safety/kept"] if call.keeps else self._safety()
         same = ("unet_latents", "noise", "guidance_scale", "row", "safety", *_FIGURES)
-        guidance = guidance_engine.bind(
-            {
-                **dict(zip(PREDICTIONS, (uncond, text, safety), strict=True)),
-                **{name: arena[name] for name in same},
-                "concept_strength": arena["concept_strength"].part(0, concepts),
-                **{name: arena[f"{name}/{turn}"] for name in _STATE},
-                **{f"{name}_next": arena[f"{name}/{1 - turn}"] for name in _STATE},
-            }
-        )
-        return unet, guidance
+        return {
+            **dict(zip(PREDICTIONS, (uncond, text, safety), strict=True)),
+            **{name: arena[name] for name in same},
+            "concept_strength": arena["concept_strength"].part(0, safety.shape[0]),
+            **{name: arena[f"{name}/{turn}"] for name in _STATE},
+            **{f"{name}_next": arena[f"{name}/{1 - turn}"] for name in _STATE},
+        }
+
+
+def _components(call: Call) -> tuple[str, ...]:
+    """The graphs that a call runs, in order."""
+    kept = (KEPT_SAFETY,) if call.keeps else ()
+    return (SHALLOW if call.cached else "unet", *kept, "guidance")
 
 
 class DeviceStepper:

@@ -9,7 +9,7 @@ and reports are consumers; closing the generator stops it.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sld_edge.engines.base import Engine
+from sld_edge.runtime.bundle import KEPT_SAFETY, SHALLOW
 from sld_edge.runtime.cadence import Call, schedule
 from sld_edge.runtime.numerics import not_finite
 from sld_edge.runtime.plan import ImagePlan
@@ -139,6 +140,13 @@ class Job:
         """n, the safety branches of a call that has any."""
         return len(self.context) // len(self.images) - 2
 
+    @property
+    def components(self) -> tuple[str, ...]:
+        """The graphs that its calls run."""
+        shallow = (SHALLOW,) if self.cache_interval > 1 else ()
+        kept = (KEPT_SAFETY,) if self.safety_interval > 1 else ()
+        return ("unet", *shallow, *kept, "guidance")
+
     def guidance_scale(self) -> Floats:
         """float32 [B]; 1 is no guidance, and nothing is less."""
         return np.array([max(image.guidance_scale, 1.0) for image in self.images], np.float32)
@@ -184,12 +192,9 @@ class Job:
         return 2 if any(image.guidance_scale > 1 for image in self.images) else 1
 
     def calls(self) -> tuple[Call, ...]:
-        """What each call computes; the warm-up and the first edit have safety of their own."""
-        indices = range(self.table.calls)
-        acting = [image.safety for image in self.images if image.safety.acts]
+        """What each call computes."""
         return schedule(
-            [self.branches(index) for index in indices],
-            [any(index <= safety.warmup_steps for safety in acting) for index in indices],
+            [self.branches(index) for index in range(self.table.calls)],
             cache_interval=self.cache_interval,
             safety_interval=self.safety_interval,
         )
@@ -233,26 +238,21 @@ class HostStepper:
 
     def __init__(
         self,
-        unet: Engine,
-        guidance: Engine,
+        engines: Mapping[str, Engine],
         job: Job,
         *,
         together: bool,
-        shallow: Engine | None = None,
     ) -> None:
         """Start a job.
 
         Args:
-            unet: engine of the `unet` graph.
-            guidance: engine of the `guidance` graph.
+            engines: those that `Job.components` names.
             job: what to run.
             together: run the branches in one batch, which takes more memory.
-            shallow: engine of the `unet_shallow` graph, for a job that caches features.
         """
-        self._unet, self._guidance, self._job, self._together = unet, guidance, job, together
-        self._shallow = shallow
+        self._engines, self._job, self._together = engines, job, together
         self._deep: list[Floats] = []  # of the last whole call, by batch
-        self._safety: Floats  # predictions of the last call that ran those branches
+        self._kept: dict[str, Floats] = {}  # predictions of the last call with safety branches
         latents = job.starting_latents()
         count, _, height, width = latents.shape
         self._state: dict[str, Floats] = {
@@ -278,7 +278,7 @@ class HostStepper:
         """
         begin = time.perf_counter()
         job = self._job
-        out = self._guidance.run(
+        out = self._engines["guidance"].run(
             {
                 **dict(zip(PREDICTIONS, self._predict(index, call), strict=True)),
                 **self._state,
@@ -323,18 +323,21 @@ class HostStepper:
         parts = predicted[0] if self._together else np.stack(predicted)
         parts = parts.reshape(call.branches, *self._unet_latents.shape)
         uncond, text = parts[0], parts[min(1, call.branches - 1)]
-        if call.branches > 2:
-            self._safety = parts[2:]
-        return uncond, text, self._safety if call.safe else parts[:1]
+        if call.keeps:
+            feeds = {**self._kept, "noise_pred_uncond": uncond}
+            return uncond, text, self._engines[KEPT_SAFETY].run(feeds)["noise_pred_safety_now"]
+        if call.safe:
+            self._kept = {"noise_pred_safety": parts[2:], "noise_pred_uncond_then": uncond}
+        return uncond, text, parts[2:] if call.safe else parts[:1]
 
     def _unet_outputs(self, batches: Sequence[dict[str, Floats]], call: Call) -> list[Floats]:
         """noise_pred of each batch, from the whole UNet or from what its last run left."""
-        if call.cached and self._shallow is not None:
+        if call.cached:
             kept = self._deep[: len(batches)]  # and of each the branches that are run
             deep = [k[: len(b["context"])] for k, b in zip(kept, batches, strict=True)]
             feeds = [{**b, "deep": d} for b, d in zip(batches, deep, strict=True)]
-            return [self._shallow.run(each)["noise_pred"] for each in feeds]
-        outputs = [self._unet.run(feeds) for feeds in batches]
-        if self._shallow is not None:
+            return [self._engines[SHALLOW].run(each)["noise_pred"] for each in feeds]
+        outputs = [self._engines["unet"].run(feeds) for feeds in batches]
+        if SHALLOW in self._engines:
             self._deep = [out["deep"] for out in outputs]
         return [out["noise_pred"] for out in outputs]

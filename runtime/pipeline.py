@@ -14,7 +14,6 @@ from PIL import Image
 
 from sld_edge.engines.base import Engine, TensorSpec
 from sld_edge.engines.errors import BundleError, InputError
-from sld_edge.runtime.bundle import SHALLOW
 from sld_edge.runtime.device_loop import DeviceStage, DeviceStepper, device_engine
 from sld_edge.runtime.loader import Loader, LoadSettings
 from sld_edge.runtime.loop import Floats, HostStepper, Job, Step, denoise
@@ -160,8 +159,8 @@ class Pipeline:
             width: in pixels.
             cache_interval: UNet calls from one whole one to the next; between them the deep layers'
                 features are used again (DeepCache). 1 is off.
-            safety_interval: UNet calls, after the warm-up, from one with the safety branches to the
-                next; between them their predictions are used again. 1 is off.
+            safety_interval: UNet calls from one with the safety branches to the next; between them
+                their distance from the unconditional branch is used again. 1 is off.
             latents: float32 [B,4,h,w], starting noise of unit variance, in place of the seeds'.
             batch_size: images denoised at once; by default one on the CPU, elsewhere as many as
                 fill one 512 px image.
@@ -321,26 +320,19 @@ class Pipeline:
         self.close()
 
     def _stepper(self, job: Job) -> HostStepper | DeviceStepper:
-        unet, guidance = self.engine("unet"), self.engine("guidance")
-        shallow = self.engine(SHALLOW) if job.cache_interval > 1 else None
-        device_unet, device_guidance = device_engine(unet), device_engine(guidance)
-        device_shallow = device_engine(shallow) if shallow is not None else None
-        lent = shallow is not None and device_shallow is None
-        if device_unet is None or device_guidance is None or lent:
+        engines = {name: self.engine(name) for name in job.components}
+        lent = {name: device_engine(engine) for name, engine in engines.items()}
+        on_device = {name: engine for name, engine in lent.items() if engine is not None}
+        if len(on_device) < len(engines):
             together = self._loader.on_device or job.latents[:, 0].size < _CELLS
-            return HostStepper(unet, guidance, job, together=together, shallow=shallow)
+            return HostStepper(engines, job, together=together)
         shapes = (job.latents.shape, job.context.shape)
-        stage = self._stage
-        if stage is not None and (
-            (stage.latents, stage.context) != shapes
-            or (device_shallow is not None and stage.shallow is None)
-        ):
-            stage.close()
+        if self._stage is not None and (self._stage.latents, self._stage.context) != shapes:
+            self._stage.close()
             self._stage = None
         if self._stage is None:
-            self._stage = DeviceStage(
-                device_unet, device_guidance, device_shallow, latents=shapes[0], context=shapes[1]
-            )
+            self._stage = DeviceStage(on_device, latents=shapes[0], context=shapes[1])
+        self._stage.engines.update(on_device)
         return DeviceStepper(self._stage, job)
 
     def _unneeded(self, name: str) -> None:

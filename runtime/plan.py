@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar, get_args
 
 from sld_edge.engines.errors import InputError
-from sld_edge.runtime.bundle import SHALLOW, Manifest
+from sld_edge.runtime.bundle import KEPT_SAFETY, SHALLOW, Manifest
 from sld_edge.runtime.random import MAX_SEED, Rng
 from sld_edge.runtime.safety import Safety, safety_from_preset
 from sld_edge.runtime.samplers import SamplerTable, sampler_table
@@ -126,8 +126,8 @@ def plan_from_request(request: Request, manifest: Manifest) -> RunPlan:
         rng=request.rng,
         width=width,
         height=height,
-        cache_interval=_cache_interval(request.cache_interval, steps, manifest),
-        safety_interval=_interval("safety interval", request.safety_interval, steps),
+        cache_interval=_interval("cache", request.cache_interval, SHALLOW, steps, manifest),
+        safety_interval=_interval("safety", request.safety_interval, KEPT_SAFETY, steps, manifest),
     )
 
 
@@ -210,19 +210,18 @@ def _guidance_scale(value: float) -> float:
     return float(value)
 
 
-def _interval(name: str, value: int, steps: int) -> int:
+def _interval(name: str, value: int, component: str, steps: int, manifest: Manifest) -> int:
+    """Check an interval of UNet calls; all but 1 need a component that older bundles lack."""
     if not isinstance(value, int) or not 1 <= value <= steps:
         raise InputError(
-            name, got=value, expected=f"a whole number from 1, which is off, to the {steps} steps"
+            f"{name} interval",
+            got=value,
+            expected=f"a whole number from 1, which is off, to the {steps} steps",
         )
-    return value
-
-
-def _cache_interval(value: int, steps: int, manifest: Manifest) -> int:
-    if _interval("cache interval", value, steps) > 1 and SHALLOW not in manifest.components:
+    if value > 1 and component not in manifest.components:
         raise InputError(
-            f"cache interval {value} with a bundle that has no {SHALLOW}",
-            do="export it again, without --via torch, or leave the interval out",
+            f"{name} interval {value} with a bundle that has no {component}",
+            do="export it again (by the builder: --via torch makes no unet_shallow), or drop it",
         )
     return value
 
