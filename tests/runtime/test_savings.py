@@ -156,7 +156,7 @@ def test_kept_safety_still_edits_and_is_told(miniature: Pipeline) -> None:
 
 def test_a_batch_of_different_presets(miniature: Pipeline) -> None:
     own: dict[str, Any] = {"safety": ["off", GENTLE, GENTLE], "guidance_scale": [7.5, 3.0, 1.0]}
-    savings = {"cache_interval": 2, "safety_interval": 2}
+    savings: dict[str, Any] = {"cache_interval": 2, "safety_interval": 2}
     together = miniature([PROMPT] * 3, batch_size=3, steps=8, **own, **savings, **FAST)
     for k in range(3):
         alone = miniature(
