@@ -36,7 +36,7 @@ from sld_edge.runtime.scorers.miniworld import SHAPES as SHAPE_CLASSES
 
 JUDGE = Path(__file__).parent / "miniworld" / "judge.onnx"
 SECOND = "red"
-PARTS = tuple(CONCEPT.split(", "))
+OVERLAPPING = ("skull", "a skull", CONCEPT)
 FIRST_SEED = 500_000
 
 
@@ -55,8 +55,8 @@ SETTINGS: Mapping[str, Setting] = {
     "both, one joined text": Setting(concepts=(f"{CONCEPT}, {SECOND}",)),
     "both, strongest": Setting(concepts=(CONCEPT, SECOND)),
     "both, sum": Setting(concepts=(CONCEPT, SECOND), combine="sum"),
-    "the skull's three words apart, strongest": Setting(concepts=PARTS),
-    "the skull's three words apart, sum": Setting(concepts=PARTS, combine="sum"),
+    "the skull in three texts, strongest": Setting(concepts=OVERLAPPING),
+    "the skull in three texts, sum": Setting(concepts=OVERLAPPING, combine="sum"),
 }
 
 
