@@ -23,12 +23,13 @@ from onnx import helper, numpy_helper
 
 from sld_edge.engines.errors import CheckpointError, InputError
 from sld_edge.export.decompose import inferred_tensors
-from sld_edge.runtime.bundle import Bundle
+from sld_edge.runtime.bundle import KEPT_SAFETY, SHALLOW, Bundle
 from sld_edge.runtime.console import run_command
 
 _VIEWS = ("Reshape", "Squeeze", "Unsqueeze", "Identity", "Flatten")  # no bytes of their own
 _SHAPES = ("Shape", "Concat", "Div")  # what the number of branches is computed with
 _LOOP = ("unet", "guidance")
+_UNUSED = ("vae_encoder", SHALLOW, KEPT_SAFETY)  # by a run that does not ask for savings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,14 +72,21 @@ def needs(bundle: Bundle, size: int, batch: int) -> dict[str, Need]:
     for name, part in manifest.components.items():
         model = onnx.load(str(bundle.path / part.files[0].path), load_external_data=False)
         weights = sum(file.bytes for file in part.files)
+        if name == SHALLOW:  # most of its file is the UNet's own
+            weights = sum(map(_stored_bytes, model.graph.initializer))
         own = {**sizes, "B": 1} if name == "vae_decoder" else sizes
         found[name] = Need(weights=weights, activations=peak_bytes(model, own))
     return found
 
 
+def _stored_bytes(tensor: onnx.TensorProto) -> int:
+    dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    return math.prod(tensor.dims) * dtype.itemsize
+
+
 def whole_run(parts: Mapping[str, Need]) -> int:
     """Everything that makes a picture loaded, one component running at a time."""
-    used = [need for name, need in parts.items() if name != "vae_encoder"]
+    used = [need for name, need in parts.items() if name not in _UNUSED]
     return sum(need.weights for need in used) + max(need.activations for need in used)
 
 

@@ -135,6 +135,8 @@ class Pipeline:
         negative_prompt: str | Sequence[str] | None = None,
         height: int | None = None,
         width: int | None = None,
+        cache_interval: int = 1,
+        safety_interval: int = 1,
         latents: NDArray[np.float32] | None = None,
         batch_size: int | None = None,
         callback: Callback | None = None,
@@ -161,6 +163,10 @@ class Pipeline:
             negative_prompt: takes the empty prompt's place.
             height: in pixels.
             width: in pixels.
+            cache_interval: UNet calls from one whole one to the next; between them the deep layers'
+                features are used again (DeepCache). 1 is off.
+            safety_interval: UNet calls from one with the safety branches to the next; between them
+                their distance from the unconditional branch is used again. 1 is off.
             latents: float32 [B,4,h,w], starting noise of unit variance, in place of the seeds'.
             batch_size: images denoised at once; by default one on the CPU, elsewhere as many as
                 fill one 512 px image.
@@ -184,6 +190,8 @@ class Pipeline:
             count=count,
             width=width,
             height=height,
+            cache_interval=cache_interval,
+            safety_interval=safety_interval,
         )
         return self.run(
             self.plan(request), latents=latents, batch_size=batch_size, callback=callback
@@ -243,6 +251,8 @@ class Pipeline:
             latents=latents,
             noise=noise,
             unet_precision=self._precision("unet"),
+            cache_interval=plan.cache_interval,
+            safety_interval=plan.safety_interval,
         )
         return denoise(self._stepper(job), job)
 
@@ -323,19 +333,19 @@ class Pipeline:
         self.close()
 
     def _stepper(self, job: Job) -> HostStepper | DeviceStepper:
-        unet, guidance = self.engine("unet"), self.engine("guidance")
-        device_unet, device_guidance = device_engine(unet), device_engine(guidance)
-        if device_unet is None or device_guidance is None:
+        engines = {name: self.engine(name) for name in job.components}
+        lent = {name: device_engine(engine) for name, engine in engines.items()}
+        on_device = {name: engine for name, engine in lent.items() if engine is not None}
+        if len(on_device) < len(engines):
             together = self._loader.on_device or job.latents[:, 0].size < _CELLS
-            return HostStepper(unet, guidance, job, together=together)
+            return HostStepper(engines, job, together=together)
         shapes = (job.latents.shape, job.context.shape)
         if self._stage is not None and (self._stage.latents, self._stage.context) != shapes:
             self._stage.close()
             self._stage = None
         if self._stage is None:
-            self._stage = DeviceStage(
-                device_unet, device_guidance, latents=shapes[0], context=shapes[1]
-            )
+            self._stage = DeviceStage(on_device, latents=shapes[0], context=shapes[1])
+        self._stage.engines.update(on_device)
         return DeviceStepper(self._stage, job)
 
     def _unneeded(self, name: str) -> None:
@@ -361,9 +371,9 @@ class Pipeline:
         begin = clock()
         steps = self.steps(plan, images, latents)
         encoded = clock()
-        branches = []
+        made = []
         for step in steps:
-            branches.append(step.branches)
+            made.append((step.branches, step.cached))
             if callback is not None:
                 callback(step)
             last = step
@@ -387,7 +397,8 @@ class Pipeline:
                 calls=[
                     StepReport(
                         timestep=float(plan.table.timesteps[index]),
-                        branches=branches[index],
+                        branches=made[index][0],
+                        cached=made[index][1],
                         share=round(float(figures.share[index, position]), 6),
                         strength=round(float(figures.strength[index, position]), 6),
                         concept_strength=[
