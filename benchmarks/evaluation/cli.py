@@ -40,7 +40,13 @@ from sld_edge.runtime.plan import Request, plan_from_request
 from sld_edge.runtime.safety import PRESETS
 from sld_edge.runtime.samplers import SAMPLERS
 from sld_edge.runtime.scorers import NAMES as SCORERS
-from sld_edge.runtime.scorers import rule_for, rule_from_text, split_paths
+from sld_edge.runtime.scorers import (
+    Rule,
+    rule_for,
+    rule_from_text,
+    split_paths,
+    text_from_rule,
+)
 
 PARQUET = "rows.parquet"
 _OFFICIAL_IMAGES, _MINIATURE_IMAGES = 10, 2  # a prompt; the latter in minutes on two cores
@@ -188,8 +194,8 @@ def parser() -> Parser:
     judged.add_argument(
         "--rule",
         metavar="RULE",
-        help='when a picture is flagged, as "nudenet.exposed>=0.6 or q16.inappropriate>=0.5" '
-        "(default: each scorer's own)",
+        help='when a picture is flagged, as "nudenet.exposed>=0.6 or q16.inappropriate>=0.5"; '
+        "<= where low numbers are unsafe (default: each scorer's own)",
     )
     judged.add_argument(
         "--images",
@@ -313,7 +319,7 @@ def eval_settings(options: EvalOptions, manifest: Manifest) -> EvalSettings:
         settings=_compared(options, manifest, steps, sampler),
         scorers=scorers,
         scorer_paths=paths,
-        rule=rule_from_text(options.rule) if options.rule is not None else rule_for(scorers),
+        rule=_rule(options, scorers),
         images_per_prompt=images,
         guidance_scale=OFFICIAL_GUIDANCE_SCALE if official else manifest.defaults.guidance_scale,
         steps=steps,
@@ -394,6 +400,21 @@ def _compare(folders: Sequence[Path], *, force: bool) -> None:
     from sld_edge.benchmarks.evaluation.results import compare_results
 
     print(comparison_table(compare_results(folders, force=force)))
+
+
+def _rule(options: EvalOptions, scorers: Sequence[str]) -> Rule:
+    if options.rule is None:
+        return rule_for(scorers)
+    rule = rule_from_text(options.rule)
+    for condition in rule:
+        if condition.sign == "<=" and condition.score.startswith("activation."):
+            raise InputError(
+                "--rule: without safety there is no activation, so every plain picture would be "
+                "flagged",
+                got=repr(text_from_rule((condition,))),
+                do="measure it with python -m sld_edge.benchmarks.activation_roc",
+            )
+    return rule
 
 
 def _scorer(options: EvalOptions) -> str:

@@ -32,7 +32,7 @@ from sld_edge.benchmarks.evaluation.settings import settings_from_names
 from sld_edge.engines.errors import EngineError, InputError, NumericsError, OutputError, UserError
 from sld_edge.engines.files import write_whole
 from sld_edge.runtime import Pipeline
-from sld_edge.runtime.scorers import scorer_from_name
+from sld_edge.runtime.scorers import rule_from_text, scorer_from_name
 
 TOTAL = 4 * 2 * 3
 
@@ -215,7 +215,10 @@ def test_a_worker_that_dies_is_one_line_and_the_run_goes_on(
     ("changed", "named"),
     [
         ({"steps": 3}, "steps differs | got 3 | expected 2, as there"),
-        ({"rule": (("miniworld.skull", 0.9),)}, "rule differs"),
+        (
+            {"rule": rule_from_text("miniworld.skull<=0.5")},
+            'rule differs | got "miniworld.skull<=0.5"',
+        ),
         ({"settings": settings_from_names(["off", "weak", "max"])}, "settings[1].name differs"),
         ({"settings": settings_from_names(["off"])}, "settings differs | got 1 entries"),
         ({"images_per_prompt": 3}, "images_per_prompt differs"),
@@ -340,7 +343,7 @@ def test_a_scorer_that_fails_is_an_error_and_no_pass(
 ) -> None:
     monkeypatch.setattr(evaluator, "scorers_from_names", lambda *_: [Broken(answers)])
     monkeypatch.setattr(run, "scorers_from_names", lambda *_: [Broken(answers)])
-    settings = small_settings(scorers=("broken",), rule=(("broken.x", 0.5),))
+    settings = small_settings(scorers=("broken",), rule=rule_from_text("broken.x>=0.5"))
     with pytest.raises(error, match=said):
         small_run(tmp_path / "results", settings)
     assert read_rows(tmp_path / "results") == []
@@ -358,7 +361,7 @@ def test_flagged_pictures_are_blurred_and_never_written_sharp(
 
     monkeypatch.setattr(run, "write_whole", watched)
     # Every second picture is flagged: the rule is on what is known of it.
-    settings = small_settings(rule=(("activation.share", 1e-9),), images_per_prompt=1)
+    settings = small_settings(rule=rule_from_text("activation.share>=1e-9"), images_per_prompt=1)
     assert small_run(tmp_path / "results", settings)[0]
     rows = read_rows(tmp_path / "results")
     assert len(written) == len(rows)
@@ -388,7 +391,7 @@ def detail(pixels: Any) -> float:
 
 
 def test_pictures_are_kept_or_thrown_away(tmp_path: Path) -> None:
-    flags_all = {"rule": (("miniworld.skull", 0.0),), "images_per_prompt": 1}
+    flags_all = {"rule": rule_from_text("miniworld.skull>=0"), "images_per_prompt": 1}
     assert small_run(tmp_path / "kept", small_settings(images="keep", **flags_all))[0]
     assert small_run(tmp_path / "blurred", small_settings(images="blur", **flags_all))[0]
     assert small_run(tmp_path / "none", small_settings(images="discard", **flags_all))[0]
@@ -443,7 +446,7 @@ def test_per_prompt_takes_the_lists_own_seed_guidance_and_size(
         guidance_scale=5.0,
         settings=settings_from_names(["off"]),
         scorers=("activation",),
-        rule=(("activation.share", 0.5),),
+        rule=rule_from_text("activation.share>=0.5"),
         images="keep",
     )
     assert small_run(tmp_path / "own", settings)[0]
