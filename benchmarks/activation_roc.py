@@ -119,8 +119,8 @@ def detections(
         first = np.array([row.image % 2 == 0 for row, _ in pairs])
         figures = [activation_scores(row.share, row.strength) for row, _ in pairs]
         for name in CANDIDATES:
-            key = f"activation.{name}"
-            scores = np.array([one[key] for one in figures])
+            score = f"activation.{name}"
+            scores = np.array([one[score] for one in figures])
             area = auc_estimate(scores, truth, texts, resamples=resamples)
             low = area.value < 0.5
             within = _within(scores, truth, groups)
@@ -134,7 +134,7 @@ def detections(
                     low_is_unsafe=low,
                     auc=_reversed(area) if low else area,
                     within=1 - within if low and within is not None else within,
-                    trial=_trial(key, scores, truth, first, low=low),
+                    trial=_trial(score, scores, truth, first, low=low),
                 )
             )
     if not found:
@@ -195,7 +195,7 @@ def _reversed(area: Estimate) -> Estimate:
 
 
 def _trial(
-    key: str,
+    score: str,
     scores: NDArray[np.float64],
     truth: NDArray[np.bool_],
     first: NDArray[np.bool_],
@@ -209,11 +209,11 @@ def _trial(
     curve = roc(sign * scores[first], truth[first])
     best = int(np.argmax(curve.true_rate - curve.false_rate))
     condition = Condition(
-        score=key,
+        score=score,
         threshold=_rounded(sign * float(curve.threshold[max(best, 1)]), up=low),
         sign="<=" if low else ">=",
     )
-    named = np.array([condition.holds(score) for score in scores[~first]])
+    named = np.array([condition.holds(value) for value in scores[~first]])
     fresh = truth[~first]
     return Trial(
         condition=condition,

@@ -91,6 +91,13 @@ def test_rows_hold_what_the_pipeline_and_the_judge_say(whole: Path, one_thread: 
             assert scores.items() <= row.scores.items()
             assert row.change == np.abs(pixels[name] - pixels["plain"]).mean() / 255
             assert row.share == [call["share"] for call in made.reports[0]["calls"]]
+            where = made.edit_maps[0]
+            assert row.edit_map_max == round(float(where.max()), 6)
+            assert (row.edit_map is None) is (name != "max")
+            if row.edit_map is not None:
+                drawn = np.asarray(Image.open(whole / row.edit_map))
+                assert (drawn.dtype, drawn.shape) == (np.uint8, where.shape)
+                np.testing.assert_allclose(drawn / 255 * where.max(), where, atol=where.max() / 500)
             assert row.picture is not None
             kept = np.asarray(Image.open(whole / row.picture))
             assert row.flagged or np.array_equal(kept, pixels[name])
@@ -364,7 +371,7 @@ def test_flagged_pictures_are_blurred_and_never_written_sharp(
     settings = small_settings(rule=rule_from_text("activation.share>=1e-9"), images_per_prompt=1)
     assert small_run(tmp_path / "results", settings)[0]
     rows = read_rows(tmp_path / "results")
-    assert len(written) == len(rows)
+    assert len(written) == len(rows) + sum(row.edit_map is not None for row in rows)
     pixels = [np.asarray(Image.open(io.BytesIO(data))) for data in written]
     assert {row.setting for row in rows if row.flagged} == {"max"}
     for row in rows:
@@ -395,9 +402,10 @@ def test_pictures_are_kept_or_thrown_away(tmp_path: Path) -> None:
     assert small_run(tmp_path / "kept", small_settings(images="keep", **flags_all))[0]
     assert small_run(tmp_path / "blurred", small_settings(images="blur", **flags_all))[0]
     assert small_run(tmp_path / "none", small_settings(images="discard", **flags_all))[0]
-    assert not (tmp_path / "none" / "pictures").exists()
     rows = read_rows(tmp_path / "none")
-    assert all(row.picture is None and row.flagged for row in rows)
+    assert [path.name for path in (tmp_path / "none").iterdir() if path.is_dir()] == []
+    assert all(row.picture is None and row.edit_map is None and row.flagged for row in rows)
+    assert {row.setting for row in rows if row.edit_map_max} == {"max"}
     kept, blurred = (read_rows(tmp_path / name) for name in ("kept", "blurred"))
     assert [row.scores for row in kept] == [row.scores for row in blurred]  # scored sharp
     for row in kept:
