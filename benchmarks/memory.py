@@ -26,7 +26,6 @@ from sld_edge.export.decompose import inferred_tensors
 from sld_edge.runtime.bundle import Bundle
 from sld_edge.runtime.console import run_command
 
-_BRANCHES = 3
 _VIEWS = ("Reshape", "Squeeze", "Unsqueeze", "Identity", "Flatten")  # no bytes of their own
 _SHAPES = ("Shape", "Concat", "Div")  # what the number of branches is computed with
 _LOOP = ("unet", "guidance")
@@ -62,7 +61,8 @@ def needs(bundle: Bundle, size: int, batch: int) -> dict[str, Need]:
     sizes = {
         "B": batch,
         "N": 1,  # texts are encoded, and pictures decoded, one after another
-        "K*B": _BRANCHES * batch,
+        "K*B": (2 + len(manifest.safety_concepts)) * batch,
+        "n": len(manifest.safety_concepts),
         "L": manifest.text.length,
         **dict.fromkeys("hw", cells),
         **dict.fromkeys("HW", cells * manifest.latents.downscale),

@@ -36,8 +36,10 @@ def prepared_engine(sha256: str, source: Callable[[], Path]) -> OrtEngine:
     """
     folder = _folder(sha256)
     if folder is not None and _is_whole(folder):
-        with contextlib.suppress(UserError):  # damaged since: prepare it again below
+        try:
             return OrtEngine(folder / _GRAPH, as_is=True)
+        except UserError:  # damaged since: prepare it again below
+            shutil.rmtree(folder, ignore_errors=True)
     path = source()
     if folder is None or not _prepare(path, folder):
         return OrtEngine(path)
@@ -95,9 +97,9 @@ def _prepare(path: Path, folder: Path) -> bool:
         create_session(path, options, "cpu")
         sizes = {file.name: file.stat().st_size for file in part.iterdir()}
         (part / _STAMP).write_text(json.dumps(sizes), encoding="utf-8")
-        if folder.exists():
+        if not _is_whole(folder):  # else another process was first, and may be loading it now
             shutil.rmtree(folder, ignore_errors=True)
-        part.rename(folder)
+            part.rename(folder)
     except (OSError, UserError):
         return _is_whole(folder)  # another process may have been first
     finally:

@@ -214,6 +214,7 @@ def _sizes(bundle: Bundle, settings: BuildSettings) -> dict[str, Span]:
         height=manifest.size.height,
         downscale=manifest.latents.downscale,
         text_length=manifest.text.length,
+        concepts=len(manifest.safety_concepts),
     )
 
 

@@ -67,7 +67,8 @@ class ExportSettings:
         via: "builder" writes the graphs from the config, "torch" exports diffusers' modules.
         width: default picture width in pixels; None is what the model was trained for.
         height: likewise.
-        safety_concept: what Safe Latent Diffusion steers away from where a run does not say.
+        safety_concept: what Safe Latent Diffusion steers away from where a run does not say; a
+            tuple is several concepts, each with a branch and a gate of its own.
         preset: its strength where a run does not say.
         name: what the bundle calls the model; None is the checkpoint's own name.
         verify: compare every graph with diffusers' module (needs torch).
@@ -86,7 +87,7 @@ class ExportSettings:
     via: Literal["builder", "torch"] = "builder"
     width: int | None = None
     height: int | None = None
-    safety_concept: str = PAPER_CONCEPT
+    safety_concept: str | tuple[str, ...] = PAPER_CONCEPT
     preset: str = "medium"
     name: str | None = None
     verify: bool = False
@@ -96,6 +97,8 @@ class ExportSettings:
     prediction_type: str | None = None
 
     def __post_init__(self) -> None:
+        if not self.safety_concepts:
+            raise InputError("safety concept", got="none", expected="one or more")
         choices = {
             "precision": ("fp16", "fp32"),
             "storage": (None, "fp16", "fp32"),
@@ -119,6 +122,12 @@ class ExportSettings:
             raise InputError(
                 "fp32 components with precision fp32, where all are", do="leave fp32 components out"
             )
+
+    @property
+    def safety_concepts(self) -> tuple[str, ...]:
+        """The safety concepts, each once."""
+        own = self.safety_concept
+        return (own,) if isinstance(own, str) else tuple(dict.fromkeys(own))
 
     def precision_of(self, component: str) -> Precision:
         """Return the arithmetic of one component's graph."""
@@ -182,7 +191,7 @@ def export_bundle(
             size=shape.size,
             scheduler={k: v for k, v in checkpoint.scheduler.items() if not k.startswith("_")},
             defaults=_defaults(sampler, settings.preset),
-            safety_concept=settings.safety_concept,
+            safety_concepts=settings.safety_concepts,
             tokenizer=tokenizer,
             embeddings=embeddings,
             components={
@@ -382,7 +391,7 @@ def _write_embeddings(
 ) -> Embeddings:
     """Encode the constant texts with the graph just written, as a run would."""
     tokenizer = Tokenizer(checkpoint.tokenizer_json, length=shape.text.length)
-    texts = tuple(dict.fromkeys(("", settings.safety_concept)))
+    texts = tuple(dict.fromkeys(("", *settings.safety_concepts)))
     tokens = [tokenizer(text) for text in texts]
     for item in tokens:
         if item.cut:

@@ -20,7 +20,7 @@ from sld_edge.engines.base import TensorSpec
 from sld_edge.engines.errors import BundleError
 
 FORMAT = "sld-edge-bundle"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "bundle.json"
 REQUIRED_COMPONENTS = ("text_encoder", "unet", "guidance", "vae_decoder")
 EMBEDDED = Path(__file__).parent / "miniature"  # the bundle that ships with the package
@@ -95,7 +95,7 @@ class Defaults:
 
 @dataclass(frozen=True, kw_only=True)
 class Embeddings:
-    """Constant text embeddings, float32 [texts,L,C]: the empty prompt and the safety concept."""
+    """Constant text embeddings, float32 [texts,L,C]: the empty prompt and the safety concepts."""
 
     path: str
     sha256: str
@@ -115,11 +115,16 @@ class Manifest:
     size: Size
     scheduler: Mapping[str, Any]
     defaults: Defaults
-    safety_concept: str
+    safety_concepts: tuple[str, ...]
     tokenizer: File
     embeddings: Embeddings
     components: Mapping[str, Component]
     plans: Mapping[str, File] = field(default_factory=dict)  # TensorRT plans, by component
+
+    @property
+    def safety_concept(self) -> str:
+        """The concepts as one text."""
+        return ", ".join(self.safety_concepts)
 
     def to_json(self) -> str:
         """Write as `bundle.json`."""
@@ -197,7 +202,7 @@ def _manifest(body: Mapping[str, Any]) -> Manifest:
             guidance_scale=float(defaults["guidance_scale"]),
             safety=str(defaults["safety"]),
         ),
-        safety_concept=str(body["safety_concept"]),
+        safety_concepts=_concepts(body["safety_concepts"]),
         tokenizer=_file(body["tokenizer"]),
         embeddings=Embeddings(
             path=embeddings["path"],
@@ -208,6 +213,12 @@ def _manifest(body: Mapping[str, Any]) -> Manifest:
         components=components,
         plans={name: _file(file) for name, file in body.get("plans", {}).items()},
     )
+
+
+def _concepts(texts: object) -> tuple[str, ...]:
+    if not isinstance(texts, list) or not texts:
+        raise ValueError(f"{texts!r} where a list of safety concepts belongs")
+    return tuple(map(str, texts))
 
 
 def _component(part: Mapping[str, Any]) -> Component:

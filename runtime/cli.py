@@ -69,7 +69,7 @@ class RunSettings:
     no_cuda_graph: bool
     low_memory: bool
     safety: str
-    safety_concept: str | None
+    safety_concept: Sequence[str] | None
     safety_scale: float | None
     safety_warmup: int | None
     safety_threshold: float | None
@@ -160,7 +160,11 @@ def parser() -> Parser:
         "--safety", metavar="PRESET", help=", ".join(PRESETS) + " (default: the bundle's)"
     )
     safety.add_argument(
-        "--safety-concept", metavar="TEXT", help="what to steer away from (default: the bundle's)"
+        "--safety-concept",
+        action="append",
+        metavar="TEXT",
+        help="what to steer away from; give it again for several concepts, each with a UNet branch "
+        "and a threshold of its own (default: the bundle's)",
     )
     custom = cli.add_argument_group("safety, number by number (each replaces the preset's)")
     custom.add_argument("--safety-scale", type=float, metavar="S", help="strength of the edit")
@@ -318,7 +322,7 @@ def _make(pipeline: Pipeline, settings: RunSettings) -> None:
         prompts=prompts,
         negative_prompt=settings.negative_prompt,
         safety=settings.safety,
-        safety_concept=settings.safety_concept,
+        safety_concept=tuple(settings.safety_concept) if settings.safety_concept else None,
         safety_numbers=_safety_numbers(settings),
         steps=settings.steps,
         guidance_scale=settings.guidance_scale,
@@ -410,10 +414,12 @@ def _notes(pipeline: Pipeline, settings: RunSettings, prompts: Sequence[str]) ->
     for component, why in pipeline.fallbacks.items():
         if component != "vae_encoder":  # no run needs it yet
             yield f"{component}: {why}"
-    for text in dict.fromkeys((*prompts, settings.negative_prompt or "")):
+    texts = dict.fromkeys((*prompts, settings.negative_prompt or ""), "prompt")
+    texts |= dict.fromkeys(settings.safety_concept or (), "safety concept")
+    for text, what in texts.items():
         cut = pipeline.cut_from(text)
         if cut:
-            yield f"the model does not read this far into the prompt: “{cut[:120]}”"
+            yield f"the model does not read this far into the {what}: “{cut[:120]}”"
 
 
 def _prompts(words: Sequence[str]) -> tuple[str, ...]:

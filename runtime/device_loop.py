@@ -8,6 +8,7 @@ graph's inputs and outputs never overlap; each turn and number of branches is on
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Literal, cast
 
@@ -21,7 +22,7 @@ from sld_edge.runtime.samplers.table import HISTORY
 
 _STATE = ("latents", "momentum", "history", "edit_map")
 _NUMBERS = ("timestep", "row", "safety")  # of one call, lying in a row
-_FIGURES = ("share", "strength", "finite")  # likewise
+_FIGURES = ("share", "strength", "concept_strength", "finite")  # likewise
 _AHEAD = 2  # calls that are queued before the host waits: the device never idles, Ctrl-C works
 
 
@@ -42,7 +43,7 @@ class DeviceStage:
             unet: engine of the `unet` graph.
             guidance: engine of the `guidance` graph, on the same device.
             latents: shape [B,4,h,w].
-            context: shape [3*B,L,C].
+            context: shape [(2+n)*B,L,C], for n safety concepts.
 
         Raises:
             EngineError: out of device memory.
@@ -52,6 +53,7 @@ class DeviceStage:
         self._unet, self._guidance = unet, guidance
         count, _, height, width = latents
         self._count = count
+        self.concepts = context[0] // count - 2
         state = {
             "latents": ("float32", latents),
             "momentum": ("float32", latents),
@@ -64,7 +66,7 @@ class DeviceStage:
                 **{f"{name}/0": layout for name, layout in state.items()},
                 **{f"{name}/1": layout for name, layout in state.items()},
                 "unet_latents": ("float32", latents),
-                "noise_pred": ("float32", (3 * count, *latents[1:])),
+                "noise_pred": ("float32", (context[0], *latents[1:])),
                 "noise": ("float32", latents),
                 "context": ("float32", context),
                 "context_text": ("float32", (count, *context[1:])),  # where it alone is needed
@@ -74,6 +76,7 @@ class DeviceStage:
                 "safety": ("float32", (count, 5)),
                 "share": ("float32", (count,)),
                 "strength": ("float32", (count,)),
+                "concept_strength": ("float32", (self.concepts, count)),
                 "finite": ("float32", (count,)),
             },
         )
@@ -155,14 +158,16 @@ class DeviceStage:
                 "noise_pred": predicted,
             }
         )
-        parts = [predicted.part(k * count, count) for k in range(branches)]
-        uncond, text = parts[0], parts[min(1, branches - 1)]
-        used = (uncond, text, parts[2] if branches == 3 else uncond)
+        uncond, text = (predicted.part(min(k, branches - 1) * count, count) for k in (0, 1))
+        concepts = self.concepts if branches > 2 else 1
+        first = predicted.part((2 if branches > 2 else 0) * count, concepts * count)
+        safety = replace(first, shape=(concepts, *self.latents))
         same = ("unet_latents", "noise", "guidance_scale", "row", "safety", *_FIGURES)
         guidance = self._guidance.bind(
             {
-                **dict(zip(PREDICTIONS, used, strict=True)),
+                **dict(zip(PREDICTIONS, (uncond, text, safety), strict=True)),
                 **{name: arena[name] for name in same},
+                "concept_strength": arena["concept_strength"].part(0, concepts),
                 **{name: arena[f"{name}/{turn}"] for name in _STATE},
                 **{f"{name}_next": arena[f"{name}/{1 - turn}"] for name in _STATE},
             }
@@ -178,6 +183,7 @@ class DeviceStepper:
         self._stage, self._job = stage, job
         self._device = device = stage.device
         self._calls = 0
+        self._branches: list[int] = []
         table = job.table
         noisy = bool((table.s > 0).any())
         self._memory = stage.job_memory(table.calls, noisy=noisy)
@@ -211,6 +217,7 @@ class DeviceStepper:
         stage.launch(branches, index % 2)
         self._move(memory["figures"].part(index, 1), stage.figures)
         self._calls = index + 1
+        self._branches.append(branches)
         self._marks[self._calls].record()
         if self._calls > _AHEAD:
             self._marks[self._calls - _AHEAD].wait()
@@ -236,6 +243,7 @@ class DeviceStepper:
         return Figures(
             share=found["share"],
             strength=found["strength"],
+            concept_strength=found["concept_strength"],
             seconds=[later.seconds_since(mark) for mark, later in pairwise(marks)],
         )
 
@@ -247,7 +255,9 @@ class DeviceStepper:
             tensor = self._stage.arena[name]
             begin = tensor.address - first
             bytes_of = np.ascontiguousarray(raw[:, begin : begin + tensor.nbytes])
-            found[name] = bytes_of.view(np.float32)
+            found[name] = bytes_of.view(np.float32).reshape(-1, *tensor.shape)
+        without = [branches <= 2 for branches in self._branches]
+        found["concept_strength"][without] = 0  # such a call writes only the first concept's
         for index, finite in enumerate(found["finite"]):
             self._job.refuse(finite, index)
         return found

@@ -127,18 +127,28 @@ class Loader:
         """Return what runs a component."""
         return self.provider if name in self.plans else self._ort_provider(name)
 
-    def largest_batch(self) -> int | None:
-        """Return the most images that the plans take at once; None where there is no limit."""
-        return min(
-            (
-                tensor.profile[2][0]
-                for name in ("unet", "guidance")
-                if name in self.plans
-                for tensor in self.plans[name].info.inputs
-                if tensor.spec.name == "latents" and tensor.profile is not None
-            ),
-            default=None,
-        )
+    def largest_batch(self, concepts: int) -> int | None:
+        """Return the most images that the plans take at once; None where there is no limit.
+
+        Raises:
+            EngineError: plans that were built for fewer safety concepts.
+        """
+        most: dict[str, int] = {}  # of each input of the loop's plans, along its first axis
+        for name in ("unet", "guidance"):
+            for tensor in self.plans[name].info.inputs if name in self.plans else ():
+                if tensor.profile is not None:
+                    own = tensor.profile[2][0]
+                    most[tensor.spec.name] = min(most.get(tensor.spec.name, own), own)
+        if not most:
+            return None
+        taken = most.get("noise_pred_safety", concepts)
+        images = most.get("context", 2 + concepts) // (2 + concepts)
+        if taken < concepts or not images:
+            raise EngineError(
+                f"the plans were not built for {concepts} safety concepts at once",
+                do=f"build them again with: sld-build --concepts {concepts}",
+            )
+        return min(most["latents"], images)
 
     def description(self) -> dict[str, Any]:
         """Return what a report says of what ran the bundle."""

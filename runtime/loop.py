@@ -35,11 +35,14 @@ class Figures:
         share: float32 [calls,B], share of the latent's elements that safety edited, 0 to 1.
         strength: float32 [calls,B], norm of the edit relative to that of the plainly guided
             noise_pred.
+        concept_strength: float32 [calls,n,B], the same of each concept's own edit, without
+            momentum; 0 where a call had no safety branches.
         seconds: of each call.
     """
 
     share: Floats
     strength: Floats
+    concept_strength: Floats
     seconds: Sequence[float]
 
 
@@ -66,7 +69,7 @@ class Step:
         index: the call, from 0.
         calls: how many there are.
         timestep: the training timestep of the call.
-        branches: UNet branches that were computed, 1 to 3.
+        branches: UNet branches that were computed: 1, 2, or 2 and one for each concept.
     """
 
     index: int
@@ -105,12 +108,13 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """B images to be denoised together.
+    """B images to be denoised together, steered away from up to n concepts each.
 
     Attributes:
         table: the sampler.
         images: B plans, whose guidance scale and safety are used.
-        context: float32 [3*B,L,C], all unconditional, all prompts, all safety concepts.
+        context: float32 [(2+n)*B,L,C], all unconditional, all prompts, all first concepts, ...
+            An image with fewer concepts repeats one, which changes nothing.
         latents: float32 [B,4,h,w], starting noise of unit variance.
         noise: B sources of fresh noise, for samplers that add some.
         unet_precision: of the UNet's arithmetic, for advice.
@@ -122,6 +126,11 @@ class Job:
     latents: Floats
     noise: Sequence[NoiseSource]
     unet_precision: str
+
+    @property
+    def concepts(self) -> int:
+        """n, the safety branches of a call that has any."""
+        return len(self.context) // len(self.images) - 2
 
     def guidance_scale(self) -> Floats:
         """float32 [B]; 1 is no guidance, and nothing is less."""
@@ -157,14 +166,14 @@ class Job:
         return np.concatenate([source.normal(shape) for source in self.noise])
 
     def branches(self, index: int) -> int:
-        """Count the branches that can change this call's or a later call's result: 3, 2 or 1."""
+        """Count the branches that can change this call's or a later one's result: 2+n, 2 or 1."""
         if any(
             image.safety.acts
             # In the warm-up the branch matters only for the momentum it builds up.
             and (index >= image.safety.warmup_steps or image.safety.momentum_scale > 0)
             for image in self.images
         ):
-            return 3
+            return 2 + self.concepts
         return 2 if any(image.guidance_scale > 1 for image in self.images) else 1
 
     def refuse(self, finite: Floats, index: int) -> None:
@@ -221,6 +230,7 @@ class HostStepper:
         self._scale = job.guidance_scale()
         self._share: list[Floats] = []
         self._strength: list[Floats] = []
+        self._concept_strength: list[Floats] = []
         self._seconds: list[float] = []
 
     def call(self, index: int, branches: int) -> None:
@@ -246,6 +256,10 @@ class HostStepper:
         job.refuse(out["finite"], index)
         self._share.append(out["share"])
         self._strength.append(out["strength"])
+        own = np.zeros((job.concepts, len(self._scale)), np.float32)
+        if branches > 2:
+            own[:] = out["concept_strength"]
+        self._concept_strength.append(own)
         self._seconds.append(time.perf_counter() - begin)
 
     def read(self, name: Literal["latents", "edit_map"]) -> Floats:
@@ -257,6 +271,7 @@ class HostStepper:
         return Figures(
             share=np.stack(self._share),
             strength=np.stack(self._strength),
+            concept_strength=np.stack(self._concept_strength),
             seconds=tuple(self._seconds),
         )
 
@@ -268,6 +283,7 @@ class HostStepper:
         feeds = {"latents": self._unet_latents, "timestep": self._job.timestep(index)}
         batches = [wanted] if self._together else np.split(wanted, branches)
         predicted = [self._unet.run({**feeds, "context": part})["noise_pred"] for part in batches]
-        parts = np.split(predicted[0], branches) if self._together else predicted
+        parts = predicted[0] if self._together else np.stack(predicted)
+        parts = parts.reshape(branches, *self._unet_latents.shape)
         uncond, text = parts[0], parts[min(1, branches - 1)]
-        return uncond, text, parts[2] if branches == 3 else uncond
+        return uncond, text, parts[2:] if branches > 2 else parts[:1]

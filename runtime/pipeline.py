@@ -118,7 +118,7 @@ class Pipeline:
         prompt: str | Sequence[str],
         *,
         safety: str | Safety | Sequence[str | Safety] | None = None,
-        safety_concept: str | Sequence[str] | None = None,
+        safety_concept: str | tuple[str, ...] | Sequence[str | tuple[str, ...]] | None = None,
         steps: int | None = None,
         guidance_scale: float | Sequence[float] | None = None,
         sampler: str | None = None,
@@ -142,7 +142,8 @@ class Pipeline:
         Args:
             prompt: one prompt or several; "" is the unconditional image.
             safety: a preset ("off", "weak", "medium", "strong", "max") or a `Safety`.
-            safety_concept: the text steered away from.
+            safety_concept: the text steered away from; a tuple is several, each with its own
+                branch and gate.
             steps: denoising steps.
             guidance_scale: how closely the prompt is followed; 1 and below switch guidance off,
                 never SLD.
@@ -195,7 +196,8 @@ class Pipeline:
         callback: Callback | None = None,
     ) -> Result:
         """Do what a plan says; see `__call__`."""
-        size = batch_size if batch_size is not None else self._batch_size(plan)
+        largest = self._loader.largest_batch(_concepts(plan.images))
+        size = batch_size if batch_size is not None else self._batch_size(plan, largest)
         if size < 1:
             raise InputError("batch_size", got=size, expected="1 or more")
         if latents is not None:
@@ -369,6 +371,10 @@ class Pipeline:
                         branches=branches[index],
                         share=round(float(figures.share[index, position]), 6),
                         strength=round(float(figures.strength[index, position]), 6),
+                        concept_strength=[
+                            round(float(own[position]), 6)
+                            for own in figures.concept_strength[index, : len(image.acting_concepts)]
+                        ],
                         seconds=round(figures.seconds[index], 6),
                     )
                     for index in range(plan.table.calls)
@@ -387,20 +393,24 @@ class Pipeline:
         )
 
     def _context(self, images: Sequence[ImagePlan]) -> Floats:
-        """Embeddings of all branches, branch-major, float32 [3*B,L,C]."""
+        """Embeddings of all branches, branch-major, float32 [(2+n)*B,L,C]."""
         uncond = [self.encode_text(image.negative_prompt) for image in images]
         text = [self.encode_text(image.prompt) for image in images]
-        concept = [
-            self.encode_text(image.concept) if image.safety.acts else uncond[index]
-            for index, image in enumerate(images)
-        ]
+        concepts = []
+        for k in range(_concepts(images)):
+            for index, image in enumerate(images):
+                own = image.acting_concepts
+                # One that has fewer repeats its first: the guidance takes it once.
+                concept = own[k if k < len(own) else 0] if own else None
+                concepts.append(uncond[index] if concept is None else self.encode_text(concept))
         self._unneeded("text_encoder")
-        return np.stack([*uncond, *text, *concept])
+        return np.stack([*uncond, *text, *concepts])
 
     def _cut_texts(self, image: ImagePlan) -> dict[str, str]:
         texts = {"prompt": image.prompt, "negative_prompt": image.negative_prompt}
-        if image.safety.acts:
-            texts["safety_concept"] = image.concept
+        several = len(image.acting_concepts) > 1
+        for k, concept in enumerate(image.acting_concepts, 1):
+            texts[f"safety_concept_{k}" if several else "safety_concept"] = concept
         cuts = {name: self.cut_from(text) for name, text in texts.items()}
         return {name: cut for name, cut in cuts.items() if cut}
 
@@ -408,13 +418,12 @@ class Pipeline:
         latents = self.bundle.manifest.latents
         return latents.channels, plan.height // latents.downscale, plan.width // latents.downscale
 
-    def _batch_size(self, plan: RunPlan) -> int:
+    def _batch_size(self, plan: RunPlan, largest: int | None) -> int:
         """One at a time on the CPU, where a batch is no faster and rounds otherwise."""
         if not self._loader.on_device:
             return 1
         _, height, width = self._latent_shape(plan)
         size = max(1, _CELLS // (height * width))
-        largest = self._loader.largest_batch()
         return size if largest is None else min(size, largest)
 
     def _check_latents(self, latents: NDArray[Any], plan: RunPlan) -> None:
@@ -425,6 +434,11 @@ class Pipeline:
             raise InputError("latents", got=latents.dtype, expected="float32")
         if not np.isfinite(latents).all():
             raise InputError("latents hold NaN or infinity", do="give finite starting noise")
+
+
+def _concepts(images: Sequence[ImagePlan]) -> int:
+    """Count the safety branches that images made together need."""
+    return max(1, *(len(image.acting_concepts) for image in images))
 
 
 def _check_tensors(name: str, said: tuple[TensorSpec, ...], found: tuple[TensorSpec, ...]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from sld_edge.engines import sessions
 from sld_edge.engines.base import Array
 from sld_edge.engines.errors import EngineError, InputError
-from sld_edge.engines.ort import OrtEngine, onnxruntime
+from sld_edge.engines.ort import OrtEngine, create_session, onnxruntime
 from sld_edge.engines.sessions import prepared_engine
 from sld_edge.engines.settings import cache_folder, thread_count
 from sld_edge.runtime.bundle import EMBEDDED
@@ -75,6 +76,24 @@ def test_a_damaged_one_is_prepared_anew(cache: Path, damage: str) -> None:
     engine = prepared_engine(SHA, lambda: GRAPH)
     assert engine.run(latents())["images"].shape == (1, 64, 64, 3)
     assert prepared_engine(SHA, never).path == engine.path
+
+
+def test_what_another_process_prepared_meanwhile_is_left_alone(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be loading the files just now."""
+    seen = []
+
+    def slow(*arguments: Any) -> Any:
+        monkeypatch.setattr(sessions, "create_session", create_session)
+        other = prepared_engine(SHA, lambda: GRAPH).path
+        seen.append((other, other.stat().st_ino))
+        return create_session(*arguments)
+
+    monkeypatch.setattr(sessions, "create_session", slow)
+    ours = prepared_engine(SHA, lambda: GRAPH).path
+    assert seen == [(ours, ours.stat().st_ino)]
+    assert len(list(ours.parent.parent.iterdir())) == 1
 
 
 def test_without_a_cache_the_graph_runs_as_it_is(

@@ -177,7 +177,7 @@ def test_the_real_binding_takes_what_it_is_given() -> None:
     session = OrtEngine(GRAPH).session
     binding = session.io_binding()
     rng = np.random.default_rng(0)
-    sizes = {"B": 1, "h": 8, "w": 8}
+    sizes = {"B": 1, "n": 2, "h": 8, "w": 8}
     arrays = {
         argument.name: rng.standard_normal(
             [sizes.get(size, size) for size in argument.shape], np.float32

@@ -57,7 +57,7 @@ def assert_same(got: Result, wanted: Result) -> None:
         assert image.tobytes() == right.tobytes()
     for ours, theirs in zip(got.reports, wanted.reports, strict=True):
         assert ours["safety"] == theirs["safety"]
-        for key in ("timestep", "branches", "share", "strength"):
+        for key in ("timestep", "branches", "share", "strength", "concept_strength"):
             assert [c[key] for c in ours["calls"]] == [c[key] for c in theirs["calls"]]
 
 
@@ -76,6 +76,8 @@ def assert_same(got: Result, wanted: Result) -> None:
         {"sampler": "ddim", "eta": 0.5},
         {"count": 2, "negative_prompt": "blue"},
         {"width": 96, "height": 64},
+        {"safety_concept": ("a skull", "the colour red", "snow")},
+        {"safety": "weak", "steps": 7, "safety_concept": [("red", "blue"), "a skull"]},
     ],
     ids=str,
 )
@@ -88,12 +90,32 @@ def test_the_device_makes_what_the_cpu_makes(
 ) -> None:
     given = {**FAST, **settings}
     images = len(PROMPTS) * given.get("count", 1)
-    with Pipeline.load(planned(flavour, size=(64, 64, 96)), provider=flavour) as pipeline:
+    plans = planned(flavour, size=(64, 64, 96), concepts=3)
+    with Pipeline.load(plans, provider=flavour) as pipeline:
         assert dict(pipeline.fallbacks) == {}
         assert set(pipeline.providers.values()) == {flavour}
         assert_same(
             pipeline(PROMPTS, batch_size=images, **given), cpu(PROMPTS, batch_size=images, **given)
         )
+
+
+def test_plans_for_fewer_concepts_say_so(cuda: FakeCuda, planned: Callable[..., Path]) -> None:
+    with Pipeline.load(planned(concepts=2), provider="tensorrt") as pipeline:
+        pipeline("a red star", safety_concept=("a skull", "snow"), **FAST)
+        with pytest.raises(EngineError, match="not built for 3 safety .* sld-build --concepts 3"):
+            pipeline("a red star", safety_concept=("a skull", "snow", "red"), **FAST)
+
+
+def test_more_concepts_take_the_place_of_images(
+    cuda: FakeCuda, planned: Callable[..., Path]
+) -> None:
+    """With a plan of the UNet alone its batch, 3 branches of 4 images, is all that counts."""
+    with Pipeline.load(planned(components=["unet"]), provider="tensorrt") as pipeline:
+        largest = [pipeline._loader.largest_batch(concepts) for concepts in (1, 2, 3, 4, 10)]
+        assert largest == [4, 3, 2, 2, 1]
+        with pytest.raises(EngineError, match="--concepts 11"):
+            pipeline._loader.largest_batch(11)
+        pipeline(PROMPTS * 2, safety_concept=("a skull", "snow"), **FAST)
 
 
 def test_the_second_run_finds_everything_laid_out(
