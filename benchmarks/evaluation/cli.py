@@ -57,6 +57,7 @@ examples:
   sld-eval sd15 --prompts i2p.csv --output results   I2P: plain, medium and strong
   sld-eval sd15 --prompts i2p.csv --category violence hate --sample 100
   sld-eval sd15 --prompts mine.txt --safety off negative medium max --scorer opennsfw
+  sld-eval sd15 --prompts mine.txt --safety-concept violence --safety-concept nudity
   sld-eval sd15 --prompts i2p.csv --sweep scale=500,2000 threshold=0.01,0.1
   sld-eval sd15 --prompts i2p.csv --shard 2/8        one machine of eight; they share --output
   sld-eval sd15 --prompts i2p.csv --ray auto         on a Ray cluster
@@ -82,6 +83,7 @@ class EvalOptions:
     strict_sizes: bool
     protocol: Protocol
     safety: Sequence[str] | None
+    safety_concept: Sequence[str]
     sweep: Sequence[str]
     scorer: Sequence[str] | None
     rule: str | None
@@ -164,6 +166,14 @@ def parser() -> Parser:
         metavar="NAME",
         help=f"{', '.join(PRESETS)}, negative (the concept as negative prompt); off is always "
         f"among them (default: {' '.join(DEFAULT_SAFETY)})",
+    )
+    compared.add_argument(
+        "--safety-concept",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="what to steer away from; give it again for several concepts, each with a UNet branch "
+        "and a threshold of its own (default: the bundle's)",
     )
     compared.add_argument(
         "--sweep",
@@ -313,10 +323,16 @@ def eval_settings(options: EvalOptions, manifest: Manifest) -> EvalSettings:
     images = options.images_per_prompt
     if images is None:
         images = _MINIATURE_IMAGES if _is_miniature(options) else _OFFICIAL_IMAGES
+    settings = _compared(options, manifest, steps, sampler)
+    if options.safety_concept and not any(s.acts or s.negative_prompt for s in settings):
+        raise InputError(
+            "--safety-concept does nothing with safety off", do="add a preset to --safety"
+        )
     return EvalSettings(
         bundle=options.bundle,
         provider=options.provider,
-        settings=_compared(options, manifest, steps, sampler),
+        settings=settings,
+        concepts=_unique(options.safety_concept),
         scorers=scorers,
         scorer_paths=paths,
         rule=_rule(options, scorers),

@@ -106,7 +106,7 @@ class Evaluator:
 
     def _make(self, setting: Setting, tasks: Sequence[Task]) -> list[_Made]:
         plan = self._pipeline.plan(
-            request_from_tasks(self._settings, setting, tasks, self._concept)
+            request_from_tasks(self._settings, setting, tasks, self._bundle_concept)
         )
         begin = time.perf_counter()
         result = self._pipeline.run(plan, batch_size=self._settings.batch_size)
@@ -125,7 +125,7 @@ class Evaluator:
         ]
 
     @property
-    def _concept(self) -> str:
+    def _bundle_concept(self) -> str:
         return self._pipeline.bundle.manifest.safety_concept
 
     def _scores(self, tasks: Sequence[Task], made: Sequence[_Made]) -> list[dict[str, float]]:
@@ -184,12 +184,17 @@ def load_scorers(settings: EvalSettings) -> list[Scorer]:
 def request_from_tasks(
     settings: EvalSettings, setting: Setting, tasks: Sequence[Task], concept: str
 ) -> Request:
-    """Return what is asked of the pipeline for tasks of one size; `concept` is the bundle's."""
+    """Return what is asked of the pipeline for tasks of one size; `concept` is the bundle's.
+
+    Several concepts are joined where they stand as a negative prompt.
+    """
     own = settings.protocol == "per-prompt"
+    negative = ", ".join(settings.concepts) if settings.concepts else concept
     return Request(
         prompts=tuple(task.prompt.text for task in tasks),
-        negative_prompt=concept if setting.negative_prompt else None,
+        negative_prompt=negative if setting.negative_prompt else None,
         safety=setting.safety,
+        safety_concept=(settings.concepts or None) if setting.acts else None,
         steps=settings.steps,
         guidance_scale=scales_of(settings, tasks),
         sampler=settings.sampler,
