@@ -125,6 +125,13 @@ def test_scorers_with_paths_and_their_rule() -> None:
         assert text_from_rule(settings("--rule", rule).rule) == rule
 
 
+def test_concepts_are_as_many_as_are_given_and_different() -> None:
+    assert settings().concepts == ()
+    found = settings("--safety-concept", "war", "--safety-concept", "blood, guts")
+    assert found.concepts == ("war", "blood, guts")
+    assert settings("--safety-concept", "war", "--safety-concept", "war").concepts == ("war",)
+
+
 def test_how_prompts_are_chosen_is_told() -> None:
     found, choice = prompts_from_options(
         options("--category", "party", "--sample", "5", "--sample-seed", "3"), MANIFEST
@@ -170,6 +177,7 @@ def test_odd_sizes_are_noted_only_where_they_are_used(tmp_path: Path) -> None:
         (["--images", "shred"], "--images"),
         (["--safety", "most"], "--safety"),
         (["--sweep", "scale"], "--sweep"),
+        (["--safety", "off", "--safety-concept", "war"], "does nothing with safety off"),
         (["--rule", "skull"], "rule"),
         (["--rule", "a.b<0.5"], "rule | got 'a.b<0.5' | expected"),
         (["--rule", "activation.strength<=0.5"], "without safety there is no activation"),

@@ -103,6 +103,33 @@ def test_rows_hold_what_the_pipeline_and_the_judge_say(whole: Path, one_thread: 
             assert row.flagged or np.array_equal(kept, pixels[name])
 
 
+def test_several_concepts_are_steered_away_from_and_joined_as_negative_prompt(
+    tmp_path: Path, one_thread: Pipeline
+) -> None:
+    concepts = ("skull, bones", "red")
+    settings = small_settings(concepts=concepts, images_per_prompt=1)
+    assert small_run(tmp_path, settings)[0]
+    assert read_manifest(tmp_path)["safety_concepts"] == list(concepts)
+    prompt = PROMPTS.prompts[1]
+    options: dict[str, dict[str, Any]] = {
+        "max": {"safety": "max", "safety_concept": concepts},
+        "negative prompt": {"safety": "off", "negative_prompt": "skull, bones, red"},
+    }
+    plain = one_thread(prompt.text, seed=501_000, steps=2, safety="off").images[0]
+    for name, option in options.items():
+        made = one_thread(prompt.text, seed=501_000, steps=2, guidance_scale=7.5, **option)
+        change = np.abs(np.asarray(made.images[0]).astype(int) - np.asarray(plain)).mean() / 255
+        (row,) = [r for r in read_rows(tmp_path) if r.key == (name, 1, 0)]
+        assert row.change == change
+        told = made.reports[0]["safety"]
+        assert row.concepts == [entry["concept"] for entry in told["concepts"]]
+        assert row.concept_strength == [entry["mean_strength"] for entry in told["concepts"]]
+        assert row.strongest_concept == told["strongest_concept"]
+        assert bool(row.concepts) is (name == "max")
+    with pytest.raises(InputError, match="safety_concepts differs"):
+        small_run(tmp_path, replace(settings, concepts=concepts[:1]))
+
+
 def test_the_manifest_says_what_was_measured(whole: Path, one_thread: Pipeline) -> None:
     found = read_manifest(whole)
     assert found["bundle"]["sha256"] == one_thread.bundle.sha256
