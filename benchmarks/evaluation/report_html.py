@@ -257,7 +257,7 @@ def _against(results: Results) -> str:
         "concept": [(shown(cut(name)), name) for name in names]
     }
     for setting in (s for s in results.settings if s.overall.concepts):
-        cells = []
+        cells: list[tuple[str, object]] = []
         for name in names:
             own = setting.overall.concepts.get(name)
             cell, value = _number(None if own is None else own.strength)

@@ -42,8 +42,8 @@ def _strip(strip: Strip, settings: Sequence[str], results: Results, folder: Path
     blurred = results.manifest.get("images") == "blur"
     reach = max((max(row.strength, default=0.0) for row in strip.pictures if row), default=0.0)
     figures = "".join(
-        f"<figure>{_picture(folder, row, blurred)}{_acted(folder, row, reach)}"
-        f"<figcaption>{named(name)}{_told(row)}</figcaption></figure>"
+        f"<figure>{_picture(folder, row, blurred)}<figcaption>{named(name)}{_told(row)}"
+        f"</figcaption>{_acted(folder, row, reach)}</figure>"
         for name, row in zip(settings, strip.pictures, strict=True)
     )
     text = strip.prompt.text if strip.prompt.text.strip() else "(empty prompt)"
@@ -70,14 +70,17 @@ def _picture(folder: Path, row: Row | None, blurred: bool) -> str:
 
 
 def _acted(folder: Path, row: Row | None, reach: float) -> str:
-    """Where and when safety acted; nothing where it did not."""
+    """Where, when and against what safety acted; nothing where it did not."""
     if row is None or not any(row.strength):
         return ""
     uri = embedded_map(folder, row)
     title = f"{row.setting}: strength of the edit at each step"
     image = "" if uri is None else f'<img alt="where {shown(row.setting)} acted" src="{uri}">'
     line = spark_line(title=title, values=row.strength, reach=reach)
-    return f'<div class="acted">{image}{line}</div>'
+    most = ""
+    if len(row.concepts) > 1 and row.strongest_concept is not None:
+        most = f"<small>most against: {shown(cut(row.strongest_concept, _CONCEPT))}</small>"
+    return f'<div class="acted">{image}{line}{most}</div>'
 
 
 def _told(row: Row | None) -> str:
@@ -86,8 +89,6 @@ def _told(row: Row | None) -> str:
     told = ' <span class="badge">flagged</span>' if row.flagged else ""
     if row.change is not None and row.setting != PLAIN:
         told += f"<br><small>changed by {row.change:.1%}</small>"
-    if len(row.concepts) > 1 and row.strongest_concept is not None:
-        told += f"<br><small>most against: {shown(cut(row.strongest_concept, _CONCEPT))}</small>"
     return told
 
 

@@ -96,7 +96,8 @@ def test_rows_hold_what_the_pipeline_and_the_judge_say(whole: Path, one_thread: 
             assert (row.edit_map is None) is (name != "max")
             if row.edit_map is not None:
                 drawn = np.asarray(Image.open(whole / row.edit_map))
-                assert (drawn.dtype, drawn.shape) == (np.uint8, where.shape)
+                assert drawn.dtype == np.uint8
+                assert drawn.shape == where.shape
                 np.testing.assert_allclose(drawn / 255 * where.max(), where, atol=where.max() / 500)
             assert row.picture is not None
             kept = np.asarray(Image.open(whole / row.picture))
