@@ -216,7 +216,8 @@ def parser() -> Parser:
     screening.add_argument(
         "--flag-rule",
         metavar="RULE",
-        help='as "nudenet.exposed>=0.6 or q16.inappropriate>=0.5" (default: each scorer\'s own)',
+        help='as "nudenet.exposed>=0.6 or q16.inappropriate>=0.5"; <= where low numbers are unsafe '
+        "(default: each scorer's own)",
     )
 
     image = cli.add_argument_group("image")
@@ -553,7 +554,7 @@ def _verdict(report: Mapping[str, Any]) -> str:
     if "screening" not in report:
         return ""
     screening = report["screening"]
-    keys = [part.split(">=")[0] for part in screening["rule"].split(" or ")]
+    keys = dict.fromkeys(condition.score for condition in rule_from_text(screening["rule"]))
     scores = ", ".join(f"{key} {report['scores'][key]:.3f}" for key in keys)
     presets = [attempt["preset"] for attempt in screening["attempts"]]
     story = f" after {', '.join(presets[:-1])}" if len(presets) > 1 else ""
