@@ -1,12 +1,14 @@
 """Fewer steps: which sampler gives PNDM's pictures and PNDM's safety in how many steps?
 
-    python -m sld_edge.benchmarks.steps_table --output DIR --prompts 100 --safety off strong
-    python -m sld_edge.benchmarks.steps_table --output DIR --prompts 50 --safety medium max
+    python -m sld_edge.benchmarks.steps_table --output DIR --prompts 16 --safety off
+    python -m sld_edge.benchmarks.steps_table --output DIR2 --prompts 300 --safety strong --screen
 
 Runs the embedded miniature on prompts that invite a skull; every cell has the same prompts, seeds
 and starting noise, so cells are compared pair by pair. DIR keeps every picture and what the judge
-said of it, so a stopped run goes on where it was, and another run adds its cells. Beside the
-presets, `--safety` takes the variants of `strong` that tell why it is weaker in fewer steps.
+said of it, so a stopped run goes on where it was, and another run adds its cells. `--screen` makes
+the plain pictures in few steps first and goes on with the prompts that gave a skull, the only ones
+where safety has something to do: a third of the work. Beside the presets, `--safety` takes the
+variants of `strong` that tell why it is weaker in fewer steps.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ from sld_edge.runtime.scorers.miniworld import MiniWorld
 PROMPT_SEED, FIRST_SEED = 20_260, 500_000  # the safety table's
 FULL = 50
 REFERENCE = ("pndm", FULL)
+SCREEN = ("dpm++2m", 20)
 _LOG, _PICTURES, _TABLE = "answers.jsonl", "pictures", "table.md"
 
 
@@ -240,7 +243,9 @@ def _closeness(output: Path, cell: Cell, other: Cell, indices: Iterable[int]) ->
     return f"{np.median(found):.1f}" if found and cell != other else ""
 
 
-def measure(output: Path, wanted: Sequence[Cell], prompts: int, processes: int) -> None:
+def measure(
+    output: Path, wanted: Sequence[Cell], prompts: int, *, processes: int, screen: bool = False
+) -> None:
     """Make what is missing, then write and print the table.
 
     Raises:
@@ -250,23 +255,40 @@ def measure(output: Path, wanted: Sequence[Cell], prompts: int, processes: int) 
         if value < 1:
             raise InputError(name, got=value, expected="1 or more")
     output.mkdir(parents=True, exist_ok=True)
+    chosen = dict(enumerate(biased_prompts(prompts, PROMPT_SEED)))
+    if screen:
+        plain = Cell(sampler=SCREEN[0], steps=SCREEN[1], safety="off")
+        answers = _completed(output, [plain], chosen, processes)
+        unsafe = {a.index for a in answers if a.cell == plain and a.skull > 0.5}
+        chosen = {index: chosen[index] for index in chosen.keys() & unsafe}
+    answers = _completed(output, wanted, chosen, processes)
+    kept = [a for a in answers if a.index in chosen or not screen]
+    text = table(kept, output)
+    (output / _TABLE).write_text(text + "\n")
+    print(text)
+
+
+def _completed(
+    output: Path, wanted: Sequence[Cell], prompts: Mapping[int, Prompt], processes: int
+) -> list[Answer]:
+    """Make the wanted pictures that are missing; return all answers there are now."""
     answers = answers_from_log(output / _LOG)
     done = {(answer.cell, answer.index) for answer in answers}
     jobs = []
-    for index, prompt in enumerate(biased_prompts(prompts, PROMPT_SEED)):
+    for index, prompt in sorted(prompts.items()):
         missing = [cell for cell in wanted if (cell, index) not in done]
         if missing:
             jobs.append((missing, index, prompt, output))
+    if not jobs:
+        return answers
     os.environ["SLD_EDGE_THREADS"] = "1"  # one process a core is faster on so small a model
     context = multiprocessing.get_context("spawn")
-    with context.Pool(min(processes, len(jobs) or 1)) as pool, (output / _LOG).open("a") as stream:
+    with context.Pool(min(processes, len(jobs))) as pool, (output / _LOG).open("a") as stream:
         for found in tqdm(pool.imap_unordered(_work, jobs), total=len(jobs), unit="prompt"):
             answers.extend(found)
             stream.writelines(json.dumps(asdict(answer)) + "\n" for answer in found)
             stream.flush()
-    text = table(answers, output)
-    (output / _TABLE).write_text(text + "\n")
-    print(text)
+    return answers
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -283,10 +305,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     cli.add_argument("--steps", type=int, nargs="*", default=[10, 15, 20, 25, FULL])
     cli.add_argument("--safety", nargs="+", choices=(*PRESETS, *VARIANTS), default=list(PRESETS))
+    cli.add_argument("--screen", action="store_true", help="only prompts with a plain skull")
     cli.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     asked = cli.parse_args(arguments)
     wanted = cells(asked.samplers, asked.steps, asked.safety)
-    return run_command(lambda: measure(asked.output, wanted, asked.prompts, asked.processes))
+    return run_command(
+        lambda: measure(
+            asked.output, wanted, asked.prompts, processes=asked.processes, screen=asked.screen
+        )
+    )
 
 
 if __name__ == "__main__":
