@@ -1,10 +1,12 @@
 """Operations and bytes that a bundle's graphs need, from the graphs alone: nothing is run.
 
     python -m sld_edge.benchmarks.flops BUNDLE [--size 512 ...] [--branches 2 3] [--precision fp16]
+                                        [--check CHECKPOINT]
 
 A multiplication and an addition count as two operations, as torch's counter has it. Bytes of
 activations are given twice: every operator run on its own, and only what convolutions, matrix
-products and attention read and write, as if an engine fused all the rest into them.
+products and attention read and write, as if an engine fused all the rest into them. `--check`
+counts the same model, a diffusers directory, with torch's counter.
 """
 
 from __future__ import annotations
@@ -225,6 +227,20 @@ def table(bundle: Bundle, sizes: Sequence[int], branches: Sequence[int], width: 
     return "\n".join(lines)
 
 
+def check_table(bundle: Bundle, checkpoint: Path, sizes: Sequence[int]) -> str:
+    """Return a Markdown table of our count against torch's, for one branch."""
+    from sld_edge.benchmarks.torch_flops import torch_operations
+
+    rows = []
+    for size in sizes:
+        ours = works(bundle, size, branches=1)
+        for name, theirs in torch_operations(checkpoint, size).items():
+            counts = (ours[name].matrix, theirs)
+            row = [name, str(size), *(f"{count / 1e9:.3f}" for count in counts)]
+            rows.append([*row, f"{counts[0] / counts[1]:.6f}"])
+    return markdown_table(["component", "pixels", "ours GFLOP", "torch GFLOP", "ratio"], rows)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table; return the exit code."""
     return run_command(lambda: _run(arguments))
@@ -238,10 +254,14 @@ def _run(arguments: Sequence[str] | None) -> None:
     parser.add_argument(
         "--precision", choices=WIDTHS, help="of the bytes (default: each graph's own)"
     )
+    parser.add_argument("--check", type=Path, help="the diffusers directory it was made from")
     options = parser.parse_args(arguments)
     bundle = Bundle.open(options.bundle)
     width = WIDTHS[options.precision] if options.precision is not None else None
-    print(table(bundle, options.size or [bundle.manifest.size.width], options.branches, width))
+    sizes = options.size or [bundle.manifest.size.width]
+    print(table(bundle, sizes, options.branches, width))
+    if options.check is not None:
+        print("\n" + check_table(bundle, options.check, sizes))
 
 
 if __name__ == "__main__":
