@@ -179,7 +179,8 @@ def _gemm(node: onnx.NodeProto, inputs: Sequence[Shape], output: Shape) -> int:
 
 def _attention(_: onnx.NodeProto, inputs: Sequence[Shape], output: Shape) -> int:
     """Scores, then their product with the values; a causal half is not taken off, as in torch."""
-    (count, queries, width), (_, keys, _), (_, _, out) = inputs[:3]
+    count, queries, width = inputs[0]
+    keys, out = inputs[2][1:]
     return 2 * count * queries * keys * (width + out)
 
 
