@@ -4,8 +4,9 @@
 
 Makes the variants with ONNX Runtime's own quantizer from the decomposed graph of an FP32 bundle:
 static 8 bit (QDQ, ranges from `--samples` random inputs at timesteps from noise to picture), and
-weights only in 8 and 4 bit blocks. Each is run beside the bundle's own graph, in turn, on other random inputs.
-The budget is 1 % relative L2 of noise_pred: FP16 has 0.09 %. Needs the extra `export`.
+weights only in 8 and 4 bit blocks. Each is run beside the bundle's own graph, in turn, on other
+random inputs. The budget is 1 % relative L2 of noise_pred; FP16 has 0.09 %. Needs the extra
+`export`.
 """
 
 from __future__ import annotations
