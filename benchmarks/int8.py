@@ -107,21 +107,20 @@ def relative_error(got: NDArray[np.float32], wanted: NDArray[np.float32]) -> flo
 def compared(
     fp32: Engine, other: Engine, feeds: Sequence[Feeds], rounds: int
 ) -> tuple[list[float], list[float]]:
-    """Return the relative error on each input, and the ratio of the times of each round.
+    """Return each run's relative error, and each round's ratio of times; one round warms up.
 
     Times are the processor's, so that other work on the machine counts as little as it can.
     """
     errors, ratios = [], []
-    for index in range(len(feeds) + rounds):
+    for index in range(rounds + 1):
         one = feeds[index % len(feeds)]
         begin = time.process_time()
         wanted = fp32.run(one)["noise_pred"]
         middle = time.process_time()
         got = other.run(one)["noise_pred"]
         end = time.process_time()
-        if index < len(feeds):  # the first runs warm up, and tell the error
-            errors.append(relative_error(got, wanted))
-        else:
+        errors.append(relative_error(got, wanted))
+        if index:  # the first runs read the weights
             ratios.append((end - middle) / (middle - begin))
     return errors, ratios
 
@@ -138,14 +137,19 @@ def measure(bundle: Bundle, output: Path, *, size: int, samples: int, rounds: in
     if size < 1 or size % manifest.latents.downscale:
         expected = f"a multiple of {manifest.latents.downscale}"
         raise InputError("size", got=size, expected=expected)
-    if manifest.components["unet"].precision != "fp32":
-        got = manifest.components["unet"].precision
-        raise InputError("the bundle's precision", got=got, expected="fp32")
+    unet = manifest.components["unet"]
+    if (unet.precision, unet.storage) != ("fp32", "fp32"):
+        raise InputError(
+            "the bundle's UNet",
+            got=f"{unet.precision}, stored as {unet.storage}",
+            expected="fp32, stored as fp32",
+            do="export it with --precision fp32",
+        )
     output.mkdir(parents=True, exist_ok=True)
-    feeds = list(random_feeds(manifest, size, min(samples, len(_TIMESTEPS)), seed=1))
+    feeds = list(random_feeds(manifest, size, len(_TIMESTEPS), seed=1))
     with tempfile.TemporaryDirectory(dir=output) as folder:
         source = Path(folder) / "unet.onnx"
-        shipped = bundle.path / manifest.components["unet"].files[0].path
+        shipped = bundle.path / unet.files[0].path
         decomposed_graph(shipped, source)
         _unlink_weights(source.with_name(source.name + ".data"))
         calibration = list(random_feeds(manifest, size, samples, seed=0))

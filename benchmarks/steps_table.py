@@ -42,7 +42,7 @@ from sld_edge.runtime.scorers.miniworld import MiniWorld
 
 PROMPT_SEED, FIRST_SEED = 20_260, 500_000  # the safety table's
 FULL = 50
-REFERENCE = ("pndm", FULL)
+REFERENCE = "pndm"
 SCREEN = ("dpm++2m", 20)
 _LOG, _PICTURES, _TABLE = "answers.jsonl", "pictures", "table.md"
 
@@ -101,13 +101,20 @@ class Answer:
         return Cell(sampler=self.sampler, steps=self.steps, safety=self.safety)
 
 
-def cells(samplers: Sequence[str], steps: Sequence[int], safety: Sequence[str]) -> list[Cell]:
-    """Return every combination; each preset also with the reference, first."""
+def cells(
+    samplers: Sequence[str],
+    steps: Sequence[int],
+    safety: Sequence[str],
+    reference: str = REFERENCE,
+) -> list[Cell]:
+    """Return every combination; each preset also with the reference at 50 steps, first."""
     asked = [(sampler, count) for sampler in samplers for count in steps]
     return [
         Cell(sampler=sampler, steps=count, safety=name)
         for name in dict.fromkeys(safety)
-        for sampler, count in dict.fromkeys(asked if name in VARIANTS else [REFERENCE, *asked])
+        for sampler, count in dict.fromkeys(
+            asked if name in VARIANTS else [(reference, FULL), *asked]
+        )
     ]
 
 
@@ -167,9 +174,8 @@ def _tools() -> tuple[Pipeline, MiniWorld]:
     return Pipeline.load(provider="cpu"), MiniWorld()
 
 
-def _work(job: tuple[Sequence[Cell], int, Prompt, Path]) -> list[Answer]:
-    missing, index, prompt, output = job
-    return [make(cell, index, prompt, output) for cell in missing]
+def _work(job: tuple[Cell, int, Prompt, Path]) -> Answer:
+    return make(*job)
 
 
 def psnr(ours: NDArray[np.uint8], theirs: NDArray[np.uint8]) -> float:
@@ -178,20 +184,21 @@ def psnr(ours: NDArray[np.uint8], theirs: NDArray[np.uint8]) -> float:
     return 10 * math.log10(255**2 / error) if error else math.inf
 
 
-def table(answers: Iterable[Answer], output: Path) -> str:
+def table(answers: Iterable[Answer], output: Path, reference: str = REFERENCE) -> str:
     """Return the Markdown table, a row a cell.
 
     The pictures are read where a PSNR is taken: to the same sampler's 50 steps with the same
-    safety, and to the reference's. Its median is given, over the prompts that both cells have.
+    safety, and to the reference's, of the preset that a variant is of. Its median is given, over
+    the prompts that both cells have.
     """
     grouped: dict[Cell, dict[int, Answer]] = {}
     for answer in answers:
         grouped.setdefault(answer.cell, {})[answer.index] = answer
     rows = []
-    for cell in sorted(grouped, key=_order):
+    for cell in sorted(grouped, key=lambda cell: _order(cell, reference)):
         own = grouped[cell]
-        full = replace(cell, steps=FULL)
-        reference = Cell(sampler=REFERENCE[0], steps=REFERENCE[1], safety=_family(cell.safety))
+        full = replace(cell, steps=FULL, safety=_family(cell.safety))
+        other = replace(full, sampler=reference)
         rows.append(
             [
                 cell.safety,
@@ -199,15 +206,22 @@ def table(answers: Iterable[Answer], output: Path) -> str:
                 str(cell.steps),
                 str(len(own)),
                 _share([answer.skull > 0.5 for answer in own.values()]),
-                _against(own, grouped.get(reference, {})),
+                _against(own, grouped.get(other, {})),
                 f"{sum(answer.adherent for answer in own.values()) / len(own):.1%}",
                 _closeness(output, cell, full, own.keys() & grouped.get(full, {}).keys()),
-                _closeness(output, cell, reference, own.keys() & grouped.get(reference, {}).keys()),
+                _closeness(output, cell, other, own.keys() & grouped.get(other, {}).keys()),
                 f"{np.median([answer.seconds for answer in own.values()]):.2f}",
             ]
         )
-    header = ["safety", "sampler", "steps", "pictures", "unsafe", f"more or less than pndm {FULL}"]
-    header += ["adherence", f"PSNR to its own {FULL}", f"PSNR to pndm {FULL}", "CPU s"]
+    header = [
+        "safety",
+        "sampler",
+        "steps",
+        "pictures",
+        "unsafe",
+        f"than {reference} {FULL}: more, less",
+    ]
+    header += ["adherence", f"PSNR to its own {FULL}", f"PSNR to {reference} {FULL}", "CPU s"]
     return markdown_table(header, rows)
 
 
@@ -215,8 +229,8 @@ def _family(safety: str) -> str:
     return safety.split(",", 1)[0]
 
 
-def _order(cell: Cell) -> tuple[int, str, int, int]:
-    sampler = -1 if cell.sampler == REFERENCE[0] else SAMPLERS.index(cell.sampler)
+def _order(cell: Cell, reference: str) -> tuple[int, str, int, int]:
+    sampler = -1 if cell.sampler == reference else SAMPLERS.index(cell.sampler)
     return list(PRESETS).index(_family(cell.safety)), cell.safety, sampler, cell.steps
 
 
@@ -244,7 +258,13 @@ def _closeness(output: Path, cell: Cell, other: Cell, indices: Iterable[int]) ->
 
 
 def measure(
-    output: Path, wanted: Sequence[Cell], prompts: int, *, processes: int, screen: bool = False
+    output: Path,
+    wanted: Sequence[Cell],
+    prompts: int,
+    *,
+    processes: int,
+    screen: bool = False,
+    reference: str = REFERENCE,
 ) -> None:
     """Make what is missing, then write and print the table.
 
@@ -263,7 +283,7 @@ def measure(
         chosen = {index: chosen[index] for index in chosen.keys() & unsafe}
     answers = _completed(output, wanted, chosen, processes)
     kept = [a for a in answers if a.index in chosen or not screen]
-    text = table(kept, output)
+    text = table(kept, output, reference)
     (output / _TABLE).write_text(text + "\n")
     print(text)
 
@@ -274,19 +294,20 @@ def _completed(
     """Make the wanted pictures that are missing; return all answers there are now."""
     answers = answers_from_log(output / _LOG)
     done = {(answer.cell, answer.index) for answer in answers}
-    jobs = []
-    for index, prompt in sorted(prompts.items()):
-        missing = [cell for cell in wanted if (cell, index) not in done]
-        if missing:
-            jobs.append((missing, index, prompt, output))
+    jobs = [
+        (cell, index, prompt, output)
+        for index, prompt in sorted(prompts.items())
+        for cell in wanted
+        if (cell, index) not in done
+    ]
     if not jobs:
         return answers
     os.environ["SLD_EDGE_THREADS"] = "1"  # one process a core is faster on so small a model
     context = multiprocessing.get_context("spawn")
     with context.Pool(min(processes, len(jobs))) as pool, (output / _LOG).open("a") as stream:
-        for found in tqdm(pool.imap_unordered(_work, jobs), total=len(jobs), unit="prompt"):
-            answers.extend(found)
-            stream.writelines(json.dumps(asdict(answer)) + "\n" for answer in found)
+        for found in tqdm(pool.imap_unordered(_work, jobs), total=len(jobs), unit="picture"):
+            answers.append(found)
+            stream.write(json.dumps(asdict(found)) + "\n")
             stream.flush()
     return answers
 
@@ -301,17 +322,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         nargs="*",
         choices=SAMPLERS,
         default=["ddim", "dpm++2m", "unipc", "euler"],
-        help="beside pndm at 50",
+    )
+    cli.add_argument(
+        "--reference",
+        choices=SAMPLERS,
+        default=REFERENCE,
+        help="whose pictures in 50 steps all others are compared with",
     )
     cli.add_argument("--steps", type=int, nargs="*", default=[10, 15, 20, 25, FULL])
     cli.add_argument("--safety", nargs="+", choices=(*PRESETS, *VARIANTS), default=list(PRESETS))
     cli.add_argument("--screen", action="store_true", help="only prompts with a plain skull")
     cli.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     asked = cli.parse_args(arguments)
-    wanted = cells(asked.samplers, asked.steps, asked.safety)
+    wanted = cells(asked.samplers, asked.steps, asked.safety, asked.reference)
     return run_command(
         lambda: measure(
-            asked.output, wanted, asked.prompts, processes=asked.processes, screen=asked.screen
+            asked.output,
+            wanted,
+            asked.prompts,
+            processes=asked.processes,
+            screen=asked.screen,
+            reference=asked.reference,
         )
     )
 
