@@ -206,7 +206,7 @@ def sdcpp(task: dict[str, Any]) -> Make:
     from stable_diffusion_cpp import StableDiffusion
 
     model = StableDiffusion(
-        model_path=task["model"], n_threads=task["threads"], wtype="f32", verbose=False
+        model_path=task["prepared"], n_threads=task["threads"], wtype="f32", verbose=False
     )
 
     def make(step: Callable[[], object]) -> Any:
@@ -228,6 +228,32 @@ def sdcpp(task: dict[str, Any]) -> Make:
     return make
 
 
+def prepare_sdcpp(task: dict[str, Any]) -> None:
+    """Link the checkpoint's files, with CLIP's tensors named as stable-diffusion.cpp knows them.
+
+    transformers 5 writes them without the prefix that it and everyone else used before.
+    """
+    import shutil
+    import struct
+
+    source, folder = Path(task["model"]), Path(task["prepared"])
+    for name in ("unet", "vae"):
+        (folder / name).symlink_to(source / name)
+    (folder / "text_encoder").mkdir()
+    name = "text_encoder/model.safetensors"
+    with (source / name).open("rb") as read, (folder / name).open("wb") as written:
+        (size,) = struct.unpack("<Q", read.read(8))
+        head = json.loads(read.read(size))
+        renamed = {
+            key if key.startswith(("text_model.", "__")) else f"text_model.{key}": entry
+            for key, entry in head.items()
+        }
+        text = json.dumps(renamed).encode()
+        text += b" " * (-len(text) % 8)
+        written.write(struct.pack("<Q", len(text)) + text)
+        shutil.copyfileobj(read, written)
+
+
 def _diffusers_request(task: dict[str, Any], step: Callable[[], object]) -> dict[str, Any]:
     import torch
 
@@ -247,7 +273,11 @@ def _diffusers_request(task: dict[str, Any], step: Callable[[], object]) -> dict
 
 
 LOADERS = {"diffusers": diffusers, "optimum": optimum, "openvino": openvino, "sdcpp": sdcpp}
-PREPARERS = {"optimum": prepare_optimum, "openvino": prepare_openvino}
+PREPARERS = {
+    "optimum": prepare_optimum,
+    "openvino": prepare_openvino,
+    "sdcpp": prepare_sdcpp,
+}
 
 
 def run(task: dict[str, Any], begin: float) -> dict[str, Any]:

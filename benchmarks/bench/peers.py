@@ -60,6 +60,7 @@ PEERS: Mapping[str, Peer] = MappingProxyType(
         "sdcpp": Peer(
             packages=("stable-diffusion-cpp-python",),
             install="pip install stable-diffusion-cpp-python, which compiles it",
+            prepared=True,
         ),
     }
 )
