@@ -12,7 +12,10 @@ import contextlib
 import json
 import logging
 import os
+import shutil
+import struct
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -83,7 +86,11 @@ def prepare_optimum(task: dict[str, Any]) -> None:
     """Export the checkpoint with optimum's own exporter."""
     from optimum.exporters.onnx import main_export
 
-    main_export(task["model"], output=task["prepared"], task="text-to-image", do_validation=False)
+    with tempfile.TemporaryDirectory(dir=task["prepared"]) as folder:
+        source = with_common_names(Path(task["model"]), Path(folder))
+        main_export(
+            str(source), output=task["prepared"], task="text-to-image", do_validation=False
+        )
 
 
 def openvino(task: dict[str, Any]) -> Make:
@@ -126,15 +133,15 @@ def openvino(task: dict[str, Any]) -> Make:
 
 def prepare_openvino(task: dict[str, Any]) -> None:
     """Convert the checkpoint's modules, named as OpenVINO GenAI expects them."""
-    import shutil
-
     import openvino as ov
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from openvino_tokenizers import convert_tokenizer
     from transformers import CLIPTextModel, CLIPTokenizerFast
 
-    source, folder = Path(task["model"]), Path(task["prepared"])
+    folder = Path(task["prepared"])
+    names = tempfile.TemporaryDirectory(dir=folder)
+    source = with_common_names(Path(task["model"]), Path(names.name))
 
     class Decoder(torch.nn.Module):
         def __init__(self, vae: Any) -> None:
@@ -199,6 +206,7 @@ def prepare_openvino(task: dict[str, Any]) -> None:
     ov.save_model(converted, folder / "tokenizer" / "openvino_tokenizer.xml")
     shutil.copytree(source / "scheduler", folder / "scheduler")
     shutil.copy(source / "model_index.json", folder)
+    names.cleanup()
 
 
 def sdcpp(task: dict[str, Any]) -> Make:
@@ -229,17 +237,22 @@ def sdcpp(task: dict[str, Any]) -> Make:
 
 
 def prepare_sdcpp(task: dict[str, Any]) -> None:
-    """Link the checkpoint's files, with CLIP's tensors named as stable-diffusion.cpp knows them.
+    """Name the checkpoint's tensors as stable-diffusion.cpp knows them."""
+    with_common_names(Path(task["model"]), Path(task["prepared"]))
 
-    transformers 5 writes them without the prefix that it and everyone else used before.
+
+def with_common_names(source: Path, folder: Path) -> Path:
+    """Link a checkpoint's files into a folder, CLIP's tensors under the names that all know.
+
+    transformers 5 writes them without the prefix that everyone else expects; what does not find
+    them either refuses the file or goes on with random numbers.
     """
-    import shutil
-    import struct
-
-    source, folder = Path(task["model"]), Path(task["prepared"])
-    for name in ("unet", "vae"):
-        (folder / name).symlink_to(source / name)
+    folder.mkdir(exist_ok=True)
+    for path in source.iterdir():
+        if path.name != "text_encoder":
+            (folder / path.name).symlink_to(path)
     (folder / "text_encoder").mkdir()
+    shutil.copy(source / "text_encoder" / "config.json", folder / "text_encoder")
     name = "text_encoder/model.safetensors"
     with (source / name).open("rb") as read, (folder / name).open("wb") as written:
         (size,) = struct.unpack("<Q", read.read(8))
@@ -252,6 +265,7 @@ def prepare_sdcpp(task: dict[str, Any]) -> None:
         text += b" " * (-len(text) % 8)
         written.write(struct.pack("<Q", len(text)) + text)
         shutil.copyfileobj(read, written)
+    return folder
 
 
 def _diffusers_request(task: dict[str, Any], step: Callable[[], object]) -> dict[str, Any]:
