@@ -30,7 +30,7 @@ from sld_edge.benchmarks.bench.runs import (
     runs_as_json,
 )
 from sld_edge.benchmarks.bench.summary import Ratio, digits, median_of_rounds, ratio
-from sld_edge.benchmarks.bench.tables import Table, ratio_text
+from sld_edge.benchmarks.bench.tables import Table, counted, ratio_text
 from sld_edge.benchmarks.bench.worker import Task
 from sld_edge.engines.errors import InputError
 from sld_edge.runtime.bundle import Bundle
@@ -230,8 +230,8 @@ def peer_table(runs: Sequence[Run], ours: Contender, theirs: Contender, rounds: 
         title=f"Beside {theirs.name}",
         head=("", ours.name, theirs.name, "ratio (lowest to highest)"),
         rows=rows,
-        note=f"Medians of {rounds} interleaved rounds, each run a fresh process that makes one "
-        "picture; its first step is not counted.",
+        note=f"Medians of {counted(rounds, 'interleaved round')}, each run a fresh process that "
+        "makes one picture; its first step is not counted.",
     )
 
 

@@ -88,9 +88,7 @@ def prepare_optimum(task: dict[str, Any]) -> None:
 
     with tempfile.TemporaryDirectory(dir=task["prepared"]) as folder:
         source = with_common_names(Path(task["model"]), Path(folder))
-        main_export(
-            str(source), output=task["prepared"], task="text-to-image", do_validation=False
-        )
+        main_export(str(source), output=task["prepared"], task="text-to-image", do_validation=False)
 
 
 def openvino(task: dict[str, Any]) -> Make:

@@ -53,7 +53,7 @@ PEERS: Mapping[str, Peer] = MappingProxyType(
             prepared=True,
         ),
         "openvino": Peer(
-            packages=("openvino", "openvino-tokenizers", "openvino-genai"),
+            packages=("torch", "diffusers", "openvino", "openvino-tokenizers", "openvino-genai"),
             install="pip install openvino-genai torch diffusers, in an environment of its own",
             prepared=True,
         ),

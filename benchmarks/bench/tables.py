@@ -74,6 +74,11 @@ def ratio_text(value: Ratio | None) -> str:
     return f"{value.value:.3f} ({value.lowest:.3f} to {value.highest:.3f})"
 
 
+def counted(number: int, noun: str) -> str:
+    """Write a number of things: 1 round, 2 rounds."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def gib(value: float | None) -> str:
     """Write bytes in GiB; a dash for none."""
     return digits(value / _GIB) if value is not None else "-"
@@ -100,9 +105,9 @@ def _safety_table(settings: BenchSettings, found: Figures) -> Table:
             *("a picture, s", "to off", "peak memory, GiB", "to off"),
         ),
         rows=rows,
-        note=f"Medians of {settings.rounds} interleaved rounds, each run in a process of its own "
-        "(a step: of the rounds' medians); ratios are quotients of the medians, with the lowest "
-        "and highest of a round.",
+        note=f"Medians of {counted(settings.rounds, 'interleaved round')}, each run in a process "
+        "of its own (a step: of the rounds' medians); ratios are quotients of the medians, with "
+        "the lowest and highest of a round.",
     )
 
 
