@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -33,11 +34,13 @@ from sld_edge.benchmarks.bench.summary import Ratio, digits, median_of_rounds, r
 from sld_edge.benchmarks.bench.tables import Table, counted, ratio_text
 from sld_edge.benchmarks.bench.worker import Task
 from sld_edge.engines.errors import InputError
-from sld_edge.runtime.bundle import Bundle
+from sld_edge.engines.files import write_whole
+from sld_edge.runtime.bundle import Bundle, LatentInfo
+from sld_edge.runtime.random import noise_source
 from sld_edge.runtime.safety import safety_from_preset
 
 SEED = 7
-_MODELS, _PICTURES = "models", "pictures"
+_MODELS, _PICTURES, _NOISE = "models", "pictures", "noise.npy"
 _LEAST_STEPS = 2  # the first ends with what only a first step does, and is not counted
 _GIB = 2**30
 
@@ -142,6 +145,7 @@ def compare_peers(
         concept=manifest.safety_concept,
         size=size,
         steps=steps,
+        noise=_noise(settings.folder, manifest.latents, size),
     )
     sides = contenders(peers)
     expect(len(sides) * (settings.rounds + settings.warmup))
@@ -256,6 +260,7 @@ class _Runner:
     concept: str
     size: int
     steps: int
+    noise: Path
 
     def picture(self, side: Contender) -> Path:
         """Return where a side's picture lies."""
@@ -304,6 +309,7 @@ class _Runner:
             "steps": self.steps,
             "size": self.size,
             "seed": SEED,
+            "noise": str(self.noise),
             "threads": self.settings.threads,
             "picture": str(self.picture(side)),
         }
@@ -323,6 +329,17 @@ def _exported(settings: CompareSettings) -> Path:
             ExportSettings(model=str(settings.checkpoint), output=bundle, precision="fp32")
         )
     return bundle
+
+
+def _noise(folder: Path, latents: LatentInfo, size: int) -> Path:
+    """Write the noise that torch draws, float32 [1,4,h,w], for peers that draw another."""
+    cells = size // latents.downscale
+    noise = noise_source("torch", SEED).normal((1, latents.channels, cells, cells))
+    buffer = io.BytesIO()
+    np.save(buffer, noise)
+    path = folder / _NOISE
+    write_whole(path, buffer.getvalue())
+    return path
 
 
 def _environment(threads: int) -> dict[str, str]:

@@ -27,7 +27,7 @@ class Peer:
         packages: what it needs, its own last.
         install: how to get it.
         settings: presets it is measured with; "off" is plain classifier-free guidance.
-        same_noise: whether it starts from torch's noise, so that its picture should be ours.
+        same_noise: whether it can start from torch's noise, so that its picture should be ours.
         prepared: whether it needs the checkpoint in a form of its own.
     """
 
@@ -55,6 +55,7 @@ PEERS: Mapping[str, Peer] = MappingProxyType(
         "openvino": Peer(
             packages=("torch", "diffusers", "openvino", "openvino-tokenizers", "openvino-genai"),
             install="pip install openvino-genai torch diffusers, in an environment of its own",
+            same_noise=True,
             prepared=True,
         ),
         "sdcpp": Peer(
