@@ -100,9 +100,9 @@ def parser() -> Parser:
     measured.add_argument(
         "--rounds",
         type=int,
-        default=5,
+        default=3,
         metavar="R",
-        help="times that everything is measured, interleaved (default: 5)",
+        help="times that everything is measured, interleaved (default: 3)",
     )
     measured.add_argument(
         "--warmup",
