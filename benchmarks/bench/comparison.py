@@ -49,6 +49,7 @@ FIGURES: Mapping[str, Callable[[Run], Sequence[float]]] = {
     "process start to ready, s": lambda run: [run.ready_s],
     "a step, s": lambda run: run.steps_s,
     "a picture, s": lambda run: [run.image_s],
+    "a picture, CPU s": lambda run: [run.image_cpu_s],
     "process start to picture, s": lambda run: [run.first_image_s],
     "peak memory, GiB": lambda run: [run.peak / _GIB] if run.peak is not None else [],
     "of it anonymous, GiB": lambda run: [run.anonymous / _GIB] if run.anonymous is not None else [],

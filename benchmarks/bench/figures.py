@@ -51,6 +51,7 @@ class SafetyFigures:
         step_ratio: of them.
         image_s: of a picture.
         image_ratio: of them.
+        cpu_ratio: of the CPU time of a picture, all threads together.
         peak: bytes, None where the system does not say.
         peak_ratio: of them.
         calls: median seconds of each call, in order.
@@ -62,6 +63,7 @@ class SafetyFigures:
     step_ratio: Ratio
     image_s: float
     image_ratio: Ratio
+    cpu_ratio: Ratio
     peak: float | None
     peak_ratio: Ratio | None
     calls: Sequence[float]
@@ -96,6 +98,7 @@ def figures(settings: BenchSettings, first: Run, runs: Sequence[Run]) -> Figures
         "a step": lambda run: run.steps_s,
         "decode": lambda run: [_known(run.decode_s)],
         "a picture": lambda run: [run.image_s],
+        "a picture, CPU time": lambda run: [run.image_cpu_s],
     }
     return Figures(
         first_start_s=first.ready_s,
@@ -128,6 +131,9 @@ def _safety(settings: BenchSettings, runs: Sequence[Run]) -> list[SafetyFigures]
                 step_ratio=ratio([run.steps_s for run in own], [run.steps_s for run in off]),
                 image_s=median([run.image_s for run in own]),
                 image_ratio=ratio([[run.image_s] for run in own], [[run.image_s] for run in off]),
+                cpu_ratio=ratio(
+                    [[run.image_cpu_s] for run in own], [[run.image_cpu_s] for run in off]
+                ),
                 peak=median_of_rounds(peaks) if known else None,
                 peak_ratio=ratio(peaks, [_numbers(run.peak) for run in off]) if known else None,
                 calls=[median(each) for each in zip(*(run.steps_s for run in own), strict=True)],

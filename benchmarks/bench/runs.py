@@ -65,6 +65,7 @@ class Run:
         ready_s: process start to everything loaded.
         first_image_s: process start to the first batch of pictures.
         image_s: the timed batch, all stages.
+        image_cpu_s: of all threads together in that time.
         steps_s: each UNet call of it, with guidance and sampler.
         phases: of the first batch.
         peak: most bytes that were ever resident; None where the system does not say.
@@ -80,6 +81,7 @@ class Run:
     ready_s: float
     first_image_s: float
     image_s: float
+    image_cpu_s: float
     steps_s: Sequence[float]
     phases: Sequence[Phase]
     peak: int | None
@@ -149,6 +151,7 @@ def run_from_outcome(outcome: Outcome, *, name: str, batch: int, number: int) ->
         ready_s=phases[0].end - outcome.started,
         first_image_s=told["first_done"] - outcome.started,
         image_s=told["image_s"],
+        image_cpu_s=told["image_cpu_s"],
         steps_s=told["steps_s"],
         phases=phases,
         peak=_most(peaks),

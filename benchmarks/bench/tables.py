@@ -93,6 +93,7 @@ def _safety_table(settings: BenchSettings, found: Figures) -> Table:
             ratio_text(one.step_ratio),
             digits(one.image_s),
             ratio_text(one.image_ratio),
+            ratio_text(one.cpu_ratio),
             gib(one.peak),
             ratio_text(one.peak_ratio),
         ]
@@ -102,7 +103,7 @@ def _safety_table(settings: BenchSettings, found: Figures) -> Table:
         title="The price of safety",
         head=(
             *("safety", "branches a step", "a step, s", "to off"),
-            *("a picture, s", "to off", "peak memory, GiB", "to off"),
+            *("a picture, s", "to off", "its CPU time, to off", "peak memory, GiB", "to off"),
         ),
         rows=rows,
         note=f"Medians of {counted(settings.rounds, 'interleaved round')}, each run in a process "

@@ -97,7 +97,7 @@ def make(
     )
     plan = pipeline.plan(request)
     clock = time.monotonic
-    begin = clock()
+    begin, cpu = clock(), time.process_time()
     steps = pipeline.steps(plan)
     end("text")
     encoded = clock()
@@ -111,7 +111,7 @@ def make(
     denoised = clock()
     pictures = pipeline.decode(latents)
     end("decode")
-    done = clock()
+    done, cpu_done = clock(), time.process_time()
     if task.picture is not None and not Path(task.picture).exists():
         Image.fromarray(np.asarray(pictures[0])).save(task.picture)
     return {
@@ -119,6 +119,7 @@ def make(
         "steps_s": list(seconds),
         "decode_s": done - denoised,
         "image_s": done - begin,
+        "image_cpu_s": cpu_done - cpu,
         "branches": branches,
         "step_ends": step_ends,
     }
