@@ -19,7 +19,6 @@ from sld_edge.benchmarks.bench.cli import BenchOptions, bench_settings, main, pa
 from sld_edge.benchmarks.bench.comparison import difference
 
 CHECKPOINT = Path(__file__).parents[2] / "benchmarks" / "miniworld" / "checkpoint"
-GIB = 2**30
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +73,7 @@ def test_raw_samples_are_kept_and_the_medians_are_theirs(results: Path) -> None:
     if sys.platform.startswith("linux"):
         for run in runs:
             peaks = [phase["peak"] for phase in run["phases"]]
-            assert run["peak"] == max(peaks)
+            assert max(peaks) <= run["peak"] < max(peaks) + 16 * 2**20  # what answering takes
             assert 30e6 < run["anonymous"] < run["peak"] < 1e9
     assert found["first_start"]["ready_s"] > min(run["ready_s"] for run in own)
     assert not list(results.glob(".cache*"))
