@@ -18,6 +18,8 @@ from sld_edge.benchmarks.bench.memory import (
     reading_from_status,
     sampled,
 )
+from sld_edge.engines.device import Device
+from standin.cuda import FakeCuda
 
 STATUS = """\
 Name:\tpython3.11
@@ -88,3 +90,14 @@ def test_phases_of_this_process_have_peaks_of_their_own() -> None:
     assert after.peak is not None
     assert large.peak - after.peak > 48 * MIB  # the peak was set back
     assert before.end <= large.begin <= large.end <= after.begin <= after.end
+
+
+def test_a_phase_tells_what_is_used_on_the_device() -> None:
+    device = Device(cuda=FakeCuda(total_memory=MIB))
+    address = device.allocate(1000)
+    meter = PhaseMeter()
+    meter.end("denoise", device=device)
+    device.free(address)
+    meter.end("decode", device=device)
+    device.close()
+    assert [phase.device for phase in meter.phases] == [1000, 0]
