@@ -16,8 +16,10 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
@@ -25,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from sld_edge.benchmarks.compare import measure, run_worker
+from sld_edge.engines.errors import EngineError, one_line
 from sld_edge.runtime.console import run_command
 from sld_edge.runtime.pipeline import Pipeline
 
@@ -39,6 +41,38 @@ FIGURES = {
     "step_cpu_s": "a step, processor seconds",
     "step_s": "a step, wall seconds",
 }
+
+
+def measure(who: str, model: Path | None, *, size: int, steps: int, threads: int) -> dict[str, Any]:
+    """Run one process and return its figures, with the median step as `step_s`."""
+    task = {
+        "who": who,
+        "model": None if model is None else str(model),
+        "prompt": "a red star at a party",
+        "size": size,
+        "steps": steps,
+    }
+    found = run_worker(task, threads=threads)
+    found["step_s"] = statistics.median(found["steps_s"])
+    found["step_cpu_s"] = statistics.median(found["steps_cpu_s"])
+    return found
+
+
+def run_worker(task: dict[str, Any], *, threads: int) -> dict[str, Any]:
+    """Run one process with a task for `cpu_memory_worker.py` and return the figures it prints."""
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "SLD_EDGE_THREADS": str(threads),
+        "HF_HUB_OFFLINE": "1",
+        "SLD_BENCH_STARTED": repr(time.time()),
+    }
+    command = [sys.executable, "-m", "sld_edge.benchmarks.cpu_memory_worker", json.dumps(task)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise EngineError(f"{task['who']} failed to run", got=one_line(done.stderr[-300:]))
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def table(rounds: Sequence[Mapping[str, Mapping[str, Any]]]) -> str:

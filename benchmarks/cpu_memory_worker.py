@@ -1,6 +1,6 @@
 """One measured process: makes images with ours or with diffusers and prints its figures as JSON.
 
-Started by `compare.py` and `cpu_memory.py`, which put the moment of the start into the environment.
+Started by `cpu_memory.py`, which puts the moment of the start into the environment.
 """
 
 from __future__ import annotations
