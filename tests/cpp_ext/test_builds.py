@@ -80,3 +80,16 @@ def test_nvcc_takes_the_kernels(tmp_path: Path) -> None:
     for number in numbers:
         assert f"for 'sm_{number}'" in told
     assert set(re.findall(r"(\d+) bytes spill stores", told)) == {"0"}
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("cuda", ["OFF", "ON"])
+def test_cmake_takes_the_library_for_c(cuda: str, tmp_path: Path) -> None:
+    if shutil.which("cmake") is None:
+        pytest.skip("no CMake here")
+    if cuda == "ON" and NVCC is None:
+        pytest.skip("no nvcc here")
+    options = [f"-DSLD_EDGE_CUDA={cuda}", "-DSLD_EDGE_PYTHON=OFF", "-DBUILD_SHARED_LIBS=ON"]
+    if cuda == "ON":
+        options.append(f"-DCMAKE_CUDA_COMPILER={NVCC}")
+    assert "Generating done" in run("cmake", "-S", CPP, "-B", tmp_path, *options)
