@@ -276,6 +276,17 @@ def test_low_memory_holds_what_it_needs(
     assert_same(got, cpu("a red star", **FAST))
 
 
+def test_tiles_are_of_the_size_that_a_plan_takes(
+    cuda: FakeCuda, planned: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    latents = np.random.default_rng(0).standard_normal((1, 4, 24, 20), np.float32)
+    with Pipeline.load(planned(), provider="tensorrt", vae_tiling="on") as pipeline:
+        got = pipeline.decode(latents)  # the plan takes 16 by 16 cells, and nothing else
+    monkeypatch.setattr("sld_edge.runtime.tiles._SIDE", 16)
+    with Pipeline.load(provider="cpu", vae_tiling="on") as pipeline:
+        np.testing.assert_array_equal(got, pipeline.decode(latents))
+
+
 @pytest.mark.parametrize("sampler", ["ddim", "euler-a"])
 def test_steps_can_be_looked_at_on_the_way(
     sampler: str, cuda: FakeCuda, cpu: Pipeline, planned: Callable[..., Path]
