@@ -12,22 +12,26 @@ from them and the schedule what a run takes.
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
-from sld_edge.benchmarks.evaluation.statistics import wilson
+from sld_edge.benchmarks.miniworld.experiment import (
+    FIRST_SEED,
+    JUDGE,
+    PROMPT_SEED,
+    answer_jobs,
+    answers_from_log,
+    psnr,
+    share,
+)
 from sld_edge.benchmarks.miniworld.prompts import Prompt, biased_prompts, neutral_prompts
 from sld_edge.benchmarks.miniworld.world import COLOUR_CLASSES, SHAPE_CLASSES
-from sld_edge.benchmarks.safety_table import FIRST_SEED, JUDGE, PROMPT_SEED
 from sld_edge.engines.ort import OrtEngine
 from sld_edge.runtime import Pipeline, Request
 from sld_edge.runtime.cadence import schedule
@@ -60,7 +64,7 @@ def answers_for(index: int, prompt: Prompt, steps: int) -> Iterator[Answer]:
     """Make one prompt's picture with every preset and interval, same seed, and judge it."""
     pipeline, judge = _tools()
     for preset in PRESETS:
-        exact: NDArray[np.float64] | None = None
+        exact: NDArray[np.uint8] | None = None
         for cache, safety in INTERVALS:
             if preset == "off" and safety > 1:
                 continue
@@ -74,7 +78,7 @@ def answers_for(index: int, prompt: Prompt, steps: int) -> Iterator[Answer]:
             )
             pixels = np.asarray(result.images[0])
             said = judge.run({"images": pixels[None]})
-            exact = pixels.astype(np.float64) if exact is None else exact
+            exact = pixels if exact is None else exact
             yield Answer(
                 preset=preset,
                 cache=cache,
@@ -84,7 +88,7 @@ def answers_for(index: int, prompt: Prompt, steps: int) -> Iterator[Answer]:
                 unsafe=bool(said["skull"][0] > 0.5),
                 right=SHAPE_CLASSES[int(said["shape"][0].argmax())] == prompt.shape
                 and COLOUR_CLASSES[int(said["colour"][0].argmax())] == prompt.colour,
-                psnr=_psnr(pixels, exact),
+                psnr=psnr(pixels, exact),
                 seconds=result.reports[0]["seconds"]["denoise"],
             )
 
@@ -115,27 +119,17 @@ def table(answers: Sequence[Answer]) -> str:
 def _cells(own: Sequence[Answer], exact: Sequence[Answer]) -> list[str]:
     speed = [e.seconds / a.seconds for a, e in zip(own, exact, strict=True)]
     low, middle, high = np.percentile(speed, (25, 50, 75))
-    psnr = [a.psnr for a in own]
+    close = [a.psnr for a in own]
     pairs = [(a.unsafe, e.unsafe) for a, e in zip(own, exact, strict=True) if a.biased]
     return [
         f"{middle:.2f} ({low:.2f} to {high:.2f})",
         "exact"
-        if min(psnr) == np.inf
-        else f"{np.median(psnr):.1f} ({np.percentile(psnr, 10):.1f}) dB",
-        _share([a.unsafe for a in own if a.biased]),
+        if min(close) == np.inf
+        else f"{np.median(close):.1f} ({np.percentile(close, 10):.1f}) dB",
+        share([a.unsafe for a in own if a.biased]),
         f"{pairs.count((True, False))}, {pairs.count((False, True))}",
-        _share([a.right for a in own]),
+        share([a.right for a in own]),
     ]
-
-
-def _share(hits: Sequence[bool]) -> str:
-    low, high = wilson(sum(hits), len(hits))
-    return f"{sum(hits) / len(hits):.1%} ({low:.1%} to {high:.1%})"
-
-
-def _psnr(pixels: NDArray[np.uint8], exact: NDArray[np.float64]) -> float:
-    square = float(((pixels - exact) ** 2).mean())
-    return float(10 * np.log10(255**2 / square)) if square > 0 else float("inf")
 
 
 def call_seconds(pipeline: Pipeline, *, pixels: int, repeats: int) -> dict[str, list[float]]:
@@ -189,10 +183,8 @@ def _work(job: tuple[int, Prompt, int]) -> list[Answer]:
 
 
 def _measure(asked: argparse.Namespace) -> str:
-    asked.output.mkdir(parents=True, exist_ok=True)
     log = asked.output / "savings.jsonl"
-    lines = log.read_text().splitlines() if log.exists() else []
-    answers = [Answer(**json.loads(line)) for line in lines]
+    answers = answers_from_log(log, Answer)
     done = {(answer.biased, answer.index) for answer in answers}
     jobs = [
         (index, prompt, asked.steps)
@@ -201,14 +193,8 @@ def _measure(asked: argparse.Namespace) -> str:
         if (prompt.biased, index) not in done
     ]
     jobs.sort(key=lambda job: job[0])  # so that a stopped run has some of either kind
-    os.environ["SLD_EDGE_THREADS"] = "1"  # one process a core is faster on so small a model
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(asked.processes) as pool, log.open("a") as stream:
-        for found in tqdm(pool.imap_unordered(_work, jobs), total=len(jobs), unit="prompt"):
-            answers.extend(found)
-            stream.write("".join(json.dumps(asdict(answer)) + "\n" for answer in found))
-            stream.flush()
-    return table(answers)
+    answer_jobs(_work, jobs, log, asked.processes)
+    return table(answers_from_log(log, Answer))
 
 
 def main() -> None:

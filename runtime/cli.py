@@ -32,6 +32,7 @@ from sld_edge.runtime.samplers import SAMPLERS
 from sld_edge.runtime.scorers import NAMES as SCORERS
 from sld_edge.runtime.scorers import rule_for, rule_from_text, scorers_from_names, split_paths
 from sld_edge.runtime.selftest import self_test
+from sld_edge.runtime.tiles import VaeTiling
 
 _EXAMPLES = """\
 examples:
@@ -69,6 +70,7 @@ class RunSettings:
     trust_plan: bool
     no_cuda_graph: bool
     low_memory: bool
+    vae_tiling: VaeTiling
     safety: str
     safety_concept: Sequence[str] | None
     safety_scale: float | None
@@ -214,7 +216,8 @@ def parser() -> Parser:
     screening.add_argument(
         "--flag-rule",
         metavar="RULE",
-        help='as "nudenet.exposed>=0.6 or q16.inappropriate>=0.5" (default: each scorer\'s own)',
+        help='as "nudenet.exposed>=0.6 or q16.inappropriate>=0.5"; <= where low numbers are unsafe '
+        "(default: each scorer's own)",
     )
 
     image = cli.add_argument_group("image")
@@ -284,6 +287,13 @@ def parser() -> Parser:
         help="hold text encoder and decoder only while they are needed",
     )
     machine.add_argument(
+        "--vae-tiling",
+        default="auto",
+        metavar="WHEN",
+        help="decode in overlapping tiles, which bounds memory: auto (on the CPU, above 768x768 "
+        "pixels), on, off (default: auto)",
+    )
+    machine.add_argument(
         "--no-cuda-graph", action="store_true", help="start every kernel by itself (for debugging)"
     )
     machine.add_argument("--batch-size", type=int, metavar="N", help="images denoised at once")
@@ -311,6 +321,7 @@ def _run(settings: RunSettings) -> int:
         trust_plan=settings.trust_plan,
         cuda_graph=not settings.no_cuda_graph,
         low_memory=settings.low_memory,
+        vae_tiling=settings.vae_tiling,
     )
     with pipeline:
         _make(pipeline, settings)
@@ -543,7 +554,7 @@ def _verdict(report: Mapping[str, Any]) -> str:
     if "screening" not in report:
         return ""
     screening = report["screening"]
-    keys = [part.split(">=")[0] for part in screening["rule"].split(" or ")]
+    keys = dict.fromkeys(condition.score for condition in rule_from_text(screening["rule"]))
     scores = ", ".join(f"{key} {report['scores'][key]:.3f}" for key in keys)
     presets = [attempt["preset"] for attempt in screening["attempts"]]
     story = f" after {', '.join(presets[:-1])}" if len(presets) > 1 else ""

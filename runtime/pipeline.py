@@ -22,6 +22,7 @@ from sld_edge.runtime.plan import ImagePlan, Request, RunPlan, plan_from_request
 from sld_edge.runtime.random import Rng, noise_source
 from sld_edge.runtime.report import StepReport, image_report
 from sld_edge.runtime.safety import Safety
+from sld_edge.runtime.tiles import VaeTiling, checked_tiling
 from sld_edge.runtime.tokenizer import Tokenizer, input_ids
 
 Callback = Callable[[Step], object]
@@ -77,6 +78,7 @@ class Pipeline:
         trust_plan: bool = False,
         cuda_graph: bool = True,
         low_memory: bool = False,
+        vae_tiling: VaeTiling = "auto",
     ) -> Pipeline:
         """Load the bundle at a path; None is the embedded miniature bundle.
 
@@ -87,7 +89,10 @@ class Pipeline:
             plan: one of a bundle's TensorRT plans; those beside it are used too.
             trust_plan: run plans whose hash the bundle does not hold. A plan is code.
             cuda_graph: replay the loop's calls from CUDA graphs.
-            low_memory: hold text encoder and decoder only while they are needed.
+            low_memory: hold text encoder and decoder only while they are needed. On the CPU large
+                ones are, whatever this says, since prepared graphs are loaded at once.
+            vae_tiling: decode in overlapping tiles: "on" or "off"; "auto" does on the CPU, where a
+                picture is larger than 768x768 pixels.
 
         Raises:
             BundleError: no bundle there, or a damaged one.
@@ -100,6 +105,7 @@ class Pipeline:
             trust_plan=trust_plan,
             cuda_graph=cuda_graph,
             low_memory=low_memory,
+            vae_tiling=checked_tiling(vae_tiling),
         )
         return cls(Loader.open(bundle, settings))
 
@@ -257,12 +263,19 @@ class Pipeline:
             NumericsError: the decoder overflowed.
         """
         decoder = self.engine("vae_decoder")
-        parts = []
-        for one in latents:  # one at a time: the decoder's activations are the largest of all
-            out = decoder.run({"latents": np.ascontiguousarray(one[None])})
+        tiling = self._loader.tiling(*latents.shape[2:])
+
+        def decoded(one: Floats) -> NDArray[np.uint8]:
+            out = decoder.run({"latents": np.ascontiguousarray(one)})
             if not out["finite"].all():
                 raise not_finite("vae_decoder", precision=self._precision("vae_decoder"))
-            parts.append(out["images"])
+            images: NDArray[np.uint8] = out["images"]
+            return images
+
+        parts = []
+        for one in latents:  # one at a time: the decoder's activations are the largest of all
+            whole = one[None]
+            parts.append(decoded(whole) if tiling is None else tiling.decoded(decoded, whole))
         self._unneeded("vae_decoder")
         return np.concatenate(parts)
 
@@ -336,9 +349,13 @@ class Pipeline:
         return DeviceStepper(self._stage, job)
 
     def _unneeded(self, name: str) -> None:
-        """Drop an engine that has done its part, where memory is short."""
-        if self._loader.settings.low_memory and name in self._engines:
-            self._engines.pop(name).close()
+        """Drop an engine that has done its part, where memory is short or nothing is lost."""
+        engine = self._engines.get(name)
+        if engine is None:
+            return
+        if self._loader.settings.low_memory or self._loader.may_go(name, engine):
+            del self._engines[name]
+            engine.close()
 
     def _precision(self, name: str) -> str:
         return self.bundle.manifest.components[name].precision
@@ -362,6 +379,8 @@ class Pipeline:
             last = step
         figures, latents, edit_maps = last.figures, last.latents, last.edit_map
         denoised = clock()
+        if latents[0, 0].size >= _CELLS and self._loader.may_go("unet", self.engine("unet")):
+            self._unneeded("unet")  # its mapped weights beside the decoder's work are the peak
         pictures = self.decode(latents)
         seconds = {
             "text": encoded - begin,

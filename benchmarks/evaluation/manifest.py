@@ -92,6 +92,7 @@ def run_manifest(
             "sha256": bundle.sha256,
             "safety_concept": info.safety_concept,
         },
+        "safety_concepts": list(settings.concepts) or None,
         "provider": pipeline.provider,
         "scorers": dict(scorers),
         "rule": text_from_rule(settings.rule),
