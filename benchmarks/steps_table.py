@@ -42,6 +42,7 @@ from sld_edge.runtime.scorers.miniworld import MiniWorld
 
 PROMPT_SEED, FIRST_SEED = 20_260, 500_000  # the safety table's
 FULL = 50
+SAME = 30.0  # dB: pictures are either well above (the same one) or well below (another one)
 REFERENCE = "pndm"
 SCREEN = ("dpm++2m", 20)
 _LOG, _PICTURES, _TABLE = "answers.jsonl", "pictures", "table.md"
@@ -189,7 +190,7 @@ def table(answers: Iterable[Answer], output: Path, reference: str = REFERENCE) -
 
     The pictures are read where a PSNR is taken: to the same sampler's 50 steps with the same
     safety, and to the reference's, of the preset that a variant is of. Its median is given, over
-    the prompts that both cells have.
+    the prompts that both cells have, and how many of them are the same picture.
     """
     grouped: dict[Cell, dict[int, Answer]] = {}
     for answer in answers:
@@ -254,7 +255,9 @@ def _closeness(output: Path, cell: Cell, other: Cell, indices: Iterable[int]) ->
         psnr(*(np.asarray(Image.open(picture_path(output, one, i))) for one in (cell, other)))
         for i in indices
     ]
-    return f"{np.median(found):.1f}" if found and cell != other else ""
+    if not found or cell == other:
+        return ""
+    return f"{np.median(found):.1f} ({sum(one >= SAME for one in found)} of {len(found)})"
 
 
 def measure(

@@ -111,7 +111,9 @@ def test_the_table_pairs_pictures_by_prompt(tmp_path: Path) -> None:
     assert rows[0][4].startswith("50.0% (18.8% to 81.2%)")
     assert [row[5] for row in rows] == ["", "+2 -2 (p 1.00)", "+0 -3 (p 0.25)"]
     ten, five = (f"{20 * math.log10(255 / step):.1f}" for step in (10, 5))
-    assert [row[7:9] for row in rows] == [["", ""], [five, ten], ["", five]]
+    assert [row[7:9] for row in rows] == [
+        *(["", ""], [f"{five} (4 of 4)", f"{ten} (0 of 6)"], ["", f"{five} (4 of 4)"])
+    ]
 
 
 def test_a_run_goes_on_where_it_stopped(
