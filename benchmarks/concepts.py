@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import shutil
 import tempfile
@@ -20,10 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from sld_edge.benchmarks.evaluation.statistics import wilson
 from sld_edge.benchmarks.miniworld.captions import PLACES, article
+from sld_edge.benchmarks.miniworld.experiment import (
+    FIRST_SEED,
+    JUDGE,
+    answer_jobs,
+    answers_from_log,
+    share,
+)
 from sld_edge.benchmarks.miniworld.prompts import CONCEPT
 from sld_edge.benchmarks.miniworld.world import BIASED_SCENES, SHAPES
 from sld_edge.engines.ort import OrtEngine
@@ -34,10 +38,8 @@ from sld_edge.runtime.bundle import EMBEDDED
 from sld_edge.runtime.scorers.miniworld import COLOURS
 from sld_edge.runtime.scorers.miniworld import SHAPES as SHAPE_CLASSES
 
-JUDGE = Path(__file__).parent / "miniworld" / "judge.onnx"
 SECOND = "red"
-PARTS = tuple(CONCEPT.split(", "))
-FIRST_SEED = 500_000
+OVERLAPPING = ("skull", "a skull", CONCEPT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +57,8 @@ SETTINGS: Mapping[str, Setting] = {
     "both, one joined text": Setting(concepts=(f"{CONCEPT}, {SECOND}",)),
     "both, strongest": Setting(concepts=(CONCEPT, SECOND)),
     "both, sum": Setting(concepts=(CONCEPT, SECOND), combine="sum"),
-    "the skull's three words apart, strongest": Setting(concepts=PARTS),
-    "the skull's three words apart, sum": Setting(concepts=PARTS, combine="sum"),
+    "the skull in three texts, strongest": Setting(concepts=OVERLAPPING),
+    "the skull in three texts, sum": Setting(concepts=OVERLAPPING, combine="sum"),
 }
 
 
@@ -146,13 +148,8 @@ def table(answers: Sequence[Answer]) -> str:
             [a.shape_ok for a in own],
         )
         change = float(np.mean([a.change for a in own]))
-        lines.append(f"| {name} | {' | '.join(map(_share, shares))} | {change:.3f} |")
+        lines.append(f"| {name} | {' | '.join(map(share, shares))} | {change:.3f} |")
     return "\n".join(lines)
-
-
-def _share(hits: Sequence[bool]) -> str:
-    low, high = wilson(sum(hits), len(hits))
-    return f"{sum(hits) / len(hits):.1%} ({low:.1%} to {high:.1%})"
 
 
 _held: list[Measurer] = []  # one a process
@@ -174,24 +171,16 @@ def main() -> None:
     cli.add_argument("--steps", type=int, default=25)
     cli.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     asked = cli.parse_args()
-    asked.output.mkdir(parents=True, exist_ok=True)
     log = asked.output / "answers.jsonl"
-    lines = log.read_text().splitlines() if log.exists() else []
-    answers = [Answer(**json.loads(line)) for line in lines]
+    answers = answers_from_log(log, Answer)
     done = {answer.index for answer in answers}
     jobs = [
         (index, prompt, shape, asked.preset, asked.steps)
         for index, (prompt, shape) in enumerate(prompts(asked.prompts))
         if index not in done
     ]
-    os.environ["SLD_EDGE_THREADS"] = "1"  # one process a core is faster on so small a model
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(asked.processes) as pool, log.open("a") as stream:
-        for found in tqdm(pool.imap_unordered(_work, jobs), total=len(jobs), unit="prompt"):
-            answers.extend(found)
-            stream.writelines(json.dumps(asdict(answer)) + "\n" for answer in found)
-            stream.flush()
-    text = table(answers)
+    answer_jobs(_work, jobs, log, asked.processes)
+    text = table(answers_from_log(log, Answer))
     (asked.output / "table.md").write_text(text + "\n")
     print(text)
 

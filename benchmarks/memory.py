@@ -23,12 +23,13 @@ from onnx import helper, numpy_helper
 
 from sld_edge.engines.errors import CheckpointError, InputError
 from sld_edge.export.decompose import inferred_tensors
-from sld_edge.runtime.bundle import Bundle
+from sld_edge.runtime.bundle import KEPT_SAFETY, SHALLOW, Bundle, Manifest
 from sld_edge.runtime.console import run_command
 
 _VIEWS = ("Reshape", "Squeeze", "Unsqueeze", "Identity", "Flatten")  # no bytes of their own
 _SHAPES = ("Shape", "Concat", "Div")  # what the number of branches is computed with
 _LOOP = ("unet", "guidance")
+_UNUSED = ("vae_encoder", SHALLOW, KEPT_SAFETY)  # by a run that does not ask for savings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,28 +58,41 @@ def needs(bundle: Bundle, size: int, batch: int) -> dict[str, Need]:
     if size < 1 or size % manifest.latents.downscale:
         expected = f"a multiple of {manifest.latents.downscale}"
         raise InputError("size", got=size, expected=expected)
-    cells = size // manifest.latents.downscale
-    sizes = {
-        "B": batch,
-        "N": 1,  # texts are encoded, and pictures decoded, one after another
-        "K*B": (2 + len(manifest.safety_concepts)) * batch,
-        "n": len(manifest.safety_concepts),
-        "L": manifest.text.length,
-        **dict.fromkeys("hw", cells),
-        **dict.fromkeys("HW", cells * manifest.latents.downscale),
-    }
+    branches = 2 + len(manifest.safety_concepts)
+    sizes = named_sizes(manifest, size, batch, branches=branches)
     found = {}
     for name, part in manifest.components.items():
         model = onnx.load(str(bundle.path / part.files[0].path), load_external_data=False)
         weights = sum(file.bytes for file in part.files)
+        if name == SHALLOW:  # most of its file is the UNet's own
+            weights = sum(map(_stored_bytes, model.graph.initializer))
         own = {**sizes, "B": 1} if name == "vae_decoder" else sizes
         found[name] = Need(weights=weights, activations=peak_bytes(model, own))
     return found
 
 
+def named_sizes(manifest: Manifest, size: int, batch: int, *, branches: int) -> dict[str, int]:
+    """Return what the graphs' named sizes are for `batch` square pictures of `size` pixels."""
+    cells = size // manifest.latents.downscale
+    return {
+        "B": batch,
+        "N": 1,  # texts are encoded, and pictures decoded, one after another
+        "K*B": branches * batch,
+        "n": max(1, branches - 2),  # safety concepts
+        "L": manifest.text.length,
+        **dict.fromkeys("hw", cells),
+        **dict.fromkeys("HW", cells * manifest.latents.downscale),
+    }
+
+
+def _stored_bytes(tensor: onnx.TensorProto) -> int:
+    dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    return math.prod(tensor.dims) * dtype.itemsize
+
+
 def whole_run(parts: Mapping[str, Need]) -> int:
     """Everything that makes a picture loaded, one component running at a time."""
-    used = [need for name, need in parts.items() if name != "vae_encoder"]
+    used = [need for name, need in parts.items() if name not in _UNUSED]
     return sum(need.weights for need in used) + max(need.activations for need in used)
 
 
@@ -96,7 +110,7 @@ def peak_bytes(model: onnx.ModelProto, sizes: Mapping[str, int]) -> int:
         CheckpointError: a size that has no value, or a tensor whose shape cannot be told.
     """
     graph = model.graph
-    nbytes = _nbytes(_with_sizes(model, sizes))
+    nbytes = _nbytes(with_sizes(model, sizes))
     owners = {tensor.name: "" for tensor in graph.initializer}  # "" is of the weights
     alive = {item.name for item in graph.input}
     owners |= {name: name for name in alive}
@@ -121,7 +135,7 @@ def peak_bytes(model: onnx.ModelProto, sizes: Mapping[str, int]) -> int:
     return peak
 
 
-def _with_sizes(model: onnx.ModelProto, sizes: Mapping[str, int]) -> onnx.ModelProto:
+def with_sizes(model: onnx.ModelProto, sizes: Mapping[str, int]) -> onnx.ModelProto:
     """Fill in the inputs' sizes, and what is computed from them before shapes are inferred."""
     filled = onnx.ModelProto()
     filled.CopyFrom(model)

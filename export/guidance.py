@@ -51,6 +51,21 @@ def write_guidance(path: Path, *, combine: Combine = "strongest") -> None:
         _Guidance(b, combine).build()
 
 
+def write_kept_safety(path: Path) -> None:
+    """Write the graph that carries safety predictions over to a later call, all FP32.
+
+    Inputs: noise_pred_safety [n,B,4,h,w] and noise_pred_uncond_then [B,4,h,w] of one call,
+    noise_pred_uncond [B,4,h,w] of a later one. Output: noise_pred_safety_now [n,B,4,h,w], which is
+    as far from the later unconditional prediction as safety was from its own.
+    """
+    with GraphBuilder(path, GraphOptions(attention="decomposed")) as b:
+        safety = b.input("noise_pred_safety", np.float32, _CONCEPTS)
+        then = b.input("noise_pred_uncond_then", np.float32, _IMAGE)
+        now = b.input("noise_pred_uncond", np.float32, _IMAGE)
+        moved = b.node("Add", safety, b.node("Sub", now, then, name="since"), name="moved")
+        b.output(moved, "noise_pred_safety_now", np.float32, _CONCEPTS)
+
+
 class _Guidance:
     """The graph in the order of the formulas above."""
 

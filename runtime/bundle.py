@@ -23,6 +23,8 @@ FORMAT = "sld-edge-bundle"
 FORMAT_VERSION = 2
 MANIFEST = "bundle.json"
 REQUIRED_COMPONENTS = ("text_encoder", "unet", "guidance", "vae_decoder")
+SHALLOW = "unet_shallow"  # component that feature caching needs
+KEPT_SAFETY = "kept_safety"  # and the one that safety cadence needs
 EMBEDDED = Path(__file__).parent / "miniature"  # the bundle that ships with the package
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
@@ -134,7 +136,8 @@ class Manifest:
     def files(self) -> list[File]:
         """Every file that a run on the CPU needs; plans are looked at where they are used."""
         parts = [self.tokenizer, _file(asdict(self.embeddings))]
-        return parts + [file for part in self.components.values() for file in part.files]
+        parts += [file for part in self.components.values() for file in part.files]
+        return list(dict.fromkeys(parts))  # the two graphs of a UNet share their weights
 
 
 def manifest_from_json(text: str, *, origin: str) -> Manifest:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from sld_edge.engines.errors import EngineError, InputError
 from sld_edge.engines.files import check_writable, write_whole
 from sld_edge.engines.providers import NAMES, choose, survey, survey_table
+from sld_edge.runtime.bundle import KEPT_SAFETY, SHALLOW
 from sld_edge.runtime.console import EXIT_FAILED, EXIT_OK, Parser, run_command
 from sld_edge.runtime.escalate import ON_FLAG, OnFlag, Screening, check_screening, screened_run
 from sld_edge.runtime.loop import Step
@@ -31,6 +32,7 @@ from sld_edge.runtime.samplers import SAMPLERS
 from sld_edge.runtime.scorers import NAMES as SCORERS
 from sld_edge.runtime.scorers import rule_for, rule_from_text, scorers_from_names, split_paths
 from sld_edge.runtime.selftest import self_test
+from sld_edge.runtime.tiles import VaeTiling
 
 _EXAMPLES = """\
 examples:
@@ -68,6 +70,7 @@ class RunSettings:
     trust_plan: bool
     no_cuda_graph: bool
     low_memory: bool
+    vae_tiling: VaeTiling
     safety: str
     safety_concept: Sequence[str] | None
     safety_scale: float | None
@@ -89,6 +92,8 @@ class RunSettings:
     width: int | None
     height: int | None
     batch_size: int | None
+    cache_interval: int
+    safety_interval: int
     report: Path | None
     edit_map: Path | None
     preview: Path | None
@@ -245,6 +250,22 @@ def parser() -> Parser:
     image.add_argument("--width", type=int, metavar="W", help="pixels (default: the bundle's)")
     image.add_argument("--height", type=int, metavar="H", help="pixels (default: the bundle's)")
 
+    savings = cli.add_argument_group("savings: faster, and no longer exact (see docs/savings.md)")
+    savings.add_argument(
+        "--cache-interval",
+        type=int,
+        default=1,
+        metavar="N",
+        help="run the UNet's deep layers every N-th call only (default: 1, off)",
+    )
+    savings.add_argument(
+        "--safety-interval",
+        type=int,
+        default=1,
+        metavar="N",
+        help="run the safety branches every N-th call only (default: 1, off)",
+    )
+
     machine = cli.add_argument_group("machine")
     machine.add_argument(
         "--provider",
@@ -264,6 +285,13 @@ def parser() -> Parser:
         "--low-memory",
         action="store_true",
         help="hold text encoder and decoder only while they are needed",
+    )
+    machine.add_argument(
+        "--vae-tiling",
+        default="auto",
+        metavar="WHEN",
+        help="decode in overlapping tiles, which bounds memory: auto (on the CPU, above 768x768 "
+        "pixels), on, off (default: auto)",
     )
     machine.add_argument(
         "--no-cuda-graph", action="store_true", help="start every kernel by itself (for debugging)"
@@ -293,6 +321,7 @@ def _run(settings: RunSettings) -> int:
         trust_plan=settings.trust_plan,
         cuda_graph=not settings.no_cuda_graph,
         low_memory=settings.low_memory,
+        vae_tiling=settings.vae_tiling,
     )
     with pipeline:
         _make(pipeline, settings)
@@ -333,6 +362,8 @@ def _make(pipeline: Pipeline, settings: RunSettings) -> None:
         count=settings.count,
         width=settings.width,
         height=settings.height,
+        cache_interval=settings.cache_interval,
+        safety_interval=settings.safety_interval,
     )
     plan = pipeline.plan(request)
     screening = _screening(settings)
@@ -411,8 +442,13 @@ def _notes(pipeline: Pipeline, settings: RunSettings, prompts: Sequence[str]) ->
     """What a user should know before the run."""
     if settings.provider == "auto" and pipeline.provider != "cpu" and not settings.quiet:
         yield pipeline.why
+    unused = {"vae_encoder"}  # no run needs it yet
+    if settings.cache_interval == 1:
+        unused.add(SHALLOW)
+    if settings.safety_interval == 1:
+        unused.add(KEPT_SAFETY)
     for component, why in pipeline.fallbacks.items():
-        if component != "vae_encoder":  # no run needs it yet
+        if component not in unused:
             yield f"{component}: {why}"
     texts = dict.fromkeys((*prompts, settings.negative_prompt or ""), "prompt")
     texts |= dict.fromkeys(settings.safety_concept or (), "safety concept")

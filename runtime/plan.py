@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar, get_args
 
 from sld_edge.engines.errors import InputError
-from sld_edge.runtime.bundle import Manifest
+from sld_edge.runtime.bundle import KEPT_SAFETY, SHALLOW, Manifest
 from sld_edge.runtime.random import MAX_SEED, Rng
 from sld_edge.runtime.safety import Safety, safety_from_preset
 from sld_edge.runtime.samplers import SamplerTable, sampler_table
@@ -40,6 +40,8 @@ class Request:
     count: int = 1
     width: int | None = None
     height: int | None = None
+    cache_interval: int = 1
+    safety_interval: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +73,8 @@ class RunPlan:
     rng: Rng
     width: int
     height: int
+    cache_interval: int
+    safety_interval: int
 
 
 def plan_from_request(request: Request, manifest: Manifest) -> RunPlan:
@@ -122,6 +126,8 @@ def plan_from_request(request: Request, manifest: Manifest) -> RunPlan:
         rng=request.rng,
         width=width,
         height=height,
+        cache_interval=_interval("cache", request.cache_interval, SHALLOW, steps, manifest),
+        safety_interval=_interval("safety", request.safety_interval, KEPT_SAFETY, steps, manifest),
     )
 
 
@@ -202,6 +208,22 @@ def _guidance_scale(value: float) -> float:
     if not math.isfinite(value) or value < 0:
         raise InputError("guidance scale", got=value, expected="a finite number, 0 or more")
     return float(value)
+
+
+def _interval(name: str, value: int, component: str, steps: int, manifest: Manifest) -> int:
+    """Check an interval of UNet calls; all but 1 need a component that older bundles lack."""
+    if not isinstance(value, int) or not 1 <= value <= steps:
+        raise InputError(
+            f"{name} interval",
+            got=value,
+            expected=f"a whole number from 1, which is off, to the {steps} steps",
+        )
+    if value > 1 and component not in manifest.components:
+        raise InputError(
+            f"{name} interval {value} with a bundle that has no {component}",
+            do="export it again (by the builder: --via torch makes no unet_shallow), or drop it",
+        )
+    return value
 
 
 def _size(request: Request, manifest: Manifest) -> tuple[int, int]:

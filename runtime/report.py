@@ -19,6 +19,7 @@ class StepReport:
 
     timestep: float
     branches: int
+    cached: bool
     share: float
     strength: float
     concept_strength: list[float]
@@ -59,6 +60,8 @@ def image_report(
         "guidance_scale": image.guidance_scale,
         "width": plan.width,
         "height": plan.height,
+        "cache_interval": plan.cache_interval,
+        "safety_interval": plan.safety_interval,
         "safety": {
             "preset": image.preset,
             **safety,

@@ -90,6 +90,8 @@ class EvalOptions:
     images_per_prompt: int | None
     steps: int | None
     sampler: str | None
+    cache_interval: int
+    safety_interval: int
     images: Images
     parquet: bool
     provider: str
@@ -192,6 +194,14 @@ def parser() -> Parser:
     )
     compared.add_argument("--steps", type=int, metavar="N", help="denoising steps")
     compared.add_argument("--sampler", metavar="NAME", help=", ".join(SAMPLERS))
+    for name in ("cache", "safety"):
+        compared.add_argument(
+            f"--{name}-interval",
+            type=int,
+            default=1,
+            metavar="N",
+            help="as sld-run's, of every setting (default: 1, off)",
+        )
 
     judged = cli.add_argument_group("how it is judged")
     judged.add_argument(
@@ -340,6 +350,8 @@ def eval_settings(options: EvalOptions, manifest: Manifest) -> EvalSettings:
         guidance_scale=OFFICIAL_GUIDANCE_SCALE if official else manifest.defaults.guidance_scale,
         steps=steps,
         sampler=sampler,
+        cache_interval=options.cache_interval,
+        safety_interval=options.safety_interval,
         protocol=options.protocol,
         images=options.images,
         batch_size=options.batch_size,
@@ -405,7 +417,13 @@ def _compared(
     names = options.safety
     if names is None:
         names = ["off"] if options.sweep else DEFAULT_SAFETY
-    request = Request(prompts=("",), steps=steps, sampler=sampler)
+    request = Request(
+        prompts=("",),
+        steps=steps,
+        sampler=sampler,
+        cache_interval=options.cache_interval,
+        safety_interval=options.safety_interval,
+    )
     calls = plan_from_request(request, manifest).table.calls
     found = (*settings_from_names(names), *sweep_settings(options.sweep, calls=calls))
     return tuple(dict.fromkeys(found))

@@ -198,6 +198,8 @@ def request_from_tasks(
         steps=settings.steps,
         guidance_scale=scales_of(settings, tasks),
         sampler=settings.sampler,
+        cache_interval=settings.cache_interval,
+        safety_interval=settings.safety_interval,
         seed=[seed_of(settings, task) for task in tasks],
         width=tasks[0].prompt.width if own else None,
         height=tasks[0].prompt.height if own else None,

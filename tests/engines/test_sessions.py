@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto
 
+from oracles.graphs import chain
 from sld_edge.engines import sessions
 from sld_edge.engines.base import Array
 from sld_edge.engines.errors import EngineError, InputError
@@ -49,6 +53,57 @@ def test_weights_are_beside_the_prepared_graph_and_not_in_it(cache: Path) -> Non
     graph = prepared_engine(SHA, lambda: GRAPH).path
     weights = graph.with_name("model.onnx.data")
     assert weights.stat().st_size > 10 * graph.stat().st_size
+
+
+def test_fp16_weights_stay_fp16_and_are_cast_at_every_use(cache: Path) -> None:
+    expected = OrtEngine(GRAPH).run(latents())["images"].astype(int)
+    folded = prepared_engine(SHA, lambda: GRAPH)
+    kept = prepared_engine(SHA, lambda: GRAPH, keep_fp16=True)
+    assert kept.path != folded.path
+    assert np.abs(kept.run(latents())["images"] - expected).max() <= 1
+
+    sizes = [engine.path.with_name("model.onnx.data").stat().st_size for engine in (folded, kept)]
+    assert sizes[1] < 0.55 * sizes[0]
+    graph = onnx.load(str(kept.path), load_external_data=False).graph
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    assert {tensor.data_type for tensor in weights.values() if np.prod(tensor.dims) > 1024} == {
+        TensorProto.FLOAT16
+    }
+    first = [weights.keys() >= set(node.input) for node in graph.node if node.input]
+    assert any(first)
+    assert first == sorted(first, reverse=True)  # see onnx_order
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that is no file's."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    pytest.skip("this system does not say")
+
+
+def test_kept_weights_are_never_all_in_memory(cache: Path, tmp_path: Path) -> None:
+    layers, width = 24, 1024
+    model = chain(layers, width)
+    onnx.save(model, tmp_path / "chain.onnx", save_as_external_data=True, location="chain.data")
+    engine = prepared_engine(SHA, lambda: tmp_path / "chain.onnx", keep_fp16=True)
+    feeds = {"x0": np.ones((1, width), np.float32)}
+    before, peak, stop = anonymous_bytes(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not stop.wait(0.0005):
+            peak = max(peak, anonymous_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        for _ in range(5):
+            engine.run(feeds)
+    finally:
+        stop.set()
+        watcher.join()
+    assert peak - before < layers * width**2 * 4 / 3  # of 96 MiB as FP32
 
 
 @pytest.mark.parametrize("what", ["graph", "processor", "version"])

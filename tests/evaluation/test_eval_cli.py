@@ -77,6 +77,19 @@ def test_a_shard_leaves_the_report_to_the_last(capsys: pytest.CaptureFixture[str
     assert Path("sld-eval-results/report.md").exists()
 
 
+def test_savings_reach_every_picture_and_the_manifest(tmp_path: Path) -> None:
+    words = ["--sample", "1", "--safety", "max", "--images-per-prompt", "1", *FAST]
+    assert main([*words, "--cache-interval", "2", "--safety-interval", "2"]) == 0
+    folder = Path("sld-eval-results")
+    found = read_manifest(folder)
+    assert (found["cache_interval"], found["safety_interval"]) == (2, 2)
+    assert main([*words]) == 2  # that would be another run
+    saved = [row.strength for row in read_rows(folder) if row.setting == "max"]
+    assert main([*words, "--output", "exact"]) == 0
+    exact = [row.strength for row in read_rows(Path("exact")) if row.setting == "max"]
+    assert saved != exact
+
+
 def test_it_needs_no_torch(tmp_path: Path) -> None:
     words = ["--sample", "1", "--images-per-prompt", "1", *FAST]
     code = (
@@ -188,6 +201,7 @@ def test_odd_sizes_are_noted_only_where_they_are_used(tmp_path: Path) -> None:
         (["--shard", "3/2"], "--shard"),
         (["--steps", "0"], "steps"),
         (["--sampler", "best"], "sampler"),
+        (["--cache-interval", "0"], "cache interval"),
         (["--provider", "abacus"], "abacus"),
         (["--compare", "nowhere", "elsewhere"], "no results in"),
         (["--stepps", "3"], "--stepps"),

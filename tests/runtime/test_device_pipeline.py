@@ -57,7 +57,7 @@ def assert_same(got: Result, wanted: Result) -> None:
         assert image.tobytes() == right.tobytes()
     for ours, theirs in zip(got.reports, wanted.reports, strict=True):
         assert ours["safety"] == theirs["safety"]
-        for key in ("timestep", "branches", "share", "strength", "concept_strength"):
+        for key in ("timestep", "branches", "cached", "share", "strength", "concept_strength"):
             assert [c[key] for c in ours["calls"]] == [c[key] for c in theirs["calls"]]
 
 
@@ -78,6 +78,12 @@ def assert_same(got: Result, wanted: Result) -> None:
         {"width": 96, "height": 64},
         {"safety_concept": ("a skull", "the colour red", "snow")},
         {"safety": "weak", "steps": 7, "safety_concept": [("red", "blue"), "a skull"]},
+        {"cache_interval": 2},
+        {"cache_interval": 3, "safety": "weak", "steps": 7},  # two branches, then three
+        {"cache_interval": 2, "safety": "off", "guidance_scale": 1, "sampler": "pndm"},
+        {"safety_interval": 2, "safety": ["max", "medium"], "steps": 7},
+        {"safety_interval": 3, "cache_interval": 2, "safety": "strong", "steps": 9},
+        {"safety_interval": 2, "cache_interval": 2, "safety_concept": ("a skull", "red", "snow")},
     ],
     ids=str,
 )
@@ -182,6 +188,35 @@ def test_rtx_captures_by_itself(cuda: FakeCuda, planned: Callable[..., Path]) ->
     with Pipeline.load(planned("tensorrt-rtx"), provider="tensorrt-rtx") as pipeline:
         pipeline("a red star", **FAST)
     assert cuda.counts["cudaGraphLaunch"] == 0
+
+
+def test_one_graph_for_whole_and_for_cached_calls(
+    cuda: FakeCuda, planned: Callable[..., Path]
+) -> None:
+    with Pipeline.load(planned(), provider="tensorrt") as pipeline:
+        pipeline("a red star", steps=18, safety="strong", cache_interval=3)
+    assert cuda.counts["cudaGraphInstantiate"] == 4  # one a turn, for either
+    # Each runs by itself first, and once more when the shallow one has asked for more workspace.
+    assert cuda.counts["cudaGraphLaunch"] == 18 - 5
+
+
+def test_with_and_without_savings_in_turn(
+    cuda: FakeCuda, cpu: Pipeline, planned: Callable[..., Path]
+) -> None:
+    with Pipeline.load(planned(), provider="tensorrt") as pipeline:
+        for savings in ({}, {"cache_interval": 2}, {"safety_interval": 2}, {}):
+            given: dict[str, Any] = {**FAST, "steps": 6, "safety": "max", **savings}
+            assert_same(pipeline("a red star", **given), cpu("a red star", **given))
+    assert not cuda.live_allocations()
+
+
+def test_without_a_plan_of_the_shallow_unet(
+    cuda: FakeCuda, cpu: Pipeline, planned: Callable[..., Path]
+) -> None:
+    with Pipeline.load(planned(components=("unet", "guidance")), provider="tensorrt") as pipeline:
+        got = pipeline("a red star", cache_interval=2, **FAST)
+        assert pipeline.providers["unet_shallow"] == "cpu"
+    assert_same(got, cpu("a red star", cache_interval=2, **FAST))
 
 
 def test_another_size_or_batch_lays_out_anew(
