@@ -192,7 +192,8 @@ def test_killed_at_any_moment_it_goes_on(whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "results"
     script = tmp_path / "child.py"
     script.write_text(_CHILD)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     log = folder / "rows-1-of-1.jsonl"
     for rows in (3, 12):
         child = subprocess.Popen([sys.executable, str(script), str(folder)], env=environment)
