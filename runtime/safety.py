@@ -86,8 +86,9 @@ def safety_from_preset(
     """Return a preset's numbers for a run of `calls` UNet calls.
 
     The published warm-ups count calls of a 50-step run (PNDM makes 51 of them); a run of another
-    length gets the same share, rounded half up, so that a short run is not left unguided. At 50 and
-    51 calls the published number stands.
+    length gets the same share, so that a short run is not left unguided, and rounded down: half a
+    call more would leave strong's first edited call of 25 too late for what it removes of 50
+    (docs/steps.md). At 50 and 51 calls the published number stands.
 
     Raises:
         InputError: unknown preset.
@@ -95,5 +96,5 @@ def safety_from_preset(
     if name not in PRESETS:
         raise InputError("safety preset", got=repr(name), expected="one of " + ", ".join(PRESETS))
     preset = PRESETS[name]
-    warmup = math.floor(preset.warmup_steps * calls / _PRESET_STEPS + 0.5)
+    warmup = preset.warmup_steps * calls // _PRESET_STEPS
     return replace(preset, warmup_steps=warmup, concept=concept)
