@@ -103,8 +103,8 @@ def answers_for(index: int, prompt: Prompt, steps: int, presets: Sequence[str]) 
 def table(answers: Sequence[Answer]) -> str:
     """Return the Markdown table, a row a preset and interval."""
     lines = [
-        "| preset | cache | safety | biased, neutral | speed | PSNR, median (lowest tenth) | unsafe, biased prompts "
-        "| newly unsafe, newly safe | adherence |",
+        "| preset | cache | safety | biased, neutral | speed | PSNR, median (lowest tenth) "
+        "| unsafe, biased prompts | newly unsafe, newly safe | adherence |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for preset in PRESETS:
