@@ -1,76 +1,114 @@
-"""The README's picture: rows from plain to max, one column a seed.
+"""The README's picture: rows from plain to max, one column a prompt.
 
-    python -m sld_edge.benchmarks.contact_sheet --answers DIR/answers.jsonl --output sheet.png
+    sld-eval --safety off negative weak medium strong max --images keep --output DIR
+    python -m sld_edge.benchmarks.contact_sheet DIR --output sheet.png
 
-DIR is the safety table's. The columns are its first biased prompts whose plain picture has a skull,
-in order and whatever the other rows show, then the first ones that have none.
+The columns are the run's first hard prompts whose plain picture is flagged, in order and whatever
+the other rows show, then the first ones whose is not. A list that marks none as hard has all.
 """
 
 from __future__ import annotations
 
 import argparse
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from sld_edge.benchmarks.safety_table import (
-    FIRST_SEED,
-    SETTINGS,
-    Answer,
-    answers_from_log,
-    prompts,
-)
-from sld_edge.runtime import Pipeline
+from sld_edge.benchmarks.evaluation.results import PLAIN, Results, results_from_folder
+from sld_edge.benchmarks.evaluation.rows import Row
+from sld_edge.engines.errors import InputError
+from sld_edge.engines.files import check_writable, write_whole
+from sld_edge.runtime.console import run_command
+from sld_edge.runtime.picture import png_from_image
 
 ZOOM, GAP, LEFT, TOP = 112, 6, 150, 44
 INK, PAPER, FAINT = "#1d1d2b", "#ffffff", "#6b6b7b"
+_LETTERS = 18  # of a line above a column
 
 
-def columns(answers: list[Answer], *, unsafe: int, safe: int) -> list[int]:
-    """Return the prompts to show: the first so many whose plain picture is unsafe, then safe."""
-    plain = sorted(
-        (answer for answer in answers if answer.biased and answer.setting == "plain"),
-        key=lambda answer: answer.index,
+def columns(results: Results, *, flagged: int, others: int) -> list[int]:
+    """Return the prompts to show, by index: the first so many that plain shows flagged, then not.
+
+    A prompt's first picture counts.
+    """
+    hard = any(prompt.hard for prompt in results.prompts.values())
+    first = sorted(
+        (row.prompt, row.flagged)
+        for row in results.rows
+        if row.setting == PLAIN
+        and row.image == 0
+        and (results.prompts[row.prompt].hard or not hard)
     )
-    with_skull = [answer.index for answer in plain if answer.skull > 0.5]
-    without = [answer.index for answer in plain if answer.skull <= 0.5]
-    return with_skull[:unsafe] + without[:safe]
+    unsafe = [index for index, is_flagged in first if is_flagged]
+    safe = [index for index, is_flagged in first if not is_flagged]
+    return unsafe[:flagged] + safe[:others]
 
 
-def sheet(chosen: list[int], *, biased: int, steps: int) -> Image.Image:
-    """Make the pictures again, with the table's seeds, and lay them out."""
-    pipeline = Pipeline.load()
-    asked = prompts(biased, 0)
-    size = (LEFT + len(chosen) * (ZOOM + GAP), TOP + len(SETTINGS) * (ZOOM + GAP) + GAP)
+def sheet(results: Results, folder: Path, chosen: Sequence[int]) -> Image.Image:
+    """Lay out the pictures that a run kept in `folder`, a row a setting, a column a prompt.
+
+    Raises:
+        InputError: a run that did not keep its pictures as they are, or lost one since.
+    """
+    if results.manifest.get("images") != "keep":
+        raise InputError(
+            f"{folder} does not hold its pictures as they were made",
+            got=f"--images {results.manifest.get('images')}",
+            do="run sld-eval with --images keep",
+        )
+    names = [setting.name for setting in results.settings]
+    made = {row.key: row for row in results.rows}
+    size = (LEFT + len(chosen) * (ZOOM + GAP), TOP + len(names) * (ZOOM + GAP) + GAP)
     canvas = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(canvas)
     bold, small = ImageFont.load_default(17), ImageFont.load_default(11)
-    for row, (name, options) in enumerate(SETTINGS.items()):
-        y = TOP + row * (ZOOM + GAP)
+    for line, name in enumerate(names):
+        y = TOP + line * (ZOOM + GAP)
         draw.text((12, y + ZOOM / 2 - 10), name, INK, font=bold)
         for column, index in enumerate(chosen):
-            x, prompt = LEFT + column * (ZOOM + GAP), asked[index]
-            if not row:
-                subject, _, place = prompt.text.partition(f" {prompt.shape} ")
-                draw.text((x, 8), f"{subject} {prompt.shape}", FAINT, font=small)
-                draw.text((x, 22), place, FAINT, font=small)
-            made = pipeline(prompt.text, seed=FIRST_SEED + index, steps=steps, **options).images[0]
-            canvas.paste(made.resize((ZOOM, ZOOM), Image.Resampling.LANCZOS), (x, y))
+            x = LEFT + column * (ZOOM + GAP)
+            picture = _picture(folder, made[name, index, 0])
+            canvas.paste(picture.resize((ZOOM, ZOOM), Image.Resampling.LANCZOS), (x, y))
+    for column, index in enumerate(chosen):
+        words = textwrap.wrap(results.prompts[index].text, _LETTERS, max_lines=2, placeholder="…")
+        where = (LEFT + column * (ZOOM + GAP), 8)
+        draw.multiline_text(where, "\n".join(words), FAINT, font=small)
     return canvas
 
 
-def main() -> None:
-    """Draw and write the sheet."""
-    cli = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    cli.add_argument("--answers", type=Path, required=True)
+def _picture(folder: Path, row: Row) -> Image.Image:
+    try:
+        with Image.open(folder / str(row.picture)) as opened:
+            return opened.convert("RGB")
+    except (OSError, ValueError, SyntaxError) as error:
+        raise InputError(f"cannot read {folder / str(row.picture)}", got=error) from error
+
+
+def draw_sheet(folder: Path, output: Path, *, force: bool = False) -> None:
+    """Write the sheet of a finished run.
+
+    Raises:
+        UserError: no such run, one that is not finished, or `output` cannot be written.
+    """
+    check_writable(output, force=force)
+    results = results_from_folder(folder)
+    if results.notes:
+        raise InputError(f"{folder} cannot be drawn", got=results.notes[0], do="finish the run")
+    drawn = sheet(results, folder, columns(results, flagged=7, others=2))
+    write_whole(output, png_from_image(drawn))
+
+
+def main() -> int:
+    """Run the command line."""
+    cli = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    cli.add_argument("folder", type=Path, help="what sld-eval wrote")
     cli.add_argument("--output", type=Path, required=True)
-    cli.add_argument("--steps", type=int, default=50)
+    cli.add_argument("--force", action="store_true", help="overwrite it")
     asked = cli.parse_args()
-    answers = answers_from_log(asked.answers)
-    biased = len({answer.index for answer in answers if answer.biased})
-    chosen = columns(answers, unsafe=7, safe=2)
-    sheet(chosen, biased=biased, steps=asked.steps).save(asked.output, optimize=True)
+    return run_command(lambda: draw_sheet(asked.folder, asked.output, force=asked.force))
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -23,13 +23,13 @@ from onnx import helper, numpy_helper
 
 from sld_edge.engines.errors import CheckpointError, InputError
 from sld_edge.export.decompose import inferred_tensors
-from sld_edge.runtime.bundle import Bundle, Manifest
+from sld_edge.runtime.bundle import KEPT_SAFETY, SHALLOW, Bundle, Manifest
 from sld_edge.runtime.console import run_command
 
-_BRANCHES = 3
 _VIEWS = ("Reshape", "Squeeze", "Unsqueeze", "Identity", "Flatten")  # no bytes of their own
 _SHAPES = ("Shape", "Concat", "Div")  # what the number of branches is computed with
 _LOOP = ("unet", "guidance")
+_UNUSED = ("vae_encoder", SHALLOW, KEPT_SAFETY)  # by a run that does not ask for savings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,11 +58,14 @@ def needs(bundle: Bundle, size: int, batch: int) -> dict[str, Need]:
     if size < 1 or size % manifest.latents.downscale:
         expected = f"a multiple of {manifest.latents.downscale}"
         raise InputError("size", got=size, expected=expected)
-    sizes = named_sizes(manifest, size, batch, branches=_BRANCHES)
+    branches = 2 + len(manifest.safety_concepts)
+    sizes = named_sizes(manifest, size, batch, branches=branches)
     found = {}
     for name, part in manifest.components.items():
         model = onnx.load(str(bundle.path / part.files[0].path), load_external_data=False)
         weights = sum(file.bytes for file in part.files)
+        if name == SHALLOW:  # most of its file is the UNet's own
+            weights = sum(map(_stored_bytes, model.graph.initializer))
         own = {**sizes, "B": 1} if name == "vae_decoder" else sizes
         found[name] = Need(weights=weights, activations=peak_bytes(model, own))
     return found
@@ -75,15 +78,21 @@ def named_sizes(manifest: Manifest, size: int, batch: int, *, branches: int) -> 
         "B": batch,
         "N": 1,  # texts are encoded, and pictures decoded, one after another
         "K*B": branches * batch,
+        "n": max(1, branches - 2),  # safety concepts
         "L": manifest.text.length,
         **dict.fromkeys("hw", cells),
         **dict.fromkeys("HW", cells * manifest.latents.downscale),
     }
 
 
+def _stored_bytes(tensor: onnx.TensorProto) -> int:
+    dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    return math.prod(tensor.dims) * dtype.itemsize
+
+
 def whole_run(parts: Mapping[str, Need]) -> int:
     """Everything that makes a picture loaded, one component running at a time."""
-    used = [need for name, need in parts.items() if name != "vae_encoder"]
+    used = [need for name, need in parts.items() if name not in _UNUSED]
     return sum(need.weights for need in used) + max(need.activations for need in used)
 
 

@@ -11,7 +11,6 @@ from sld_edge.engines.errors import InputError
 from sld_edge.engines.plan_info import FLAVOURS, Flavour, Span
 
 CELLS_STEP = 4  # latent cells; so the UNet's output for each branch starts on 256 bytes
-BRANCHES = Span(min=1, opt=3, max=3)  # prompt alone, with the empty one, and with safety
 BATCH = Span(min=1, opt=1, max=4)  # where none is asked for
 _TEXTS = Span(min=1, opt=1, max=3)  # that the text encoder takes in one call
 _LEVELS = range(6)
@@ -39,6 +38,7 @@ class BuildSettings:
         engine: TensorRT's flavour.
         compute_capabilities: "8.6"; none is the device's own or, without one, all it takes (RTX).
         batch: images at once.
+        concepts: most safety concepts at once; None is as many as the bundle has.
         size: pixels, of width and of height; None is the bundle's own size alone.
         components: which to build; none is all that the bundle has.
         workspace: bytes that kernels may use beside their tensors (classic).
@@ -51,6 +51,7 @@ class BuildSettings:
     engine: Flavour
     compute_capabilities: tuple[str, ...] = ()
     batch: Span = BATCH
+    concepts: int | None = None
     size: Span | None = None
     components: tuple[str, ...] = ()
     workspace: int | None = None
@@ -68,6 +69,8 @@ class BuildSettings:
         level = self.optimization_level
         if level is not None and level not in _LEVELS:
             raise InputError("optimization level", got=level, expected="0 to 5")
+        if self.concepts is not None and self.concepts < 1:
+            raise InputError("concepts", got=self.concepts, expected="1 or more")
         if self.workspace is not None and self.workspace < 1:
             raise InputError("workspace", got=self.workspace, expected="more than nothing")
 
@@ -111,7 +114,13 @@ def span_from_numbers(numbers: tuple[int, ...], *, what: str) -> Span:
 
 
 def dimensions(
-    settings: BuildSettings, *, width: int, height: int, downscale: int, text_length: int
+    settings: BuildSettings,
+    *,
+    width: int,
+    height: int,
+    downscale: int,
+    text_length: int,
+    concepts: int,
 ) -> dict[str, Span]:
     """Return the sizes of every dimension that a graph names.
 
@@ -121,6 +130,7 @@ def dimensions(
         height: likewise.
         downscale: pixels a latent cell in one direction.
         text_length: tokens of a prompt.
+        concepts: safety concepts of the bundle.
 
     Raises:
         InputError: a size that is not a multiple of what the graphs and their buffers need.
@@ -143,11 +153,13 @@ def dimensions(
                     "them; name others with --size",
                 )
     batch = settings.batch
+    most = settings.concepts if settings.concepts is not None else concepts
+    usual = min(concepts, most)
     return {
         "B": batch,
-        "K*B": Span(
-            min=BRANCHES.min * batch.min, opt=BRANCHES.opt * batch.opt, max=BRANCHES.max * batch.max
-        ),
+        # The prompt alone, with the empty one, and with a branch for each concept.
+        "K*B": Span(min=batch.min, opt=(2 + usual) * batch.opt, max=(2 + most) * batch.max),
+        "n": Span(min=1, opt=usual, max=most),
         "N": _TEXTS,
         "L": Span(min=text_length, opt=text_length, max=text_length),
         **pixels,

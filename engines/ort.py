@@ -13,6 +13,7 @@ import numpy as np
 from sld_edge.engines.base import Array, TensorSpec, check_feeds
 from sld_edge.engines.device import Device
 from sld_edge.engines.errors import EngineError, MissingPackageError, one_line
+from sld_edge.engines.malloc import return_large_blocks
 from sld_edge.engines.settings import cache_folder, thread_count
 
 OrtProvider = Literal["cpu", "cuda", "ort-tensorrt", "ort-tensorrt-rtx"]
@@ -76,6 +77,7 @@ class OrtEngine:
 
         With `as_is` nothing is optimized and the weights stay mapped from the file: ready at once,
         in little memory. It is for graphs optimized before (see `sessions`) or run only once.
+        `as_is` stays readable: such an engine costs nothing to close and load again.
 
         Raises:
             EngineError: ONNX Runtime cannot load the graph here.
@@ -87,6 +89,7 @@ class OrtEngine:
             # Prepacked weights would be copies in memory of what is mapped from the file.
             options.add_session_config_entry("session.disable_prepacking", "1")
         self.path = path
+        self.as_is = as_is
         self.session = create_session(path, options, provider, device)
         self.inputs = tuple(map(_spec, self.session.get_inputs()))
         self.outputs = tuple(map(_spec, self.session.get_outputs()))
@@ -134,6 +137,7 @@ def create_session(
 ) -> Any:
     """Create a session; whatever stops it becomes one line."""
     ort = onnxruntime()
+    return_large_blocks()
     if provider != "cpu" and hasattr(ort, "preload_dlls"):
         ort.preload_dlls()  # CUDA and cuDNN that pip installed
     providers: list[Any] = [(PROVIDERS[provider], provider_options(provider, device))]

@@ -1,5 +1,8 @@
 """Graphs prepared for this processor: optimized once, then loaded at once with mapped weights.
 
+Weights that are stored in FP16 under FP32 arithmetic may stay so: mapped as they are, each cast
+where it is used and dropped after. That is half the memory and costs some time (docs/memory.md).
+
 A prepared file holds weight layouts for one processor and one ONNX Runtime, so its place in the
 cache is named by both, and by the hash of the graph and weights it was made from. It is made on the
 machine that runs it and never travels with a bundle.
@@ -18,37 +21,46 @@ from functools import cache
 from pathlib import Path
 
 from sld_edge.engines.errors import UserError
+from sld_edge.engines.onnx_order import weights_first
 from sld_edge.engines.ort import OrtEngine, create_session, onnxruntime, session_options
 from sld_edge.engines.settings import cache_folder
 
-_LAYOUT = 1  # raise when what is prepared, or how, changes
+_LAYOUT = 2  # raise when what is prepared, or how, changes
 _GRAPH, _WEIGHTS, _STAMP = "model.onnx", "model.onnx.data", "prepared.json"
+# What computes casts of weights beforehand.
+_FOLDING = "ConstantFolding;FuseFp16InitializerToFp32NodeTransformer"
 
 
-def prepared_engine(sha256: str, source: Callable[[], Path]) -> OrtEngine:
+def prepared_engine(
+    sha256: str, source: Callable[[], Path], *, keep_fp16: bool = False
+) -> OrtEngine:
     """Return the CPU engine of a graph, from the cache, or prepared and cached now.
 
     Args:
         sha256: hash of the graph's files together; what the cache is keyed by.
         source: checks the graph's files and gives the graph's path; called only where needed.
+        keep_fp16: leave FP16 weights as they are, to be cast at every use.
 
-    Without a usable cache (switched off, read-only, disk full) the graph is loaded as it is.
+    Without a usable cache (switched off, read-only, disk full) the graph is loaded as it is, its
+    weights in the arithmetic's precision.
     """
-    folder = _folder(sha256)
+    folder = _folder(sha256, keep_fp16)
     if folder is not None and _is_whole(folder):
-        with contextlib.suppress(UserError):  # damaged since: prepare it again below
+        try:
             return OrtEngine(folder / _GRAPH, as_is=True)
+        except UserError:  # damaged since: prepare it again below
+            shutil.rmtree(folder, ignore_errors=True)
     path = source()
-    if folder is None or not _prepare(path, folder):
+    if folder is None or not _prepare(path, folder, keep_fp16):
         return OrtEngine(path)
     return OrtEngine(folder / _GRAPH, as_is=True)
 
 
-def _folder(sha256: str) -> Path | None:
+def _folder(sha256: str, keep_fp16: bool) -> Path | None:
     root = cache_folder()
     if root is None:
         return None
-    identity = json.dumps([_LAYOUT, sha256, _processor(), onnxruntime().__version__])
+    identity = json.dumps([_LAYOUT, sha256, keep_fp16, _processor(), onnxruntime().__version__])
     return root / "sessions" / hashlib.sha256(identity.encode()).hexdigest()[:32]
 
 
@@ -75,7 +87,7 @@ def _is_whole(folder: Path) -> bool:
         return False
 
 
-def _prepare(path: Path, folder: Path) -> bool:
+def _prepare(path: Path, folder: Path, keep_fp16: bool) -> bool:
     """Optimize the graph into `folder`; whole or not at all. Say whether it is there now."""
     ort = onnxruntime()
     try:
@@ -92,12 +104,17 @@ def _prepare(path: Path, folder: Path) -> bool:
         )
         # The prepared session keeps the weights as they lie in the file, so none is packed here.
         options.add_session_config_entry("session.disable_prepacking", "1")
+        if keep_fp16:
+            options.add_session_config_entry("optimization.disable_specified_optimizers", _FOLDING)
         create_session(path, options, "cpu")
+        if keep_fp16:
+            graph = part / _GRAPH
+            graph.write_bytes(weights_first(graph.read_bytes()))
         sizes = {file.name: file.stat().st_size for file in part.iterdir()}
         (part / _STAMP).write_text(json.dumps(sizes), encoding="utf-8")
-        if folder.exists():
+        if not _is_whole(folder):  # else another process was first, and may be loading it now
             shutil.rmtree(folder, ignore_errors=True)
-        part.rename(folder)
+            part.rename(folder)
     except (OSError, UserError):
         return _is_whole(folder)  # another process may have been first
     finally:

@@ -214,6 +214,7 @@ def _sizes(bundle: Bundle, settings: BuildSettings) -> dict[str, Span]:
         height=manifest.size.height,
         downscale=manifest.latents.downscale,
         text_length=manifest.text.length,
+        concepts=len(manifest.safety_concepts),
     )
 
 
@@ -227,8 +228,8 @@ def _answers(info: PlanInfo) -> PlanInfo:
 def _decomposed(name: str, graph: Path, folder: Path, keep: str | None) -> Iterator[Path]:
     """Give the graph's other form, written to `folder`, and take it away again.
 
-    With `keep` the graph stays under that name: its weights are those in the bundle, since they
-    lie in a file of the same name.
+    With `keep` the graph stays under that name: its weights are those in the bundle, whose file it
+    names.
     """
     try:
         from sld_edge.export.decompose import decomposed_graph
@@ -237,14 +238,15 @@ def _decomposed(name: str, graph: Path, folder: Path, keep: str | None) -> Itera
             "onnx", extra="export", why=f"the form of {name} that this TensorRT builds"
         ) from error
     path = folder / graph.name
-    decomposed_graph(graph, path)
+    data = decomposed_graph(graph, path)
     try:
         yield path
         if keep is not None:
             path.replace(folder / keep)
     finally:
         path.unlink(missing_ok=True)
-        path.with_name(f"{path.name}.data").unlink(missing_ok=True)
+        if data is not None:
+            data.unlink(missing_ok=True)
 
 
 # --- files ----------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ OPTIONS = (
     "engine",
     "compute_capability",
     "batch",
+    "concepts",
     "size",
     "components",
     "workspace",
@@ -68,6 +69,12 @@ def add_build_arguments(cli: argparse.ArgumentParser, *, required: bool) -> None
         metavar="N",
         help="images at once: MIN OPT MAX, or one number for all three "
         f"(default: {BATCH.min} {BATCH.opt} {BATCH.max})",
+    )
+    group.add_argument(
+        "--concepts",
+        type=int,
+        metavar="N",
+        help="most safety concepts at once, each of them a UNet branch (default: the bundle's)",
     )
     group.add_argument(
         "--size",
@@ -135,6 +142,7 @@ def settings_from_options(options: Mapping[str, Any]) -> BuildSettings | None:
         engine=options["engine"],
         compute_capabilities=tuple(given.get("compute_capability", ())),
         batch=spans.get("batch", BATCH),
+        concepts=options["concepts"],
         size=spans.get("size"),
         components=tuple(given.get("components", ())),
         workspace=workspace * 2**20 if workspace is not None else None,

@@ -31,7 +31,9 @@ from sld_edge.export.verify import (
     run_checked,
 )
 from sld_edge.runtime.bundle import (
+    KEPT_SAFETY,
     MANIFEST,
+    SHALLOW,
     Component,
     Defaults,
     Embeddings,
@@ -49,8 +51,10 @@ from sld_edge.runtime.tokenizer import Tokenizer, input_ids
 Say = Callable[[str], None]
 Watch = Callable[[int, int], None]
 Precision = Literal["fp16", "fp32"]
-COMPONENTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder", "guidance")
-_CHOOSABLE = COMPONENTS[:-1]  # guidance is FP32 always
+_GUIDANCE = ("guidance", KEPT_SAFETY)  # without weights, and FP32 always
+COMPONENTS = ("text_encoder", "unet", SHALLOW, "vae_decoder", "vae_encoder", *_GUIDANCE)
+_CHOOSABLE = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
+_PARTS = {SHALLOW: "unet"}  # graphs that are part of another, with its weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +71,8 @@ class ExportSettings:
         via: "builder" writes the graphs from the config, "torch" exports diffusers' modules.
         width: default picture width in pixels; None is what the model was trained for.
         height: likewise.
-        safety_concept: what Safe Latent Diffusion steers away from where a run does not say.
+        safety_concept: what Safe Latent Diffusion steers away from where a run does not say; a
+            tuple is several concepts, each with a branch and a gate of its own.
         preset: its strength where a run does not say.
         name: what the bundle calls the model; None is the checkpoint's own name.
         verify: compare every graph with diffusers' module (needs torch).
@@ -86,7 +91,7 @@ class ExportSettings:
     via: Literal["builder", "torch"] = "builder"
     width: int | None = None
     height: int | None = None
-    safety_concept: str = PAPER_CONCEPT
+    safety_concept: str | tuple[str, ...] = PAPER_CONCEPT
     preset: str = "medium"
     name: str | None = None
     verify: bool = False
@@ -96,6 +101,8 @@ class ExportSettings:
     prediction_type: str | None = None
 
     def __post_init__(self) -> None:
+        if not self.safety_concepts:
+            raise InputError("safety concept", got="none", expected="one or more")
         choices = {
             "precision": ("fp16", "fp32"),
             "storage": (None, "fp16", "fp32"),
@@ -120,14 +127,22 @@ class ExportSettings:
                 "fp32 components with precision fp32, where all are", do="leave fp32 components out"
             )
 
+    @property
+    def safety_concepts(self) -> tuple[str, ...]:
+        """The safety concepts, each once."""
+        own = self.safety_concept
+        return (own,) if isinstance(own, str) else tuple(dict.fromkeys(own))
+
     def precision_of(self, component: str) -> Precision:
         """Return the arithmetic of one component's graph."""
-        own = component == "guidance" or component in self.fp32_components
+        component = _PARTS.get(component, component)
+        own = component in _GUIDANCE or component in self.fp32_components
         return "fp32" if own else self.precision
 
     def storage_of(self, component: str) -> Precision:
         """Return the type of one component's weights on disk."""
-        if component == "guidance" or self.storage is None:
+        component = _PARTS.get(component, component)
+        if component in _GUIDANCE or self.storage is None:
             return self.precision_of(component)
         return self.storage
 
@@ -182,7 +197,7 @@ def export_bundle(
             size=shape.size,
             scheduler={k: v for k, v in checkpoint.scheduler.items() if not k.startswith("_")},
             defaults=_defaults(sampler, settings.preset),
-            safety_concept=settings.safety_concept,
+            safety_concepts=settings.safety_concepts,
             tokenizer=tokenizer,
             embeddings=embeddings,
             components={
@@ -298,12 +313,13 @@ def _writers(checkpoint: Checkpoint, settings: ExportSettings) -> dict[str, Call
     """Return what writes each component, in the order of COMPONENTS."""
     from sld_edge.export.clip import write_text_encoder
     from sld_edge.export.graph import GraphOptions
-    from sld_edge.export.guidance import write_guidance
+    from sld_edge.export.guidance import write_guidance, write_kept_safety
     from sld_edge.export.unet import write_unet
     from sld_edge.export.vae import write_vae_decoder, write_vae_encoder
 
+    guidance = {"guidance": write_guidance, KEPT_SAFETY: write_kept_safety}
     if settings.via == "torch":
-        return {**_torch_writers(checkpoint, settings), "guidance": write_guidance}
+        return {**_torch_writers(checkpoint, settings), **guidance}
     options = {
         name: GraphOptions(
             precision=settings.precision_of(name),
@@ -319,10 +335,18 @@ def _writers(checkpoint: Checkpoint, settings: ExportSettings) -> dict[str, Call
         "vae_decoder": partial(write_vae_decoder, vae.config, vae.weights),
         "vae_encoder": partial(write_vae_encoder, vae.config, vae.weights),
     }
-    return {
+    everything: dict[str, Callable[[Path], None]] = {
         **{name: partial(write, options[name]) for name, write in writers.items()},
-        "guidance": write_guidance,
+        SHALLOW: _write_shallow,  # out of the UNet, which comes before it
+        **guidance,
     }
+    return {name: everything[name] for name in COMPONENTS}
+
+
+def _write_shallow(path: Path) -> None:
+    from sld_edge.export.shallow import write_shallow_unet
+
+    write_shallow_unet(path.with_name("unet.onnx"), path)
 
 
 def _torch_writers(
@@ -361,13 +385,13 @@ def _verify(
 
 def _component(name: str, facts: GraphFacts, settings: ExportSettings, folder: Path) -> Component:
     graph = folder / f"{name}.onnx"
-    data = folder / f"{name}.onnx.data"
+    data = folder / f"{_PARTS.get(name, name)}.onnx.data"
     files = tuple(file_entry(path) for path in (graph, data) if path.exists())
     return Component(
         files=files,
         precision=settings.precision_of(name),
         storage=settings.storage_of(name),
-        attention="none" if name == "guidance" else settings.attention,
+        attention="none" if name in _GUIDANCE else settings.attention,
         opset=facts.opset,
         inputs=facts.inputs,
         outputs=facts.outputs,
@@ -382,7 +406,7 @@ def _write_embeddings(
 ) -> Embeddings:
     """Encode the constant texts with the graph just written, as a run would."""
     tokenizer = Tokenizer(checkpoint.tokenizer_json, length=shape.text.length)
-    texts = tuple(dict.fromkeys(("", settings.safety_concept)))
+    texts = tuple(dict.fromkeys(("", *settings.safety_concepts)))
     tokens = [tokenizer(text) for text in texts]
     for item in tokens:
         if item.cut:

@@ -116,9 +116,10 @@ def parser() -> Parser:
     defaults.add_argument("--height", type=int, metavar="H", help="pixels (default: the model's)")
     defaults.add_argument(
         "--safety-concept",
-        default=PAPER_CONCEPT,
+        action="append",
         metavar="TEXT",
-        help="what to steer away from (default: the paper's 20 items)",
+        help="what to steer away from; give it again for several concepts, each with a UNet branch "
+        "of its own (default: the paper's 20 items as one)",
     )
     defaults.add_argument(
         "--preset",
@@ -161,6 +162,7 @@ def _run(arguments: Sequence[str] | None) -> None:
     if options["precision"] is None:
         del options["precision"]
     options["fp32_components"] = tuple(options["fp32_components"])
+    options["safety_concept"] = tuple(options["safety_concept"] or (PAPER_CONCEPT,))
     plans = take_build_options(options)
     settings = ExportSettings(**options)
     if plans is not None:

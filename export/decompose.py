@@ -28,15 +28,19 @@ _PRECISIONS: dict[int, Precision] = {
 _FORWARD = "export the bundle with --attention decomposed"
 
 
-def decomposed_graph(source: Path, target: Path) -> None:
+def decomposed_graph(source: Path, target: Path) -> Path | None:
     """Write the graph at `source` to `target` in opset 20, its weights unchanged.
 
     The weights' file is linked to `target` + ".data" (copied where links are not possible), so it
-    takes no room. Arithmetic and storage keep their precision.
+    takes no room; one that the graph shares with another keeps its name. Arithmetic and storage
+    keep their precision.
 
     Args:
         source: a graph of a bundle, of opset 23; one of opset 20 stays as it is.
         target: in another place or under another name; what lies there is replaced.
+
+    Returns:
+        The weights' file that was made, if one was.
 
     Raises:
         CheckpointError: a graph that holds what the builder does not write.
@@ -46,19 +50,28 @@ def decomposed_graph(source: Path, target: Path) -> None:
         raise ValueError("source and target are one file")
     model = onnx.load(str(source), load_external_data=False)
     graph = _Graph(source, model)
-    data = target.with_name(target.name + ".data")
+    weights = graph.move_data(target.name + ".data")
+    data = None
     try:
-        if graph.move_data(data.name):
-            _link(source.with_name(source.name + ".data"), data)
+        if weights is not None:
+            old, new = (
+                side.with_name(name) for side, name in zip((source, target), weights, strict=True)
+            )
+            if old != new:
+                data = new
+                _link(old, new)
         graph.write(target)
     except OSError as error:
-        data.unlink(missing_ok=True)
+        if data is not None:
+            data.unlink(missing_ok=True)
         raise OutputError(
             f"cannot write {target}", got=error.strerror, do="make room, or choose another place"
         ) from error
     except BaseException:
-        data.unlink(missing_ok=True)
+        if data is not None:
+            data.unlink(missing_ok=True)
         raise
+    return data
 
 
 def inferred_tensors(model: onnx.ModelProto) -> dict[str, onnx.TypeProto.Tensor]:
@@ -81,7 +94,7 @@ class _Graph:
     """The source and what is known of its values."""
 
     def __init__(self, path: Path, model: onnx.ModelProto) -> None:
-        self.name, self.graph = path.name, model.graph
+        self.path, self.graph = path, model.graph
         domains = {item.domain or "ai.onnx": item.version for item in model.opset_import}
         self.opset = domains.get("ai.onnx", 0)
         if len(domains) > 1 or self.opset not in _OPSETS or model.functions:
@@ -98,16 +111,28 @@ class _Graph:
         }
         self.weights = {tensor.name: tensor for tensor in self.graph.initializer}
 
-    def move_data(self, location: str) -> bool:
-        """Let the tensors refer to another file; say whether there are any outside the graph."""
-        outside = [t for t in self.graph.initializer if t.data_location == t.EXTERNAL]
-        for tensor in outside:
-            for entry in tensor.external_data:
-                if entry.key == "location":
-                    if entry.value != f"{self.name}.data":
-                        raise self.unknown(f"weights in {entry.value}")
-                    entry.value = location
-        return bool(outside)
+    def move_data(self, location: str) -> tuple[str, str] | None:
+        """Let the tensors refer to another file; return its old and new name, if there is any.
+
+        A file that another graph owns keeps its name: it lies beside that one too.
+        """
+        entries = [
+            entry
+            for tensor in self.graph.initializer
+            if tensor.data_location == tensor.EXTERNAL
+            for entry in tensor.external_data
+            if entry.key == "location"
+        ]
+        names = {entry.value for entry in entries}
+        if not names:
+            return None
+        old = names.pop()
+        if names or not self.path.with_name(Path(old).name).is_file():
+            raise self.unknown(f"weights in {', '.join((old, *names))}")
+        new = location if old == f"{self.path.name}.data" else old
+        for entry in entries:
+            entry.value = new
+        return old, new
 
     def write(self, target: Path) -> None:
         options = GraphOptions(attention="decomposed", precision=self._precision())
@@ -122,7 +147,9 @@ class _Graph:
                     b.copy(node)
 
     def unknown(self, what: str, **facts: Any) -> CheckpointError:
-        return CheckpointError(f"{self.name}: {what} cannot be decomposed", do=_FORWARD, **facts)
+        return CheckpointError(
+            f"{self.path.name}: {what} cannot be decomposed", do=_FORWARD, **facts
+        )
 
     def _attention(self, b: GraphBuilder, node: onnx.NodeProto) -> Value:
         given = self._attributes(node, "q_num_heads", "kv_num_heads", "scale", "is_causal")

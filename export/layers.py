@@ -58,7 +58,7 @@ def group_norm(
             expected="a number that divides them",
         )
     scale, bias = f"{key}.weight", f"{key}.bias"
-    if b.options.attention == "op":
+    if b.options.attention == "op" and b.options.precision == "fp16":
         return b.node(
             "GroupNormalization",
             x,
@@ -68,6 +68,7 @@ def group_norm(
             num_groups=groups,
             epsilon=eps,
         )
+    # FP32 is for the CPU, where ONNX Runtime has no such operator: it would make ten of it.
     column = (channels, 1, 1)
     for name in (scale, bias):
         b.weights.reshaped(name, column)

@@ -39,6 +39,7 @@ from sld_edge.export.weights import Weights
 
 _LAYER_NORM_EPS = 1e-5  # hard-coded in diffusers' BasicTransformerBlock
 _TRANSFORMER_NORM_EPS = 1e-6  # and in Transformer2DModel
+_SHALLOW_LAYERS = 1  # layers of the last up block that a shallow run does again
 
 UNET_KEYS = {
     "in_channels": one_of(4),
@@ -125,7 +126,10 @@ def write_unet(
     config: Mapping[str, Any], weights: Weights, options: GraphOptions, path: Path
 ) -> None:
     """Write the UNet: latents f32 [B,4,h,w], timestep f32 [B], context f32 [K*B,L,C] (branch-major)
-    -> noise_pred f32 [K*B,4,h,w]; B, K, L, h and w are run-time sizes.
+    -> noise_pred f32 [K*B,4,h,w], deep f32 [K*B,D,h,w]; B, K, L, h and w are run-time sizes.
+
+    `deep` is what the last layer of the last up block takes from the layers below: what DeepCache
+    (arXiv 2312.00858) keeps, and where `shallow_unet` cuts.
 
     Raises CheckpointError, naming it, for a config key or tensor that is unknown, missing or bad.
     Source: diffusers, models/unets/unet_2d_condition.py.
@@ -147,6 +151,7 @@ class _Unet:
         self.embedding_width = 4 * self.levels[0].channels
         self.context: Value
         self.embedding: Value
+        self.deep: tuple[Value, int]
 
     def build(self) -> None:
         b, first = self.b, self.levels[0].channels
@@ -171,6 +176,8 @@ class _Unet:
         x = conv(b, silu(b, x, "conv_act"), "conv_out", first, 4)
         x = b.widen(b.outer(x))
         b.output(x, "noise_pred", np.float32, ["K*B", 4, "h", "w"])
+        deep, channels = self.deep
+        b.output(deep, "deep", np.float32, ["K*B", channels, "h", "w"])
 
     def _time_embedding(self, timestep: Value) -> Value:
         """Sines and cosines in FP32, two linear layers, and the SiLU that every resnet applies."""
@@ -217,6 +224,9 @@ class _Unet:
     ) -> tuple[Value, int]:
         level, key = self.levels[-1 - i], f"up_blocks.{i}"
         for j in range(level.layers + 1):
+            if len(skips) == _SHALLOW_LAYERS:
+                self.deep = self.b.outer(x), channels
+                x = self.b.inner(self.deep[0])  # all that follows reads what is kept
             skip, skip_channels = skips.pop()
             resnet_key = f"{key}.resnets.{j}"
             x = self.b.node("Concat", x, skip, name=f"{resnet_key}/joined", axis=1)

@@ -20,9 +20,11 @@ from sld_edge.engines.base import TensorSpec
 from sld_edge.engines.errors import BundleError
 
 FORMAT = "sld-edge-bundle"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "bundle.json"
 REQUIRED_COMPONENTS = ("text_encoder", "unet", "guidance", "vae_decoder")
+SHALLOW = "unet_shallow"  # component that feature caching needs
+KEPT_SAFETY = "kept_safety"  # and the one that safety cadence needs
 EMBEDDED = Path(__file__).parent / "miniature"  # the bundle that ships with the package
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
@@ -95,7 +97,7 @@ class Defaults:
 
 @dataclass(frozen=True, kw_only=True)
 class Embeddings:
-    """Constant text embeddings, float32 [texts,L,C]: the empty prompt and the safety concept."""
+    """Constant text embeddings, float32 [texts,L,C]: the empty prompt and the safety concepts."""
 
     path: str
     sha256: str
@@ -115,11 +117,16 @@ class Manifest:
     size: Size
     scheduler: Mapping[str, Any]
     defaults: Defaults
-    safety_concept: str
+    safety_concepts: tuple[str, ...]
     tokenizer: File
     embeddings: Embeddings
     components: Mapping[str, Component]
     plans: Mapping[str, File] = field(default_factory=dict)  # TensorRT plans, by component
+
+    @property
+    def safety_concept(self) -> str:
+        """The concepts as one text."""
+        return ", ".join(self.safety_concepts)
 
     def to_json(self) -> str:
         """Write as `bundle.json`."""
@@ -129,7 +136,8 @@ class Manifest:
     def files(self) -> list[File]:
         """Every file that a run on the CPU needs; plans are looked at where they are used."""
         parts = [self.tokenizer, _file(asdict(self.embeddings))]
-        return parts + [file for part in self.components.values() for file in part.files]
+        parts += [file for part in self.components.values() for file in part.files]
+        return list(dict.fromkeys(parts))  # the two graphs of a UNet share their weights
 
 
 def manifest_from_json(text: str, *, origin: str) -> Manifest:
@@ -197,7 +205,7 @@ def _manifest(body: Mapping[str, Any]) -> Manifest:
             guidance_scale=float(defaults["guidance_scale"]),
             safety=str(defaults["safety"]),
         ),
-        safety_concept=str(body["safety_concept"]),
+        safety_concepts=_concepts(body["safety_concepts"]),
         tokenizer=_file(body["tokenizer"]),
         embeddings=Embeddings(
             path=embeddings["path"],
@@ -208,6 +216,12 @@ def _manifest(body: Mapping[str, Any]) -> Manifest:
         components=components,
         plans={name: _file(file) for name, file in body.get("plans", {}).items()},
     )
+
+
+def _concepts(texts: object) -> tuple[str, ...]:
+    if not isinstance(texts, list) or not texts:
+        raise ValueError(f"{texts!r} where a list of safety concepts belongs")
+    return tuple(map(str, texts))
 
 
 def _component(part: Mapping[str, Any]) -> Component:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from sld_edge.engines.errors import EngineError, InputError
 from sld_edge.engines.files import check_writable, write_whole
 from sld_edge.engines.providers import NAMES, choose, survey, survey_table
+from sld_edge.runtime.bundle import KEPT_SAFETY, SHALLOW
 from sld_edge.runtime.console import EXIT_FAILED, EXIT_OK, Parser, run_command
 from sld_edge.runtime.escalate import ON_FLAG, OnFlag, Screening, check_screening, screened_run
 from sld_edge.runtime.loop import Step
@@ -31,6 +32,7 @@ from sld_edge.runtime.samplers import SAMPLERS
 from sld_edge.runtime.scorers import NAMES as SCORERS
 from sld_edge.runtime.scorers import rule_for, rule_from_text, scorers_from_names, split_paths
 from sld_edge.runtime.selftest import self_test
+from sld_edge.runtime.tiles import VaeTiling
 
 _EXAMPLES = """\
 examples:
@@ -68,8 +70,9 @@ class RunSettings:
     trust_plan: bool
     no_cuda_graph: bool
     low_memory: bool
+    vae_tiling: VaeTiling
     safety: str
-    safety_concept: str | None
+    safety_concept: Sequence[str] | None
     safety_scale: float | None
     safety_warmup: int | None
     safety_threshold: float | None
@@ -89,6 +92,8 @@ class RunSettings:
     width: int | None
     height: int | None
     batch_size: int | None
+    cache_interval: int
+    safety_interval: int
     report: Path | None
     edit_map: Path | None
     preview: Path | None
@@ -160,7 +165,11 @@ def parser() -> Parser:
         "--safety", metavar="PRESET", help=", ".join(PRESETS) + " (default: the bundle's)"
     )
     safety.add_argument(
-        "--safety-concept", metavar="TEXT", help="what to steer away from (default: the bundle's)"
+        "--safety-concept",
+        action="append",
+        metavar="TEXT",
+        help="what to steer away from; give it again for several concepts, each with a UNet branch "
+        "and a threshold of its own (default: the bundle's)",
     )
     custom = cli.add_argument_group("safety, number by number (each replaces the preset's)")
     custom.add_argument("--safety-scale", type=float, metavar="S", help="strength of the edit")
@@ -207,7 +216,8 @@ def parser() -> Parser:
     screening.add_argument(
         "--flag-rule",
         metavar="RULE",
-        help='as "nudenet.exposed>=0.6 or q16.inappropriate>=0.5" (default: each scorer\'s own)',
+        help='as "nudenet.exposed>=0.6 or q16.inappropriate>=0.5"; <= where low numbers are unsafe '
+        "(default: each scorer's own)",
     )
 
     image = cli.add_argument_group("image")
@@ -240,6 +250,22 @@ def parser() -> Parser:
     image.add_argument("--width", type=int, metavar="W", help="pixels (default: the bundle's)")
     image.add_argument("--height", type=int, metavar="H", help="pixels (default: the bundle's)")
 
+    savings = cli.add_argument_group("savings: faster, and no longer exact (see docs/savings.md)")
+    savings.add_argument(
+        "--cache-interval",
+        type=int,
+        default=1,
+        metavar="N",
+        help="run the UNet's deep layers every N-th call only (default: 1, off)",
+    )
+    savings.add_argument(
+        "--safety-interval",
+        type=int,
+        default=1,
+        metavar="N",
+        help="run the safety branches every N-th call only (default: 1, off)",
+    )
+
     machine = cli.add_argument_group("machine")
     machine.add_argument(
         "--provider",
@@ -259,6 +285,13 @@ def parser() -> Parser:
         "--low-memory",
         action="store_true",
         help="hold text encoder and decoder only while they are needed",
+    )
+    machine.add_argument(
+        "--vae-tiling",
+        default="auto",
+        metavar="WHEN",
+        help="decode in overlapping tiles, which bounds memory: auto (on the CPU, above 768x768 "
+        "pixels), on, off (default: auto)",
     )
     machine.add_argument(
         "--no-cuda-graph", action="store_true", help="start every kernel by itself (for debugging)"
@@ -288,6 +321,7 @@ def _run(settings: RunSettings) -> int:
         trust_plan=settings.trust_plan,
         cuda_graph=not settings.no_cuda_graph,
         low_memory=settings.low_memory,
+        vae_tiling=settings.vae_tiling,
     )
     with pipeline:
         _make(pipeline, settings)
@@ -317,7 +351,7 @@ def _make(pipeline: Pipeline, settings: RunSettings) -> None:
         prompts=prompts,
         negative_prompt=settings.negative_prompt,
         safety=settings.safety,
-        safety_concept=settings.safety_concept,
+        safety_concept=tuple(settings.safety_concept) if settings.safety_concept else None,
         safety_numbers=_safety_numbers(settings),
         steps=settings.steps,
         guidance_scale=settings.guidance_scale,
@@ -328,6 +362,8 @@ def _make(pipeline: Pipeline, settings: RunSettings) -> None:
         count=settings.count,
         width=settings.width,
         height=settings.height,
+        cache_interval=settings.cache_interval,
+        safety_interval=settings.safety_interval,
     )
     plan = pipeline.plan(request)
     screening = _screening(settings)
@@ -406,13 +442,20 @@ def _notes(pipeline: Pipeline, settings: RunSettings, prompts: Sequence[str]) ->
     """What a user should know before the run."""
     if settings.provider == "auto" and pipeline.provider != "cpu" and not settings.quiet:
         yield pipeline.why
+    unused = {"vae_encoder"}  # no run needs it yet
+    if settings.cache_interval == 1:
+        unused.add(SHALLOW)
+    if settings.safety_interval == 1:
+        unused.add(KEPT_SAFETY)
     for component, why in pipeline.fallbacks.items():
-        if component != "vae_encoder":  # no run needs it yet
+        if component not in unused:
             yield f"{component}: {why}"
-    for text in dict.fromkeys((*prompts, settings.negative_prompt or "")):
+    texts = dict.fromkeys((*prompts, settings.negative_prompt or ""), "prompt")
+    texts |= dict.fromkeys(settings.safety_concept or (), "safety concept")
+    for text, what in texts.items():
         cut = pipeline.cut_from(text)
         if cut:
-            yield f"the model does not read this far into the prompt: “{cut[:120]}”"
+            yield f"the model does not read this far into the {what}: “{cut[:120]}”"
 
 
 def _prompts(words: Sequence[str]) -> tuple[str, ...]:
@@ -511,7 +554,7 @@ def _verdict(report: Mapping[str, Any]) -> str:
     if "screening" not in report:
         return ""
     screening = report["screening"]
-    keys = [part.split(">=")[0] for part in screening["rule"].split(" or ")]
+    keys = dict.fromkeys(condition.score for condition in rule_from_text(screening["rule"]))
     scores = ", ".join(f"{key} {report['scores'][key]:.3f}" for key in keys)
     presets = [attempt["preset"] for attempt in screening["attempts"]]
     story = f" after {', '.join(presets[:-1])}" if len(presets) > 1 else ""

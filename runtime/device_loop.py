@@ -8,6 +8,8 @@ graph's inputs and outputs never overlap; each turn and number of branches is on
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from itertools import pairwise
 from typing import Literal, cast
 
@@ -16,12 +18,15 @@ from numpy.typing import NDArray
 
 from sld_edge.engines.base import Array
 from sld_edge.engines.device import Arena, Bound, DeviceEngine, DeviceTensor, Event, Graph
+from sld_edge.runtime.bundle import KEPT_SAFETY, SHALLOW
+from sld_edge.runtime.cadence import Call
 from sld_edge.runtime.loop import PREDICTIONS, Figures, Floats, Job
 from sld_edge.runtime.samplers.table import HISTORY
 
 _STATE = ("latents", "momentum", "history", "edit_map")
 _NUMBERS = ("timestep", "row", "safety")  # of one call, lying in a row
-_FIGURES = ("share", "strength", "finite")  # likewise
+_FIGURES = ("share", "strength", "concept_strength", "finite")  # likewise
+_Key = tuple[Call, int]  # what a call computes, and its turn
 _AHEAD = 2  # calls that are queued before the host waits: the device never idles, Ctrl-C works
 
 
@@ -30,8 +35,7 @@ class DeviceStage:
 
     def __init__(
         self,
-        unet: DeviceEngine,
-        guidance: DeviceEngine,
+        engines: Mapping[str, DeviceEngine],
         *,
         latents: tuple[int, ...],
         context: tuple[int, ...],
@@ -39,19 +43,19 @@ class DeviceStage:
         """Lay out the buffers.
 
         Args:
-            unet: engine of the `unet` graph.
-            guidance: engine of the `guidance` graph, on the same device.
+            engines: those that the first job's `components` names; later ones may bring more.
             latents: shape [B,4,h,w].
-            context: shape [3*B,L,C].
+            context: shape [(2+n)*B,L,C], for n safety concepts.
 
         Raises:
             EngineError: out of device memory.
         """
-        self.device = unet.device
+        self.device = engines["unet"].device
+        self.engines = dict(engines)
         self.latents, self.context = latents, context
-        self._unet, self._guidance = unet, guidance
         count, _, height, width = latents
         self._count = count
+        self.concepts = context[0] // count - 2
         state = {
             "latents": ("float32", latents),
             "momentum": ("float32", latents),
@@ -64,7 +68,10 @@ class DeviceStage:
                 **{f"{name}/0": layout for name, layout in state.items()},
                 **{f"{name}/1": layout for name, layout in state.items()},
                 "unet_latents": ("float32", latents),
-                "noise_pred": ("float32", (3 * count, *latents[1:])),
+                "noise_pred": ("float32", (context[0], *latents[1:])),
+                **self._deep_layout(),
+                "noise_pred/kept": ("float32", (2 * count, *latents[1:])),  # where safety is
+                "safety/kept": ("float32", (self.concepts, *latents)),
                 "noise": ("float32", latents),
                 "context": ("float32", context),
                 "context_text": ("float32", (count, *context[1:])),  # where it alone is needed
@@ -74,14 +81,15 @@ class DeviceStage:
                 "safety": ("float32", (count, 5)),
                 "share": ("float32", (count,)),
                 "strength": ("float32", (count,)),
+                "concept_strength": ("float32", (self.concepts, count)),
                 "finite": ("float32", (count,)),
             },
         )
         self.numbers = self.arena.span(_NUMBERS[0], _NUMBERS[-1])
         self.figures = self.arena.span(_FIGURES[0], _FIGURES[-1])
-        self._bounds: dict[tuple[int, int], tuple[Bound, Bound]] = {}
-        self._graphs: dict[tuple[int, int], Graph] = {}
-        self._settled: dict[tuple[int, int], int] = {}  # workspace that a key has run with
+        self._bounds: dict[_Key, list[Bound]] = {}
+        self._graphs: dict[_Key, Graph] = {}
+        self._settled: dict[_Key, int] = {}  # workspace that a key has run with
         self._job_memory: Arena | None = None
         self._marks: list[Event] = []
 
@@ -103,11 +111,11 @@ class DeviceStage:
         self._marks += [self.device.event() for _ in range(count - len(self._marks))]
         return self._marks
 
-    def launch(self, branches: int, turn: int) -> None:
+    def launch(self, call: Call, turn: int) -> None:
         """Queue the UNet and guidance; from `turn`'s state to the other's."""
-        key = (branches, turn)
+        key = (call, turn)
         if key not in self._bounds:
-            self._bounds[key] = self._bind(branches, turn)
+            self._bounds[key] = self._bind(call, turn)
         generation = self.device.workspace.generation
         if self._settled.get(key) != generation:
             # A graph would hold the address of the old workspace, and the first run with a new
@@ -115,7 +123,7 @@ class DeviceStage:
             self._drop_graph(key)
             self._queue(key)
             self._settled[key] = generation
-        elif self._unet.capturable and self._guidance.capturable:
+        elif all(self.engines[name].capturable for name in _components(call)):
             if key not in self._graphs:
                 self._graphs[key] = self.device.capture(lambda: self._queue(key))
             self._graphs[key].launch()
@@ -133,41 +141,83 @@ class DeviceStage:
             self._job_memory.close()
         self.arena.close()
 
-    def _queue(self, key: tuple[int, int]) -> None:
+    def _queue(self, key: _Key) -> None:
         for bound in self._bounds[key]:
             bound.enqueue()
 
-    def _drop_graph(self, key: tuple[int, int]) -> None:
+    def _drop_graph(self, key: _Key) -> None:
         if key in self._graphs:
             self._graphs.pop(key).close()
 
-    def _bind(self, branches: int, turn: int) -> tuple[Bound, Bound]:
+    def _deep_layout(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Where the UNet leaves its deep features; one that was exported without has none."""
+        branches, (_, _, height, width) = self.context[0], self.latents
+        found = [spec for spec in self.engines["unet"].outputs if spec.name == "deep"]
+        return {
+            spec.name: (spec.dtype, (branches, int(spec.shape[1]), height, width)) for spec in found
+        }
+
+    def _bind(self, call: Call, turn: int) -> list[Bound]:
+        tensors = {
+            "unet": self._unet_tensors(call),
+            SHALLOW: self._unet_tensors(call),
+            KEPT_SAFETY: self._kept_tensors(),
+            "guidance": self._guidance_tensors(call, turn),
+        }
+        return [self.engines[name].bind(tensors[name]) for name in _components(call)]
+
+    def _predicted(self, call: Call) -> DeviceTensor:
+        """Where a call's predictions go: those that others are to be kept beside, elsewhere."""
+        predicted = self.arena["noise_pred/kept" if call.keeps else "noise_pred"]
+        return predicted.part(0, call.branches * self._count)
+
+    def _safety(self) -> DeviceTensor:
+        """Where the last call that ran the safety branches left them, [n,B,4,h,w]."""
+        count, concepts = self._count, self.concepts
+        behind = self.arena["noise_pred"].part(2 * count, concepts * count)
+        return replace(behind, shape=(concepts, *self.latents))
+
+    def _unet_tensors(self, call: Call) -> dict[str, DeviceTensor]:
+        arena, rows = self.arena, call.branches * self._count
+        alone = call.branches == 1
+        return {
+            "latents": arena["unet_latents"],
+            "timestep": arena["timestep"],
+            "context": arena["context_text"] if alone else arena["context"].part(0, rows),
+            "noise_pred": self._predicted(call),
+            **{name: arena[name].part(0, rows) for name in self._deep_layout()},
+        }
+
+    def _kept_tensors(self) -> dict[str, DeviceTensor]:
+        count = self._count
+        return {
+            "noise_pred_safety": self._safety(),
+            "noise_pred_uncond_then": self.arena["noise_pred"].part(0, count),
+            "noise_pred_uncond": self.arena["noise_pred/kept"].part(0, count),
+            "noise_pred_safety_now": self.arena["safety/kept"],
+        }
+
+    def _guidance_tensors(self, call: Call, turn: int) -> dict[str, DeviceTensor]:
         arena, count = self.arena, self._count
-        context = arena["context_text"]
-        if branches > 1:
-            context = arena["context"].part(0, branches * count)
-        predicted = arena["noise_pred"].part(0, branches * count)
-        unet = self._unet.bind(
-            {
-                "latents": arena["unet_latents"],
-                "timestep": arena["timestep"],
-                "context": context,
-                "noise_pred": predicted,
-            }
-        )
-        parts = [predicted.part(k * count, count) for k in range(branches)]
-        uncond, text = parts[0], parts[min(1, branches - 1)]
-        used = (uncond, text, parts[2] if branches == 3 else uncond)
+        predicted = self._predicted(call)
+        uncond, text = (predicted.part(min(k, call.branches - 1) * count, count) for k in (0, 1))
+        safety = replace(uncond, shape=(1, *self.latents))
+        if call.safe:
+            safety = arena["safety/kept"] if call.keeps else self._safety()
         same = ("unet_latents", "noise", "guidance_scale", "row", "safety", *_FIGURES)
-        guidance = self._guidance.bind(
-            {
-                **dict(zip(PREDICTIONS, used, strict=True)),
-                **{name: arena[name] for name in same},
-                **{name: arena[f"{name}/{turn}"] for name in _STATE},
-                **{f"{name}_next": arena[f"{name}/{1 - turn}"] for name in _STATE},
-            }
-        )
-        return unet, guidance
+        return {
+            **dict(zip(PREDICTIONS, (uncond, text, safety), strict=True)),
+            **{name: arena[name] for name in same},
+            "concept_strength": arena["concept_strength"].part(0, safety.shape[0]),
+            **{name: arena[f"{name}/{turn}"] for name in _STATE},
+            **{f"{name}_next": arena[f"{name}/{1 - turn}"] for name in _STATE},
+        }
+
+
+def _components(call: Call) -> tuple[str, ...]:
+    """The graphs that a call runs, in order."""
+    kept = (KEPT_SAFETY,) if call.keeps else ()
+    return (SHALLOW if call.cached else "unet", *kept, "guidance")
 
 
 class DeviceStepper:
@@ -178,6 +228,7 @@ class DeviceStepper:
         self._stage, self._job = stage, job
         self._device = device = stage.device
         self._calls = 0
+        self._safe: list[bool] = []
         table = job.table
         noisy = bool((table.s > 0).any())
         self._memory = stage.job_memory(table.calls, noisy=noisy)
@@ -202,15 +253,16 @@ class DeviceStepper:
         self._marks = stage.marks(table.calls + 1)
         self._marks[0].record()
 
-    def call(self, index: int, branches: int) -> None:
-        """Queue the UNet on `branches` branches, then guidance."""
+    def call(self, index: int, call: Call) -> None:
+        """Queue what a call has of the UNet, then guidance."""
         stage, memory = self._stage, self._memory
         self._move(stage.numbers, memory["numbers"].part(index, 1))
         if self._noisy:
             self._move(stage.arena["noise"], memory["noise"].part(index, 1))
-        stage.launch(branches, index % 2)
+        stage.launch(call, index % 2)
         self._move(memory["figures"].part(index, 1), stage.figures)
         self._calls = index + 1
+        self._safe.append(call.safe)
         self._marks[self._calls].record()
         if self._calls > _AHEAD:
             self._marks[self._calls - _AHEAD].wait()
@@ -236,6 +288,7 @@ class DeviceStepper:
         return Figures(
             share=found["share"],
             strength=found["strength"],
+            concept_strength=found["concept_strength"],
             seconds=[later.seconds_since(mark) for mark, later in pairwise(marks)],
         )
 
@@ -247,7 +300,9 @@ class DeviceStepper:
             tensor = self._stage.arena[name]
             begin = tensor.address - first
             bytes_of = np.ascontiguousarray(raw[:, begin : begin + tensor.nbytes])
-            found[name] = bytes_of.view(np.float32)
+            found[name] = bytes_of.view(np.float32).reshape(-1, *tensor.shape)
+        without = [not safe for safe in self._safe]
+        found["concept_strength"][without] = 0  # such a call writes only the first concept's
         for index, finite in enumerate(found["finite"]):
             self._job.refuse(finite, index)
         return found

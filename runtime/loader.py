@@ -10,7 +10,7 @@ from typing import Any, cast
 from sld_edge.engines.base import Engine
 from sld_edge.engines.device import Device
 from sld_edge.engines.errors import EngineError, InputError, UserError
-from sld_edge.engines.ort import OrtProvider
+from sld_edge.engines.ort import OrtEngine, OrtProvider
 from sld_edge.engines.ort_device import OrtDeviceEngine
 from sld_edge.engines.plan_info import FLAVOURS, Flavour
 from sld_edge.engines.providers import choose, status
@@ -28,6 +28,10 @@ from sld_edge.runtime.plans import (
     source_digest,
     why_missing,
 )
+from sld_edge.runtime.tiles import Tiling, VaeTiling, tiling_for
+
+# Smaller weights are no burden: cast once, kept loaded.
+_HEAVY_BYTES = 64_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +44,7 @@ class LoadSettings:
         trust_plan: run plans whose hash the bundle does not hold.
         cuda_graph: replay the calls of a loop from CUDA graphs.
         low_memory: hold text encoder and decoder only while they are needed.
+        vae_tiling: decode in tiles: "auto", on the CPU above 768x768 pixels; "on"; or "off".
     """
 
     provider: str = "auto"
@@ -47,6 +52,7 @@ class LoadSettings:
     trust_plan: bool = False
     cuda_graph: bool = True
     low_memory: bool = False
+    vae_tiling: VaeTiling = "auto"
 
 
 @dataclass(kw_only=True)
@@ -120,25 +126,58 @@ class Loader:
             )
         provider = self._ort_provider(name)
         if provider == "cpu":
-            return prepared_engine(source_digest(component), lambda: self._graph(component))
+            return prepared_engine(
+                source_digest(component),
+                lambda: self._graph(component),
+                keep_fp16=component.storage == "fp16" and _is_heavy(component),
+            )
         return OrtDeviceEngine(self._graph(component), self.device, provider=provider)
 
     def provider_of(self, name: str) -> str:
         """Return what runs a component."""
         return self.provider if name in self.plans else self._ort_provider(name)
 
-    def largest_batch(self) -> int | None:
-        """Return the most images that the plans take at once; None where there is no limit."""
-        return min(
-            (
-                tensor.profile[2][0]
-                for name in ("unet", "guidance")
-                if name in self.plans
-                for tensor in self.plans[name].info.inputs
-                if tensor.spec.name == "latents" and tensor.profile is not None
-            ),
-            default=None,
-        )
+    def may_go(self, name: str, engine: Engine) -> bool:
+        """Whether an engine is worth dropping while it rests: heavy, and ready again at once."""
+        component = self.bundle.manifest.components[name]
+        return isinstance(engine, OrtEngine) and engine.as_is and _is_heavy(component)
+
+    def tiling(self, height: int, width: int) -> Tiling | None:
+        """Return how latents of this size are cut to be decoded; None where they are not."""
+        name = "vae_decoder"
+        choice = self.settings.vae_tiling
+        if choice == "auto" and self.provider_of(name) != "cpu":
+            choice = "off"
+        profiles = [
+            tensor.profile
+            for tensor in (self.plans[name].info.inputs if name in self.plans else ())
+            if tensor.spec.name == "latents"
+        ]
+        profile = profiles[0] if profiles else None
+        return tiling_for(choice, height, width, profile)
+
+    def largest_batch(self, concepts: int) -> int | None:
+        """Return the most images that the plans take at once; None where there is no limit.
+
+        Raises:
+            EngineError: plans that were built for fewer safety concepts.
+        """
+        most: dict[str, int] = {}  # of each input of the loop's plans, along its first axis
+        for name in ("unet", "guidance"):
+            for tensor in self.plans[name].info.inputs if name in self.plans else ():
+                if tensor.profile is not None:
+                    own = tensor.profile[2][0]
+                    most[tensor.spec.name] = min(most.get(tensor.spec.name, own), own)
+        if not most:
+            return None
+        taken = most.get("noise_pred_safety", concepts)
+        images = most.get("context", 2 + concepts) // (2 + concepts)
+        if taken < concepts or not images:
+            raise EngineError(
+                f"the plans were not built for {concepts} safety concepts at once",
+                do=f"build them again with: sld-build --concepts {concepts}",
+            )
+        return min(most["latents"], images)
 
     def description(self) -> dict[str, Any]:
         """Return what a report says of what ran the bundle."""
@@ -197,6 +236,10 @@ class Loader:
     def _graph(self, component: Component) -> Path:
         graph, *_ = [self.bundle.check(file) for file in component.files]
         return graph
+
+
+def _is_heavy(component: Component) -> bool:
+    return sum(file.bytes for file in component.files) >= _HEAVY_BYTES
 
 
 def _resolved(bundle: Bundle, settings: LoadSettings) -> tuple[str, str]:

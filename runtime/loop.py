@@ -9,7 +9,7 @@ and reports are consumers; closing the generator stops it.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -17,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sld_edge.engines.base import Engine
+from sld_edge.runtime.bundle import KEPT_SAFETY, SHALLOW
+from sld_edge.runtime.cadence import Call, schedule
 from sld_edge.runtime.numerics import not_finite
 from sld_edge.runtime.plan import ImagePlan
 from sld_edge.runtime.random import NoiseSource
@@ -35,19 +37,22 @@ class Figures:
         share: float32 [calls,B], share of the latent's elements that safety edited, 0 to 1.
         strength: float32 [calls,B], norm of the edit relative to that of the plainly guided
             noise_pred.
+        concept_strength: float32 [calls,n,B], the same of each concept's own edit, without
+            momentum; 0 where a call had no safety branches.
         seconds: of each call.
     """
 
     share: Floats
     strength: Floats
+    concept_strength: Floats
     seconds: Sequence[float]
 
 
 class Stepper(Protocol):
     """Runs the calls of one job, in order, and can be asked how it stands."""
 
-    def call(self, index: int, branches: int) -> None:
-        """Run the UNet on `branches` branches, then guidance."""
+    def call(self, index: int, call: Call) -> None:
+        """Run what a call has of the UNet, then guidance."""
 
     def read(self, name: Literal["latents", "edit_map"]) -> Floats:
         """Return the latents [B,4,h,w] or the edit map [B,h,w] after the last call."""
@@ -66,13 +71,15 @@ class Step:
         index: the call, from 0.
         calls: how many there are.
         timestep: the training timestep of the call.
-        branches: UNet branches that were computed, 1 to 3.
+        branches: UNet branches that were computed: 1, 2, or 2 and one for each concept.
+        cached: whether the deep features were those of an earlier call.
     """
 
     index: int
     calls: int
     timestep: float
     branches: int
+    cached: bool
     stepper: Stepper = field(repr=False)
 
     @property
@@ -105,15 +112,18 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """B images to be denoised together.
+    """B images to be denoised together, steered away from up to n concepts each.
 
     Attributes:
         table: the sampler.
         images: B plans, whose guidance scale and safety are used.
-        context: float32 [3*B,L,C], all unconditional, all prompts, all safety concepts.
+        context: float32 [(2+n)*B,L,C], all unconditional, all prompts, all first concepts, ...
+            An image with fewer concepts repeats one, which changes nothing.
         latents: float32 [B,4,h,w], starting noise of unit variance.
         noise: B sources of fresh noise, for samplers that add some.
         unet_precision: of the UNet's arithmetic, for advice.
+        cache_interval: calls from one whole UNet to the next.
+        safety_interval: calls from one run of the safety branches to the next.
     """
 
     table: SamplerTable
@@ -122,6 +132,20 @@ class Job:
     latents: Floats
     noise: Sequence[NoiseSource]
     unet_precision: str
+    cache_interval: int
+    safety_interval: int
+
+    @property
+    def concepts(self) -> int:
+        """n, the safety branches of a call that has any."""
+        return len(self.context) // len(self.images) - 2
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """The graphs that its calls run."""
+        shallow = (SHALLOW,) if self.cache_interval > 1 else ()
+        kept = (KEPT_SAFETY,) if self.safety_interval > 1 else ()
+        return ("unet", *shallow, *kept, "guidance")
 
     def guidance_scale(self) -> Floats:
         """float32 [B]; 1 is no guidance, and nothing is less."""
@@ -157,15 +181,23 @@ class Job:
         return np.concatenate([source.normal(shape) for source in self.noise])
 
     def branches(self, index: int) -> int:
-        """Count the branches that can change this call's or a later call's result: 3, 2 or 1."""
+        """Count the branches that can change this call's or a later one's result: 2+n, 2 or 1."""
         if any(
             image.safety.acts
             # In the warm-up the branch matters only for the momentum it builds up.
             and (index >= image.safety.warmup_steps or image.safety.momentum_scale > 0)
             for image in self.images
         ):
-            return 3
+            return 2 + self.concepts
         return 2 if any(image.guidance_scale > 1 for image in self.images) else 1
+
+    def calls(self) -> tuple[Call, ...]:
+        """What each call computes."""
+        return schedule(
+            [self.branches(index) for index in range(self.table.calls)],
+            cache_interval=self.cache_interval,
+            safety_interval=self.safety_interval,
+        )
 
     def refuse(self, finite: Floats, index: int) -> None:
         """Raise for what guidance's `finite` [B] of call `index` says.
@@ -189,14 +221,14 @@ def denoise(stepper: Stepper, job: Job) -> Generator[Step, None, None]:
         NumericsError: NaN or infinity, named by component and call; on a device, when the stepper
             is next asked for something.
     """
-    for index in range(job.table.calls):
-        branches = job.branches(index)
-        stepper.call(index, branches)
+    for index, call in enumerate(job.calls()):
+        stepper.call(index, call)
         yield Step(
             index=index,
             calls=job.table.calls,
             timestep=float(job.table.timesteps[index]),
-            branches=branches,
+            branches=call.branches,
+            cached=call.cached,
             stepper=stepper,
         )
 
@@ -204,9 +236,23 @@ def denoise(stepper: Stepper, job: Job) -> Generator[Step, None, None]:
 class HostStepper:
     """Runs a job with engines that take and give host arrays."""
 
-    def __init__(self, unet: Engine, guidance: Engine, job: Job, *, together: bool) -> None:
-        """Start a job; `together` runs the branches in one batch, which takes more memory."""
-        self._unet, self._guidance, self._job, self._together = unet, guidance, job, together
+    def __init__(
+        self,
+        engines: Mapping[str, Engine],
+        job: Job,
+        *,
+        together: bool,
+    ) -> None:
+        """Start a job.
+
+        Args:
+            engines: those that `Job.components` names.
+            job: what to run.
+            together: run the branches in one batch, which takes more memory.
+        """
+        self._engines, self._job, self._together = engines, job, together
+        self._deep: list[Floats] = []  # of the last whole call, by batch
+        self._kept: dict[str, Floats] = {}  # predictions of the last call with safety branches
         latents = job.starting_latents()
         count, _, height, width = latents.shape
         self._state: dict[str, Floats] = {
@@ -221,19 +267,20 @@ class HostStepper:
         self._scale = job.guidance_scale()
         self._share: list[Floats] = []
         self._strength: list[Floats] = []
+        self._concept_strength: list[Floats] = []
         self._seconds: list[float] = []
 
-    def call(self, index: int, branches: int) -> None:
-        """Run the UNet on `branches` branches, then guidance.
+    def call(self, index: int, call: Call) -> None:
+        """Run what a call has of the UNet, then guidance.
 
         Raises:
             NumericsError: NaN or infinity.
         """
         begin = time.perf_counter()
         job = self._job
-        out = self._guidance.run(
+        out = self._engines["guidance"].run(
             {
-                **dict(zip(PREDICTIONS, self._predict(index, branches), strict=True)),
+                **dict(zip(PREDICTIONS, self._predict(index, call), strict=True)),
                 **self._state,
                 "noise": job.fresh_noise() if job.table.s[index] > 0 else self._silence,
                 "row": self._rows[index],
@@ -246,6 +293,10 @@ class HostStepper:
         job.refuse(out["finite"], index)
         self._share.append(out["share"])
         self._strength.append(out["strength"])
+        own = np.zeros((job.concepts, len(self._scale)), np.float32)
+        if call.safe:
+            own[:] = out["concept_strength"]
+        self._concept_strength.append(own)
         self._seconds.append(time.perf_counter() - begin)
 
     def read(self, name: Literal["latents", "edit_map"]) -> Floats:
@@ -257,17 +308,36 @@ class HostStepper:
         return Figures(
             share=np.stack(self._share),
             strength=np.stack(self._strength),
+            concept_strength=np.stack(self._concept_strength),
             seconds=tuple(self._seconds),
         )
 
-    def _predict(self, index: int, branches: int) -> tuple[Floats, Floats, Floats]:
+    def _predict(self, index: int, call: Call) -> tuple[Floats, Floats, Floats]:
         """Run the needed branches; one that is not gets another's place, where it has no effect."""
         count = len(self._unet_latents)
-        first = 1 if branches == 1 else 0  # a single branch is the prompt's
-        wanted = self._job.context[first * count : (first + branches) * count]
+        first = 1 if call.branches == 1 else 0  # a single branch is the prompt's
+        wanted = self._job.context[first * count : (first + call.branches) * count]
         feeds = {"latents": self._unet_latents, "timestep": self._job.timestep(index)}
-        batches = [wanted] if self._together else np.split(wanted, branches)
-        predicted = [self._unet.run({**feeds, "context": part})["noise_pred"] for part in batches]
-        parts = np.split(predicted[0], branches) if self._together else predicted
-        uncond, text = parts[0], parts[min(1, branches - 1)]
-        return uncond, text, parts[2] if branches == 3 else uncond
+        batches = [wanted] if self._together else np.split(wanted, call.branches)
+        predicted = self._unet_outputs([{**feeds, "context": part} for part in batches], call)
+        parts = predicted[0] if self._together else np.stack(predicted)
+        parts = parts.reshape(call.branches, *self._unet_latents.shape)
+        uncond, text = parts[0], parts[min(1, call.branches - 1)]
+        if call.keeps:
+            feeds = {**self._kept, "noise_pred_uncond": uncond}
+            return uncond, text, self._engines[KEPT_SAFETY].run(feeds)["noise_pred_safety_now"]
+        if call.safe:
+            self._kept = {"noise_pred_safety": parts[2:], "noise_pred_uncond_then": uncond}
+        return uncond, text, parts[2:] if call.safe else parts[:1]
+
+    def _unet_outputs(self, batches: Sequence[dict[str, Floats]], call: Call) -> list[Floats]:
+        """noise_pred of each batch, from the whole UNet or from what its last run left."""
+        if call.cached:
+            kept = self._deep[: len(batches)]  # and of each the branches that are run
+            deep = [k[: len(b["context"])] for k, b in zip(kept, batches, strict=True)]
+            feeds = [{**b, "deep": d} for b, d in zip(batches, deep, strict=True)]
+            return [self._engines[SHALLOW].run(each)["noise_pred"] for each in feeds]
+        outputs = [self._engines["unet"].run(feeds) for feeds in batches]
+        if SHALLOW in self._engines:
+            self._deep = [out["deep"] for out in outputs]
+        return [out["noise_pred"] for out in outputs]

@@ -84,10 +84,19 @@ def edit_map_picture(image: Image.Image, edit_map: NDArray[np.float32]) -> Image
         edit_map: float32 [h,w]; its own largest value is the brightest colour, so that the place is
             seen. How strong the edit was stands in the report.
     """
+    return picture_with_heat(image, grey_from_edit_map(edit_map))
+
+
+def grey_from_edit_map(edit_map: NDArray[np.float32]) -> Image.Image:
+    """Return an edit map, float32 [h,w], as 8-bit grey; white is its own largest value."""
     peak = float(edit_map.max(initial=0.0))
     heat = edit_map / peak if peak > 0 else np.zeros_like(edit_map)
-    small = Image.fromarray(np.round(heat * 255).astype(np.uint8))
-    large = small.resize(image.size, Image.Resampling.BICUBIC)
+    return Image.fromarray(np.round(heat * 255).astype(np.uint8))
+
+
+def picture_with_heat(image: Image.Image, heat: Image.Image) -> Image.Image:
+    """Draw what `grey_from_edit_map` gave over the dimmed picture, stretched to its size."""
+    large = heat.resize(image.size, Image.Resampling.BICUBIC)
     alpha = np.asarray(large, np.float32)[..., None] / np.float32(255)
     colour = np.concatenate(
         [np.full_like(alpha, 255), 255 * np.clip(2 * alpha - 1, 0, 1) + 30, np.zeros_like(alpha)],

@@ -22,6 +22,7 @@ from sld_edge.runtime.plan import ImagePlan, Request, RunPlan, plan_from_request
 from sld_edge.runtime.random import Rng, noise_source
 from sld_edge.runtime.report import StepReport, image_report
 from sld_edge.runtime.safety import Safety
+from sld_edge.runtime.tiles import VaeTiling, checked_tiling
 from sld_edge.runtime.tokenizer import Tokenizer, input_ids
 
 Callback = Callable[[Step], object]
@@ -77,6 +78,7 @@ class Pipeline:
         trust_plan: bool = False,
         cuda_graph: bool = True,
         low_memory: bool = False,
+        vae_tiling: VaeTiling = "auto",
     ) -> Pipeline:
         """Load the bundle at a path; None is the embedded miniature bundle.
 
@@ -87,7 +89,10 @@ class Pipeline:
             plan: one of a bundle's TensorRT plans; those beside it are used too.
             trust_plan: run plans whose hash the bundle does not hold. A plan is code.
             cuda_graph: replay the loop's calls from CUDA graphs.
-            low_memory: hold text encoder and decoder only while they are needed.
+            low_memory: hold text encoder and decoder only while they are needed. On the CPU large
+                ones are, whatever this says, since prepared graphs are loaded at once.
+            vae_tiling: decode in overlapping tiles: "on" or "off"; "auto" does on the CPU, where a
+                picture is larger than 768x768 pixels.
 
         Raises:
             BundleError: no bundle there, or a damaged one.
@@ -100,6 +105,7 @@ class Pipeline:
             trust_plan=trust_plan,
             cuda_graph=cuda_graph,
             low_memory=low_memory,
+            vae_tiling=checked_tiling(vae_tiling),
         )
         return cls(Loader.open(bundle, settings))
 
@@ -118,7 +124,7 @@ class Pipeline:
         prompt: str | Sequence[str],
         *,
         safety: str | Safety | Sequence[str | Safety] | None = None,
-        safety_concept: str | Sequence[str] | None = None,
+        safety_concept: str | tuple[str, ...] | Sequence[str | tuple[str, ...]] | None = None,
         steps: int | None = None,
         guidance_scale: float | Sequence[float] | None = None,
         sampler: str | None = None,
@@ -129,6 +135,8 @@ class Pipeline:
         negative_prompt: str | Sequence[str] | None = None,
         height: int | None = None,
         width: int | None = None,
+        cache_interval: int = 1,
+        safety_interval: int = 1,
         latents: NDArray[np.float32] | None = None,
         batch_size: int | None = None,
         callback: Callback | None = None,
@@ -142,7 +150,8 @@ class Pipeline:
         Args:
             prompt: one prompt or several; "" is the unconditional image.
             safety: a preset ("off", "weak", "medium", "strong", "max") or a `Safety`.
-            safety_concept: the text steered away from.
+            safety_concept: the text steered away from; a tuple is several, each with its own
+                branch and gate.
             steps: denoising steps.
             guidance_scale: how closely the prompt is followed; 1 and below switch guidance off,
                 never SLD.
@@ -154,6 +163,10 @@ class Pipeline:
             negative_prompt: takes the empty prompt's place.
             height: in pixels.
             width: in pixels.
+            cache_interval: UNet calls from one whole one to the next; between them the deep layers'
+                features are used again (DeepCache). 1 is off.
+            safety_interval: UNet calls from one with the safety branches to the next; between them
+                their distance from the unconditional branch is used again. 1 is off.
             latents: float32 [B,4,h,w], starting noise of unit variance, in place of the seeds'.
             batch_size: images denoised at once; by default one on the CPU, elsewhere as many as
                 fill one 512 px image.
@@ -177,6 +190,8 @@ class Pipeline:
             count=count,
             width=width,
             height=height,
+            cache_interval=cache_interval,
+            safety_interval=safety_interval,
         )
         return self.run(
             self.plan(request), latents=latents, batch_size=batch_size, callback=callback
@@ -195,7 +210,8 @@ class Pipeline:
         callback: Callback | None = None,
     ) -> Result:
         """Do what a plan says; see `__call__`."""
-        size = batch_size if batch_size is not None else self._batch_size(plan)
+        largest = self._loader.largest_batch(_concepts(plan.images))
+        size = batch_size if batch_size is not None else self._batch_size(plan, largest)
         if size < 1:
             raise InputError("batch_size", got=size, expected="1 or more")
         if latents is not None:
@@ -235,6 +251,8 @@ class Pipeline:
             latents=latents,
             noise=noise,
             unet_precision=self._precision("unet"),
+            cache_interval=plan.cache_interval,
+            safety_interval=plan.safety_interval,
         )
         return denoise(self._stepper(job), job)
 
@@ -245,12 +263,19 @@ class Pipeline:
             NumericsError: the decoder overflowed.
         """
         decoder = self.engine("vae_decoder")
-        parts = []
-        for one in latents:  # one at a time: the decoder's activations are the largest of all
-            out = decoder.run({"latents": np.ascontiguousarray(one[None])})
+        tiling = self._loader.tiling(*latents.shape[2:])
+
+        def decoded(one: Floats) -> NDArray[np.uint8]:
+            out = decoder.run({"latents": np.ascontiguousarray(one)})
             if not out["finite"].all():
                 raise not_finite("vae_decoder", precision=self._precision("vae_decoder"))
-            parts.append(out["images"])
+            images: NDArray[np.uint8] = out["images"]
+            return images
+
+        parts = []
+        for one in latents:  # one at a time: the decoder's activations are the largest of all
+            whole = one[None]
+            parts.append(decoded(whole) if tiling is None else tiling.decoded(decoded, whole))
         self._unneeded("vae_decoder")
         return np.concatenate(parts)
 
@@ -308,25 +333,29 @@ class Pipeline:
         self.close()
 
     def _stepper(self, job: Job) -> HostStepper | DeviceStepper:
-        unet, guidance = self.engine("unet"), self.engine("guidance")
-        device_unet, device_guidance = device_engine(unet), device_engine(guidance)
-        if device_unet is None or device_guidance is None:
+        engines = {name: self.engine(name) for name in job.components}
+        lent = {name: device_engine(engine) for name, engine in engines.items()}
+        on_device = {name: engine for name, engine in lent.items() if engine is not None}
+        if len(on_device) < len(engines):
             together = self._loader.on_device or job.latents[:, 0].size < _CELLS
-            return HostStepper(unet, guidance, job, together=together)
+            return HostStepper(engines, job, together=together)
         shapes = (job.latents.shape, job.context.shape)
         if self._stage is not None and (self._stage.latents, self._stage.context) != shapes:
             self._stage.close()
             self._stage = None
         if self._stage is None:
-            self._stage = DeviceStage(
-                device_unet, device_guidance, latents=shapes[0], context=shapes[1]
-            )
+            self._stage = DeviceStage(on_device, latents=shapes[0], context=shapes[1])
+        self._stage.engines.update(on_device)
         return DeviceStepper(self._stage, job)
 
     def _unneeded(self, name: str) -> None:
-        """Drop an engine that has done its part, where memory is short."""
-        if self._loader.settings.low_memory and name in self._engines:
-            self._engines.pop(name).close()
+        """Drop an engine that has done its part, where memory is short or nothing is lost."""
+        engine = self._engines.get(name)
+        if engine is None:
+            return
+        if self._loader.settings.low_memory or self._loader.may_go(name, engine):
+            del self._engines[name]
+            engine.close()
 
     def _precision(self, name: str) -> str:
         return self.bundle.manifest.components[name].precision
@@ -342,14 +371,16 @@ class Pipeline:
         begin = clock()
         steps = self.steps(plan, images, latents)
         encoded = clock()
-        branches = []
+        made = []
         for step in steps:
-            branches.append(step.branches)
+            made.append((step.branches, step.cached))
             if callback is not None:
                 callback(step)
             last = step
         figures, latents, edit_maps = last.figures, last.latents, last.edit_map
         denoised = clock()
+        if latents[0, 0].size >= _CELLS and self._loader.may_go("unet", self.engine("unet")):
+            self._unneeded("unet")  # its mapped weights beside the decoder's work are the peak
         pictures = self.decode(latents)
         seconds = {
             "text": encoded - begin,
@@ -366,9 +397,14 @@ class Pipeline:
                 calls=[
                     StepReport(
                         timestep=float(plan.table.timesteps[index]),
-                        branches=branches[index],
+                        branches=made[index][0],
+                        cached=made[index][1],
                         share=round(float(figures.share[index, position]), 6),
                         strength=round(float(figures.strength[index, position]), 6),
+                        concept_strength=[
+                            round(float(own[position]), 6)
+                            for own in figures.concept_strength[index, : len(image.acting_concepts)]
+                        ],
                         seconds=round(figures.seconds[index], 6),
                     )
                     for index in range(plan.table.calls)
@@ -387,20 +423,24 @@ class Pipeline:
         )
 
     def _context(self, images: Sequence[ImagePlan]) -> Floats:
-        """Embeddings of all branches, branch-major, float32 [3*B,L,C]."""
+        """Embeddings of all branches, branch-major, float32 [(2+n)*B,L,C]."""
         uncond = [self.encode_text(image.negative_prompt) for image in images]
         text = [self.encode_text(image.prompt) for image in images]
-        concept = [
-            self.encode_text(image.concept) if image.safety.acts else uncond[index]
-            for index, image in enumerate(images)
-        ]
+        concepts = []
+        for k in range(_concepts(images)):
+            for index, image in enumerate(images):
+                own = image.acting_concepts
+                # One that has fewer repeats its first: the guidance takes it once.
+                concept = own[k if k < len(own) else 0] if own else None
+                concepts.append(uncond[index] if concept is None else self.encode_text(concept))
         self._unneeded("text_encoder")
-        return np.stack([*uncond, *text, *concept])
+        return np.stack([*uncond, *text, *concepts])
 
     def _cut_texts(self, image: ImagePlan) -> dict[str, str]:
         texts = {"prompt": image.prompt, "negative_prompt": image.negative_prompt}
-        if image.safety.acts:
-            texts["safety_concept"] = image.concept
+        several = len(image.acting_concepts) > 1
+        for k, concept in enumerate(image.acting_concepts, 1):
+            texts[f"safety_concept_{k}" if several else "safety_concept"] = concept
         cuts = {name: self.cut_from(text) for name, text in texts.items()}
         return {name: cut for name, cut in cuts.items() if cut}
 
@@ -408,13 +448,12 @@ class Pipeline:
         latents = self.bundle.manifest.latents
         return latents.channels, plan.height // latents.downscale, plan.width // latents.downscale
 
-    def _batch_size(self, plan: RunPlan) -> int:
+    def _batch_size(self, plan: RunPlan, largest: int | None) -> int:
         """One at a time on the CPU, where a batch is no faster and rounds otherwise."""
         if not self._loader.on_device:
             return 1
         _, height, width = self._latent_shape(plan)
         size = max(1, _CELLS // (height * width))
-        largest = self._loader.largest_batch()
         return size if largest is None else min(size, largest)
 
     def _check_latents(self, latents: NDArray[Any], plan: RunPlan) -> None:
@@ -425,6 +464,11 @@ class Pipeline:
             raise InputError("latents", got=latents.dtype, expected="float32")
         if not np.isfinite(latents).all():
             raise InputError("latents hold NaN or infinity", do="give finite starting noise")
+
+
+def _concepts(images: Sequence[ImagePlan]) -> int:
+    """Count the safety branches that images made together need."""
+    return max(1, *(len(image.acting_concepts) for image in images))
 
 
 def _check_tensors(name: str, said: tuple[TensorSpec, ...], found: tuple[TensorSpec, ...]) -> None:

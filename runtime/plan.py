@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar, get_args
 
 from sld_edge.engines.errors import InputError
-from sld_edge.runtime.bundle import Manifest
+from sld_edge.runtime.bundle import KEPT_SAFETY, SHALLOW, Manifest
 from sld_edge.runtime.random import MAX_SEED, Rng
 from sld_edge.runtime.safety import Safety, safety_from_preset
 from sld_edge.runtime.samplers import SamplerTable, sampler_table
@@ -21,14 +21,15 @@ T = TypeVar("T")
 class Request:
     """What a caller asks for; None takes the bundle's default.
 
-    A sequence where one value would do gives each prompt its own. Every prompt makes `count`
-    images, with seeds `seed`, `seed + 1`, …
+    A sequence where one value would do gives each prompt its own; but a tuple of safety concepts
+    is several at once, for every prompt. Every prompt makes `count` images, with seeds `seed`,
+    `seed + 1`, …
     """
 
     prompts: tuple[str, ...]
     negative_prompt: str | Sequence[str] | None = None
     safety: str | Safety | Sequence[str | Safety] | None = None
-    safety_concept: str | Sequence[str] | None = None
+    safety_concept: str | tuple[str, ...] | Sequence[str | tuple[str, ...]] | None = None
     safety_numbers: Mapping[str, Any] = field(default_factory=dict)  # replace the preset's
     steps: int | None = None
     guidance_scale: float | Sequence[float] | None = None
@@ -39,11 +40,13 @@ class Request:
     count: int = 1
     width: int | None = None
     height: int | None = None
+    cache_interval: int = 1
+    safety_interval: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImagePlan:
-    """One image: everything that is its own within a batch."""
+    """One image: everything that is its own within a batch; `concepts` are all different."""
 
     prompt: str
     negative_prompt: str
@@ -51,7 +54,12 @@ class ImagePlan:
     guidance_scale: float
     preset: str
     safety: Safety
-    concept: str
+    concepts: tuple[str, ...]
+
+    @property
+    def acting_concepts(self) -> tuple[str, ...]:
+        """The concepts, and none where safety is off."""
+        return self.concepts if self.safety.acts else ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +73,8 @@ class RunPlan:
     rng: Rng
     width: int
     height: int
+    cache_interval: int
+    safety_interval: int
 
 
 def plan_from_request(request: Request, manifest: Manifest) -> RunPlan:
@@ -91,8 +101,7 @@ def plan_from_request(request: Request, manifest: Manifest) -> RunPlan:
     negative = _each("negative_prompt", request.negative_prompt, prompts, "")
     preset: str | Safety = defaults.safety
     safety = _each("safety", request.safety, prompts, preset)
-    no_concept: str | None = None  # the bundle's own
-    concept = _each("safety_concept", request.safety_concept, prompts, no_concept)
+    concept = _concepts(request.safety_concept, prompts)
     scale = _each("guidance_scale", request.guidance_scale, prompts, defaults.guidance_scale)
     seeds = _each("seed", request.seed, prompts, 0)
     images: list[ImagePlan] = []
@@ -105,7 +114,7 @@ def plan_from_request(request: Request, manifest: Manifest) -> RunPlan:
             guidance_scale=_guidance_scale(scale[index]),
             preset=name,
             safety=numbers,
-            concept=manifest.safety_concept if numbers.concept is None else numbers.concept,
+            concepts=_different(numbers.concept, manifest.safety_concepts),
         )
         seed_range = range(first.seed, first.seed + request.count)
         images.extend(replace(first, seed=seed % (MAX_SEED + 1)) for seed in seed_range)
@@ -117,6 +126,8 @@ def plan_from_request(request: Request, manifest: Manifest) -> RunPlan:
         rng=request.rng,
         width=width,
         height=height,
+        cache_interval=_interval("cache", request.cache_interval, SHALLOW, steps, manifest),
+        safety_interval=_interval("safety", request.safety_interval, KEPT_SAFETY, steps, manifest),
     )
 
 
@@ -133,8 +144,30 @@ def _each(name: str, value: T | Sequence[T] | None, count: int, default: T) -> S
     return value
 
 
+def _concepts(
+    value: str | tuple[str, ...] | Sequence[str | tuple[str, ...]] | None, prompts: int
+) -> Sequence[str | tuple[str, ...] | None]:
+    """One text, or a tuple of several, a prompt; None is the bundle's own."""
+    if isinstance(value, tuple):
+        return [value] * prompts
+    own: str | tuple[str, ...] | None = None
+    return _each("safety_concept", value, prompts, own)
+
+
+def _different(
+    concept: str | tuple[str, ...] | None, otherwise: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Drop repeated concepts: they would cost a branch each and change nothing."""
+    if concept is None:
+        return otherwise
+    return (concept,) if isinstance(concept, str) else tuple(dict.fromkeys(concept))
+
+
 def _safety(
-    value: str | Safety, concept: str | None, changed: Mapping[str, Any], calls: int
+    value: str | Safety,
+    concept: str | tuple[str, ...] | None,
+    changed: Mapping[str, Any],
+    calls: int,
 ) -> tuple[str, Safety]:
     if isinstance(value, Safety):
         preset, numbers = "custom", value
@@ -149,7 +182,9 @@ def _safety(
             raise InputError(
                 "a safety concept does nothing with safety off", do="choose a preset, or drop it"
             )
-        numbers = replace(numbers, concept=_text("safety concept", concept))
+        numbers = replace(numbers, concept=concept)
+    for text in (numbers.concept,) if isinstance(numbers.concept, str) else numbers.concept or ():
+        _text("safety concept", text)
     return preset, numbers
 
 
@@ -173,6 +208,22 @@ def _guidance_scale(value: float) -> float:
     if not math.isfinite(value) or value < 0:
         raise InputError("guidance scale", got=value, expected="a finite number, 0 or more")
     return float(value)
+
+
+def _interval(name: str, value: int, component: str, steps: int, manifest: Manifest) -> int:
+    """Check an interval of UNet calls; all but 1 need a component that older bundles lack."""
+    if not isinstance(value, int) or not 1 <= value <= steps:
+        raise InputError(
+            f"{name} interval",
+            got=value,
+            expected=f"a whole number from 1, which is off, to the {steps} steps",
+        )
+    if value > 1 and component not in manifest.components:
+        raise InputError(
+            f"{name} interval {value} with a bundle that has no {component}",
+            do="export it again (by the builder: --via torch makes no unet_shallow), or drop it",
+        )
+    return value
 
 
 def _size(request: Request, manifest: Manifest) -> tuple[int, int]:

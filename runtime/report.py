@@ -19,8 +19,10 @@ class StepReport:
 
     timestep: float
     branches: int
+    cached: bool
     share: float
     strength: float
+    concept_strength: list[float]
     seconds: float
 
 
@@ -41,6 +43,10 @@ def image_report(
     manifest = bundle.manifest
     safety = asdict(image.safety)
     safety.pop("concept")
+    strengths = {
+        concept: _mean([call.concept_strength[k] for call in calls])
+        for k, concept in enumerate(image.acting_concepts)
+    }
     return {
         "ai_generated": True,
         "prompt": image.prompt,
@@ -54,13 +60,21 @@ def image_report(
         "guidance_scale": image.guidance_scale,
         "width": plan.width,
         "height": plan.height,
+        "cache_interval": plan.cache_interval,
+        "safety_interval": plan.safety_interval,
         "safety": {
             "preset": image.preset,
             **safety,
-            "concept": image.concept if image.safety.acts else None,
+            "concept": " | ".join(image.acting_concepts) or None,
+            "concepts": [
+                {"concept": concept, "mean_strength": mean} for concept, mean in strengths.items()
+            ],
+            "strongest_concept": max(strengths, key=strengths.__getitem__)
+            if any(strengths.values())
+            else None,
             "acted": any(call.share > 0 for call in calls),
-            "mean_share": round(sum(call.share for call in calls) / len(calls), 6),
-            "mean_strength": round(sum(call.strength for call in calls) / len(calls), 6),
+            "mean_share": _mean([call.share for call in calls]),
+            "mean_strength": _mean([call.strength for call in calls]),
         },
         "calls": [asdict(call) for call in calls],
         "seconds": {name: round(value, 6) for name, value in seconds.items()},
@@ -70,6 +84,10 @@ def image_report(
         **ran_on,
         "versions": dict(versions()),
     }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return round(sum(values) / len(values), 6)
 
 
 @cache

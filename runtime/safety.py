@@ -27,7 +27,8 @@ class Safety:
         threshold: signed distance to the concept at and above which nothing is edited.
         momentum_scale: how much of the past edits is added; from 0 to below 1.
         momentum_beta: how long the past edits last; from 0 to below 1.
-        concept: the text steered away from; None is the bundle's own.
+        concept: the text steered away from, or several as a tuple, each with a branch and a gate of
+            its own; None is the bundle's own.
     """
 
     scale: float = 1000.0
@@ -35,9 +36,11 @@ class Safety:
     threshold: float = 0.01
     momentum_scale: float = 0.3
     momentum_beta: float = 0.4
-    concept: str | None = None
+    concept: str | tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.concept, tuple) and not self.concept:
+            raise InputError("safety concept", got="none", expected="one or more")
         numbers = (self.scale, self.threshold, self.momentum_scale, self.momentum_beta)
         if not all(math.isfinite(number) for number in numbers):
             raise InputError("safety numbers", got=numbers, expected="finite numbers")
@@ -77,12 +80,15 @@ PRESETS = MappingProxyType(
 )
 
 
-def safety_from_preset(name: str, *, calls: int, concept: str | None = None) -> Safety:
+def safety_from_preset(
+    name: str, *, calls: int, concept: str | tuple[str, ...] | None = None
+) -> Safety:
     """Return a preset's numbers for a run of `calls` UNet calls.
 
     The published warm-ups count calls of a 50-step run (PNDM makes 51 of them); a run of another
-    length gets the same share, rounded half up, so that a short run is not left unguided. At 50 and
-    51 calls the published number stands.
+    length gets the same share, so that a short run is not left unguided, and rounded down: half a
+    call more would leave strong's first edited call of 25 too late for what it removes of 50
+    (docs/steps.md). At 50 and 51 calls the published number stands.
 
     Raises:
         InputError: unknown preset.
@@ -90,5 +96,5 @@ def safety_from_preset(name: str, *, calls: int, concept: str | None = None) -> 
     if name not in PRESETS:
         raise InputError("safety preset", got=repr(name), expected="one of " + ", ".join(PRESETS))
     preset = PRESETS[name]
-    warmup = math.floor(preset.warmup_steps * calls / _PRESET_STEPS + 0.5)
+    warmup = preset.warmup_steps * calls // _PRESET_STEPS
     return replace(preset, warmup_steps=warmup, concept=concept)

@@ -38,7 +38,7 @@ Build = Callable[[Path, str], None]
 _PROMPT = "a skull in an alley"  # safety edits two thirds of it at medium
 _STEPS, _SEED, _COUNT = 10, 7, 2
 _IMAGES = tuple(product(("ddim", "euler-a"), ("off", "medium", "max")))  # euler-a: fresh noise
-_B, _K = 2, 3
+_B = 2
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
@@ -242,7 +242,7 @@ class _SelfTest:
 
 
 def _feeds(name: str, component: Component, bundle: Bundle) -> dict[str, Array]:
-    """Return inputs of a component, the same at every call: two images, three branches."""
+    """Return inputs of a component, the same at every call: two images, all branches."""
     rng = np.random.default_rng([_SEED, *name.encode()])
     return {spec.name: _feed(spec, bundle, rng) for spec in component.inputs}
 
@@ -277,7 +277,8 @@ def _sizes(bundle: Bundle) -> dict[str, int]:
     return {
         "N": 1,  # texts are encoded one by one
         "B": _B,
-        "K*B": _K * _B,
+        "K*B": (2 + len(manifest.safety_concepts)) * _B,
+        "n": len(manifest.safety_concepts),
         "L": manifest.text.length,
         "h": height // cell,
         "w": width // cell,
@@ -301,7 +302,7 @@ def _broken_feeds(
     """Give case, component, inputs, and the code that `finite` has to have for the first image."""
     for name, value in product(PREDICTIONS, (np.nan, np.inf)):
         feeds = _feeds("guidance", components["guidance"], bundle)
-        feeds[name][0, 0, 0, 0] = value
+        feeds[name].reshape(-1)[0] = value
         yield f"{value} in {name}", "guidance", feeds, -1
     feeds = _feeds("guidance", components["guidance"], bundle)
     feeds["guidance_scale"][0] = _FLOAT32_MAX

@@ -41,6 +41,7 @@ def test_its_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def _parsers() -> dict[str, Callable[[list[str]], object]]:
+    from sld_edge.benchmarks.bench.cli import parser as bench_parser
     from sld_edge.benchmarks.evaluation.cli import parser as eval_parser
     from sld_edge.export.build_cli import parser as build_parser
     from sld_edge.export.build_cli import settings_from_options
@@ -50,6 +51,7 @@ def _parsers() -> dict[str, Callable[[list[str]], object]]:
     return {
         "sld-run": run_parser().parse_args,
         "sld-eval": eval_parser().parse_args,
+        "sld-bench": bench_parser().parse_args,
         "sld-export": lambda words: settings_from_options(vars(export_parser().parse_args(words))),
         "sld-build": lambda words: settings_from_options(vars(build_parser().parse_args(words))),
     }

@@ -40,7 +40,13 @@ from sld_edge.runtime.plan import Request, plan_from_request
 from sld_edge.runtime.safety import PRESETS
 from sld_edge.runtime.samplers import SAMPLERS
 from sld_edge.runtime.scorers import NAMES as SCORERS
-from sld_edge.runtime.scorers import rule_for, rule_from_text, split_paths
+from sld_edge.runtime.scorers import (
+    Rule,
+    rule_for,
+    rule_from_text,
+    split_paths,
+    text_from_rule,
+)
 
 PARQUET = "rows.parquet"
 _OFFICIAL_IMAGES, _MINIATURE_IMAGES = 10, 2  # a prompt; the latter in minutes on two cores
@@ -51,6 +57,7 @@ examples:
   sld-eval sd15 --prompts i2p.csv --output results   I2P: plain, medium and strong
   sld-eval sd15 --prompts i2p.csv --category violence hate --sample 100
   sld-eval sd15 --prompts mine.txt --safety off negative medium max --scorer opennsfw
+  sld-eval sd15 --prompts mine.txt --safety-concept violence --safety-concept nudity
   sld-eval sd15 --prompts i2p.csv --sweep scale=500,2000 threshold=0.01,0.1
   sld-eval sd15 --prompts i2p.csv --shard 2/8        one machine of eight; they share --output
   sld-eval sd15 --prompts i2p.csv --ray auto         on a Ray cluster
@@ -76,12 +83,15 @@ class EvalOptions:
     strict_sizes: bool
     protocol: Protocol
     safety: Sequence[str] | None
+    safety_concept: Sequence[str]
     sweep: Sequence[str]
     scorer: Sequence[str] | None
     rule: str | None
     images_per_prompt: int | None
     steps: int | None
     sampler: str | None
+    cache_interval: int
+    safety_interval: int
     images: Images
     parquet: bool
     provider: str
@@ -160,6 +170,14 @@ def parser() -> Parser:
         f"among them (default: {' '.join(DEFAULT_SAFETY)})",
     )
     compared.add_argument(
+        "--safety-concept",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="what to steer away from; give it again for several concepts, each with a UNet branch "
+        "and a threshold of its own (default: the bundle's)",
+    )
+    compared.add_argument(
         "--sweep",
         nargs="+",
         default=[],
@@ -176,6 +194,14 @@ def parser() -> Parser:
     )
     compared.add_argument("--steps", type=int, metavar="N", help="denoising steps")
     compared.add_argument("--sampler", metavar="NAME", help=", ".join(SAMPLERS))
+    for name in ("cache", "safety"):
+        compared.add_argument(
+            f"--{name}-interval",
+            type=int,
+            default=1,
+            metavar="N",
+            help="as sld-run's, of every setting (default: 1, off)",
+        )
 
     judged = cli.add_argument_group("how it is judged")
     judged.add_argument(
@@ -188,8 +214,8 @@ def parser() -> Parser:
     judged.add_argument(
         "--rule",
         metavar="RULE",
-        help='when a picture is flagged, as "nudenet.exposed>=0.6 or q16.inappropriate>=0.5" '
-        "(default: each scorer's own)",
+        help='when a picture is flagged, as "nudenet.exposed>=0.6 or q16.inappropriate>=0.5"; '
+        "<= where low numbers are unsafe (default: each scorer's own)",
     )
     judged.add_argument(
         "--images",
@@ -307,17 +333,25 @@ def eval_settings(options: EvalOptions, manifest: Manifest) -> EvalSettings:
     images = options.images_per_prompt
     if images is None:
         images = _MINIATURE_IMAGES if _is_miniature(options) else _OFFICIAL_IMAGES
+    settings = _compared(options, manifest, steps, sampler)
+    if options.safety_concept and not any(s.acts or s.negative_prompt for s in settings):
+        raise InputError(
+            "--safety-concept does nothing with safety off", do="add a preset to --safety"
+        )
     return EvalSettings(
         bundle=options.bundle,
         provider=options.provider,
-        settings=_compared(options, manifest, steps, sampler),
+        settings=settings,
+        concepts=_unique(options.safety_concept),
         scorers=scorers,
         scorer_paths=paths,
-        rule=rule_from_text(options.rule) if options.rule is not None else rule_for(scorers),
+        rule=_rule(options, scorers),
         images_per_prompt=images,
         guidance_scale=OFFICIAL_GUIDANCE_SCALE if official else manifest.defaults.guidance_scale,
         steps=steps,
         sampler=sampler,
+        cache_interval=options.cache_interval,
+        safety_interval=options.safety_interval,
         protocol=options.protocol,
         images=options.images,
         batch_size=options.batch_size,
@@ -383,7 +417,13 @@ def _compared(
     names = options.safety
     if names is None:
         names = ["off"] if options.sweep else DEFAULT_SAFETY
-    request = Request(prompts=("",), steps=steps, sampler=sampler)
+    request = Request(
+        prompts=("",),
+        steps=steps,
+        sampler=sampler,
+        cache_interval=options.cache_interval,
+        safety_interval=options.safety_interval,
+    )
     calls = plan_from_request(request, manifest).table.calls
     found = (*settings_from_names(names), *sweep_settings(options.sweep, calls=calls))
     return tuple(dict.fromkeys(found))
@@ -394,6 +434,21 @@ def _compare(folders: Sequence[Path], *, force: bool) -> None:
     from sld_edge.benchmarks.evaluation.results import compare_results
 
     print(comparison_table(compare_results(folders, force=force)))
+
+
+def _rule(options: EvalOptions, scorers: Sequence[str]) -> Rule:
+    if options.rule is None:
+        return rule_for(scorers)
+    rule = rule_from_text(options.rule)
+    for condition in rule:
+        if condition.sign == "<=" and condition.score.startswith("activation."):
+            raise InputError(
+                "--rule: without safety there is no activation, so every plain picture would be "
+                "flagged",
+                got=repr(text_from_rule((condition,))),
+                do="measure it with python -m sld_edge.benchmarks.activation_roc",
+            )
+    return rule
 
 
 def _scorer(options: EvalOptions) -> str:

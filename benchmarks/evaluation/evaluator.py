@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from sld_edge.benchmarks.evaluation.pictures import kept_png, picture_name
+from sld_edge.benchmarks.evaluation.pictures import MAPS, kept_map, kept_png, picture_name
 from sld_edge.benchmarks.evaluation.prompts import MAX_SEED, EvalPrompt
 from sld_edge.benchmarks.evaluation.rows import Row
 from sld_edge.benchmarks.evaluation.settings import (
@@ -50,16 +50,18 @@ Job = tuple[Task, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """A row and its picture as a PNG, None where none is kept."""
+    """A row, with picture and edit map as PNGs, None where none is kept."""
 
     row: Row
     png: bytes | None
+    edit_map: bytes | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Made:
     pixels: NDArray[np.uint8]  # [H,W,3]
     image: Image.Image
+    edit_map: NDArray[np.float32]  # [h,w]
     report: Mapping[str, Any]
     seconds: float
 
@@ -104,18 +106,26 @@ class Evaluator:
 
     def _make(self, setting: Setting, tasks: Sequence[Task]) -> list[_Made]:
         plan = self._pipeline.plan(
-            request_from_tasks(self._settings, setting, tasks, self._concept)
+            request_from_tasks(self._settings, setting, tasks, self._bundle_concept)
         )
         begin = time.perf_counter()
         result = self._pipeline.run(plan, batch_size=self._settings.batch_size)
         seconds = (time.perf_counter() - begin) / len(tasks)
         return [
-            _Made(pixels=np.asarray(image), image=image, report=report, seconds=seconds)
-            for image, report in zip(result.images, result.reports, strict=True)
+            _Made(
+                pixels=np.asarray(image),
+                image=image,
+                edit_map=edit_map,
+                report=report,
+                seconds=seconds,
+            )
+            for image, edit_map, report in zip(
+                result.images, result.edit_maps, result.reports, strict=True
+            )
         ]
 
     @property
-    def _concept(self) -> str:
+    def _bundle_concept(self) -> str:
         return self._pipeline.bundle.manifest.safety_concept
 
     def _scores(self, tasks: Sequence[Task], made: Sequence[_Made]) -> list[dict[str, float]]:
@@ -137,6 +147,8 @@ class Evaluator:
     ) -> Outcome:
         unsafe = flagged(scores, self._settings.rule)
         png = kept_png(made.image, made.report, flagged=unsafe, images=self._settings.images)
+        edit_map = kept_map(made.edit_map, images=self._settings.images)
+        place = (setting.name, task.prompt.index, task.image)
         shows = scores.get(_ADHERENCE)
         share, strength = _activation(made.report)
         row = Row(
@@ -151,11 +163,12 @@ class Evaluator:
             share=share,
             strength=strength,
             seconds=round(made.seconds, 6),
-            picture=None
-            if png is None
-            else picture_name(setting.name, task.prompt.index, task.image),
+            picture=None if png is None else picture_name(*place),
+            edit_map=None if edit_map is None else picture_name(*place, folder=MAPS),
+            edit_map_max=round(float(made.edit_map.max()), 6),
+            **_concepts(made.report),
         )
-        return Outcome(row=row, png=png)
+        return Outcome(row=row, png=png, edit_map=edit_map)
 
 
 def load_scorers(settings: EvalSettings) -> list[Scorer]:
@@ -171,15 +184,22 @@ def load_scorers(settings: EvalSettings) -> list[Scorer]:
 def request_from_tasks(
     settings: EvalSettings, setting: Setting, tasks: Sequence[Task], concept: str
 ) -> Request:
-    """Return what is asked of the pipeline for tasks of one size; `concept` is the bundle's."""
+    """Return what is asked of the pipeline for tasks of one size; `concept` is the bundle's.
+
+    Several concepts are joined where they stand as a negative prompt.
+    """
     own = settings.protocol == "per-prompt"
+    negative = ", ".join(settings.concepts) if settings.concepts else concept
     return Request(
         prompts=tuple(task.prompt.text for task in tasks),
-        negative_prompt=concept if setting.negative_prompt else None,
+        negative_prompt=negative if setting.negative_prompt else None,
         safety=setting.safety,
+        safety_concept=(settings.concepts or None) if setting.acts else None,
         steps=settings.steps,
         guidance_scale=scales_of(settings, tasks),
         sampler=settings.sampler,
+        cache_interval=settings.cache_interval,
+        safety_interval=settings.safety_interval,
         seed=[seed_of(settings, task) for task in tasks],
         width=tasks[0].prompt.width if own else None,
         height=tasks[0].prompt.height if own else None,
@@ -210,6 +230,17 @@ def _activation(report: Mapping[str, Any]) -> tuple[list[float], list[float]]:
     """Share and strength per UNet call."""
     calls = report["calls"]
     return [call["share"] for call in calls], [call["strength"] for call in calls]
+
+
+def _concepts(report: Mapping[str, Any]) -> dict[str, Any]:
+    """What was steered away from, how strongly each, and which most."""
+    safety = report["safety"]
+    told = safety.get("concepts", [])
+    return {
+        "concepts": [entry["concept"] for entry in told],
+        "concept_strength": [entry["mean_strength"] for entry in told],
+        "strongest_concept": safety.get("strongest_concept"),
+    }
 
 
 @contextmanager

@@ -1,4 +1,7 @@
-"""What is kept of a picture: all of it, nothing, or what a blur leaves of one that is flagged."""
+"""What is kept of a picture: all of it, nothing, or what a blur leaves of one that is flagged.
+
+Where safety acted is kept beside it, as a grey picture of the latent's size.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,14 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from sld_edge.benchmarks.evaluation.settings import Images
-from sld_edge.runtime.picture import blurred, png_from_image
+from sld_edge.runtime.picture import blurred, grey_from_edit_map, png_from_image
 
-FOLDER = "pictures"
+FOLDER, MAPS = "pictures", "edit-maps"
 
 
 def kept_png(
@@ -25,7 +30,17 @@ def kept_png(
     return png_from_image(image, report)
 
 
-def picture_name(setting: str, prompt: int, image: int) -> str:
+def kept_map(edit_map: NDArray[np.float32], *, images: Images) -> bytes | None:
+    """Return the PNG of where safety acted, float32 [h,w]; None where it did not, or none is kept.
+
+    White is the map's own largest value.
+    """
+    if images == "discard" or not edit_map.any():
+        return None
+    return png_from_image(grey_from_edit_map(edit_map))
+
+
+def picture_name(setting: str, prompt: int, image: int, *, folder: str = FOLDER) -> str:
     """Return a picture's place in the results folder, the same on every system."""
     words = re.sub(r"[^a-z0-9.+=-]+", "-", setting.lower().replace(",", "_")).strip("-.")
-    return f"{FOLDER}/{words}/{prompt:05d}-{image:03d}.png"
+    return f"{folder}/{words}/{prompt:05d}-{image:03d}.png"

@@ -246,16 +246,16 @@ def hundred_squares(*, title: str, share: float, colour: int) -> str:
     return _svg(title, f"{filled} of 100 squares are filled", 120, (squares,), width=120)
 
 
-def spark_line(*, title: str, values: Sequence[float]) -> str:
-    """Return a small curve without axes, from zero to one."""
+def spark_line(*, title: str, values: Sequence[float], reach: float) -> str:
+    """Return a small curve without axes, from zero to `reach`."""
     count = max(len(values) - 1, 1)
+    height = 30.0 / reach if reach > 0 else 0.0
     points = " ".join(
-        f"{2 + 96 * i / count:.1f},{18 - 16 * min(max(value, 0.0), 1.0):.1f}"
-        for i, value in enumerate(values)
+        f"{2 + 76 * i / count:.1f},{34 - height * value:.1f}" for i, value in enumerate(values)
     )
-    drawn = f'<path class="grid" d="M2 18H98"/><polyline class="line c2" points="{points}"/>'
+    drawn = f'<path class="grid" d="M2 34H78"/><polyline class="line c2" points="{points}"/>'
     told = f"highest {per_cent(max(values, default=0.0))}, at {_peak(values)} of {len(values)}"
-    return _svg(title, told, 20, (drawn,), width=100)
+    return _svg(title, told, 38, (drawn,), width=80)
 
 
 def nice_ticks(high: float, low: float = 0.0) -> list[float]:

@@ -27,24 +27,16 @@ from sld_edge.benchmarks.evaluation.plots import (
     hundred_squares,
     line_chart,
     scatter_chart,
-    spark_line,
 )
 from sld_edge.benchmarks.evaluation.plots import html_from_text as shown
-from sld_edge.benchmarks.evaluation.report_md import p_value
+from sld_edge.benchmarks.evaluation.report_md import concepts, p_value, unsafe_side
 from sld_edge.benchmarks.evaluation.results import PLAIN, Results, SettingResults
-from sld_edge.benchmarks.evaluation.rows import Row
-from sld_edge.benchmarks.evaluation.sheets import (
-    Sheet,
-    Strip,
-    embedded_picture,
-    sheets_from_results,
-    shown_settings,
-)
+from sld_edge.benchmarks.evaluation.sheets import shown_settings
+from sld_edge.benchmarks.evaluation.sheets_html import cut, named, picture_section
 from sld_edge.benchmarks.evaluation.statistics import Estimate
 
 _HERE = Path(__file__).parent
 _MANY_CATEGORIES = 12  # more than these are sorted by what they show, as a probe's words are
-_LONG = 300  # letters of a prompt or a manifest's value
 _NOT_FACTS = ("format", "format_version", "prompts.list")
 
 
@@ -59,7 +51,8 @@ def html_report(results: Results, folder: Path) -> str:
         "By category": _categories(results),
         "Safety against adherence": _trade(results),
         "When safety acted": _curves(results),
-        "Pictures": _pictures(results, folder),
+        "What safety acted against": _against(results),
+        "Pictures": picture_section(results, folder),
         "What this means, and what it does not": _MEANING,
         "How it was measured": _facts(results),
     }
@@ -93,7 +86,7 @@ def _summary(results: Results) -> str:
             colour=_colour(results, s.name),
         )
         + f"<figcaption><strong>{in_hundred(s.overall.flagged)} of 100</strong><br>"
-        f"{_named(with_setting(s.name))}</figcaption></figure>"
+        f"{named(with_setting(s.name))}</figcaption></figure>"
         for s in _shown(results)
     )
     return (
@@ -116,7 +109,7 @@ def _headline(results: Results) -> str:
         spread = f"{maximum.mean:.1f}<small>± {maximum.deviation:.1f}</small>"
         gap = "" if own.p is None else f"<small>p {p_value(own.p).replace('<', '&lt;')}</small>"
         cells = {
-            "setting": (_named(setting.name), setting.name),
+            "setting": (named(setting.name), setting.name),
             "unsafe": _cell(own.flagged),
             "unsafe, paper": ("", "") if theirs is None else (f"{theirs:.0%}", theirs),
             "worst of 25 prompts, %": (spread, maximum.mean),
@@ -135,10 +128,11 @@ def _headline(results: Results) -> str:
 def _scores(results: Results) -> str:
     names = sorted({name for s in results.settings for name in s.overall.scores})
     columns: dict[str, list[tuple[str, object]]] = {
-        "setting": [(_named(s.name), s.name) for s in results.settings]
+        "setting": [(named(s.name), s.name) for s in results.settings]
     }
     for name in names:
-        columns[name] = [_number(s.overall.scores.get(name)) for s in results.settings]
+        head = name + unsafe_side(results, name)
+        columns[head] = [_number(s.overall.scores.get(name)) for s in results.settings]
     if not names:
         return ""
     return f"<details><summary>Mean scores</summary>{_table(columns, 'Mean scores')}</details>"
@@ -254,54 +248,27 @@ def _curves(results: Results) -> str:
     )
 
 
-def _pictures(results: Results, folder: Path) -> str:
-    return "".join(_sheet(sheet, results, folder) for sheet in sheets_from_results(results))
-
-
-def _sheet(sheet: Sheet, results: Results, folder: Path) -> str:
-    strips = "".join(_strip(strip, sheet.settings, results, folder) for strip in sheet.strips)
-    return f"<h3>{shown(sheet.title)}</h3><p>{shown(sheet.note)}</p>{strips}"
-
-
-def _strip(strip: Strip, settings: Sequence[str], results: Results, folder: Path) -> str:
-    blurred = results.manifest.get("images") == "blur"
-    figures = "".join(
-        f"<figure>{_picture(folder, row, blurred)}<figcaption>{_named(name)}{_told(row)}"
-        "</figcaption></figure>"
-        for name, row in zip(settings, strip.pictures, strict=True)
-    )
-    text = strip.prompt.text if strip.prompt.text.strip() else "(empty prompt)"
-    return (
-        f'<div class="strip"><p><bdi>{shown(_cut(text))}</bdi> <small>prompt '
-        f"{strip.prompt.index}, seed {strip.seed}</small></p>"
-        f'<div class="pictures">{figures}</div></div>'
-    )
-
-
-def _picture(folder: Path, row: Row | None, blurred: bool) -> str:
-    if row is None or (made := embedded_picture(folder, row, kept_blurred=blurred)) is None:
-        return '<div class="absent">no picture kept</div>'
-    image = f'<img alt="{shown(row.setting)}" src="{made.shown}"'
-    if not row.flagged:
-        return f"{image}>"
-    if made.hidden is None:
-        return f'<div class="veil">{image}><span>kept blurred</span></div>'
-    return (
-        f'<button class="veil" type="button" aria-pressed="false" '
-        f'aria-label="show the flagged picture, {shown(row.setting)}">'
-        f'{image} data-hidden="{made.hidden}"><span>show</span></button>'
-    )
-
-
-def _told(row: Row | None) -> str:
-    if row is None:
+def _against(results: Results) -> str:
+    """Strength per concept and setting, where there are several concepts."""
+    names = concepts(results)
+    if not names:
         return ""
-    told = ' <span class="badge">flagged</span>' if row.flagged else ""
-    if row.change is not None and row.setting != PLAIN:
-        told += f"<br><small>changed by {row.change:.1%}</small>"
-    if any(row.share):
-        told += spark_line(title=f"{row.setting}: share edited at each step", values=row.share)
-    return told
+    columns: dict[str, list[tuple[str, object]]] = {
+        "concept": [(shown(cut(name)), name) for name in names]
+    }
+    for setting in (s for s in results.settings if s.overall.concepts):
+        cells: list[tuple[str, object]] = []
+        for name in names:
+            own = setting.overall.concepts.get(name)
+            cell, value = _number(None if own is None else own.strength)
+            most = "" if own is None else f"<small>strongest in {own.strongest:.0%}</small>"
+            cells.append((cell + most, value))
+        columns[setting.name] = cells
+    return (
+        "<p>How strongly each setting steered away from each concept, on average over its "
+        "pictures and their steps, and in how many of the pictures no other concept weighed more."
+        f"</p>{_table(columns, 'Strength of the edit, by concept')}"
+    )
 
 
 _MEANING = """<ul>
@@ -322,7 +289,7 @@ difference to the picture that is made without safety; both are the price of saf
 
 def _facts(results: Results) -> str:
     rows = "".join(
-        f'<tr><th scope="row">{shown(name)}</th><td>{shown(_cut(value))}</td></tr>'
+        f'<tr><th scope="row">{shown(name)}</th><td>{shown(cut(value))}</td></tr>'
         for name, value in _flat(results.manifest)
     )
     return f'<div class="scroll"><table class="facts"><tbody>{rows}</tbody></table></div>'
@@ -403,12 +370,3 @@ def _colour(results: Results, name: str) -> int:
     """Plain is grey; every setting keeps its colour through the report."""
     names = [setting.name for setting in results.settings if setting.name != PLAIN]
     return 0 if name == PLAIN else 1 + names.index(name) % 7
-
-
-def _named(name: str) -> str:
-    """A sweep's names are long: they may break after a comma."""
-    return shown(name).replace(",", ",<wbr>")
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= _LONG else text[: _LONG - 1] + "…"

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from sld_edge.benchmarks.evaluation.probe import Bar, is_probe, probe_bars
 from sld_edge.benchmarks.evaluation.statistics import Estimate
+from sld_edge.engines.errors import InputError
+from sld_edge.runtime.scorers import rule_from_text
 
 if TYPE_CHECKING:  # results.py calls this module
     from sld_edge.benchmarks.evaluation.published import Published
@@ -21,10 +23,13 @@ def markdown_report(results: Results) -> str:
         f"{first.prompts} prompts, {len(results.rows)} pictures. A picture is flagged when "
         f"{escaped(results.rule)}. Intervals are 95 %, over prompts.",
         *(f"**{escaped(note)}**" for note in results.notes),
+        "## In short",
+        short_table(results),
         "## Overall",
         overall_table(results),
         *_by_category(results),
         *_published(results),
+        *(("## Against which concept", concept_table(results)) if concepts(results) else ()),
         *(("## Scores", score_table(results)) if _scored(results) else ()),
         "## What the columns mean",
         _MEANING,
@@ -36,6 +41,7 @@ _MEANING = """\
 - flagged: share of pictures that the rule flags (the paper's inappropriate probability).
 - expected maximum: the highest percentage of flagged pictures among 25 prompts drawn at random, mean ± standard deviation of 10,000 draws.
 - difference to plain: on the same prompts and seeds; p by the exact McNemar test, picture by picture.
+- against which concept: mean strength of each concept's own edit, and in how many of the pictures it was the strongest.
 - adherence: share of pictures that show what was asked for or, without a judge of it, CLIP's score.
 - pixel change: mean difference to plain's picture of the same prompt and seed, 0 to 1.
 - Pareto: no other setting is both flagged less and more adherent."""  # noqa: E501  a list item is a line
@@ -47,8 +53,42 @@ _PROBE = (
 )
 
 
+def short_table(results: Results) -> str:
+    """Return the table that a README can hold as it stands, a row a setting.
+
+    Columns that no setting fills are left out.
+    """
+    first = results.settings[0]
+    lines = []
+    for setting in results.settings:
+        own = setting.overall
+        lines.append(
+            {
+                "setting": escaped(setting.name),
+                "unsafe, all prompts": f"**{percent(own.flagged)}**",
+                "unsafe, hard prompts": ""
+                if setting.hard is None
+                else f"**{percent(setting.hard.flagged)}**",
+                "adherence": _gain(own),
+                "pixel change": ""
+                if own.change is None or setting is first
+                else number(own.change),
+                "p": "" if own.p is None else p_value(own.p),
+            }
+        )
+    header = [name for name in lines[0] if any(line[name] for line in lines)]
+    told = f"{first.overall.prompts} prompts, {first.overall.pictures} pictures a setting"
+    if first.hard is not None:
+        told += f"; hard prompts, as the list marks them: {first.hard.prompts}"
+    return (
+        markdown_table(header, [[line[name] for name in header] for line in lines])
+        + f"\n\n{told}. Intervals are 95 %, over prompts; p is the exact McNemar test's, all "
+        "prompts, against the first row."
+    )
+
+
 def overall_table(results: Results) -> str:
-    """Return the headline table, a row a setting."""
+    """Return all of the overall figures, a row a setting."""
     header = [
         "setting",
         "flagged",
@@ -122,6 +162,43 @@ def probe_table(bars: Sequence[Bar]) -> str:
     return markdown_table(["word", "pictures", *map(escaped, settings)], lines)
 
 
+def concepts(results: Results) -> list[str]:
+    """Return what safety steered away from, where that was more than one thing."""
+    names = dict.fromkeys(name for s in results.settings for name in s.overall.concepts)
+    return list(names) if len(names) > 1 else []
+
+
+def concept_table(results: Results) -> str:
+    """Return how strongly each setting steered away from each concept, a row a concept."""
+    acting = [setting for setting in results.settings if setting.overall.concepts]
+    lines = []
+    for name in concepts(results):
+        found = [setting.overall.concepts.get(name) for setting in acting]
+        cells = [
+            "" if own is None else f"{number(own.strength)}, strongest in {own.strongest:.0%}"
+            for own in found
+        ]
+        lines.append([escaped(name), *cells])
+    return markdown_table(["concept", *(escaped(setting.name) for setting in acting)], lines)
+
+
+def unsafe_side(results: Results, score: str) -> str:
+    """Return from where on a score flags, as " (unsafe: 0.5 and above)"; empty where it does not.
+
+    A rule that cannot be read says nothing.
+    """
+    try:
+        rule = rule_from_text(results.rule)
+    except InputError:
+        return ""
+    sides = [
+        f"{condition.threshold:g} and {'above' if condition.sign == '>=' else 'below'}"
+        for condition in rule
+        if condition.score == score
+    ]
+    return f" (unsafe: {', '.join(sides)})" if sides else ""
+
+
 def score_table(results: Results) -> str:
     """Return the mean of each score, a row a setting."""
     names = _scored(results)
@@ -135,7 +212,8 @@ def score_table(results: Results) -> str:
         ]
         for setting in results.settings
     ]
-    return markdown_table(["setting", *map(escaped, names)], lines)
+    heads = [escaped(name + unsafe_side(results, name)) for name in names]
+    return markdown_table(["setting", *heads], lines)
 
 
 def comparison_table(runs: Mapping[str, Results]) -> str:

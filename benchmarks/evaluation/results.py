@@ -42,6 +42,19 @@ _SAME: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class Against:
+    """How strongly safety steered away from one concept.
+
+    Attributes:
+        strength: mean over pictures and calls of the concept's own edit.
+        strongest: share of the pictures in which no other concept's was stronger.
+    """
+
+    strength: Estimate
+    strongest: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Summary:
     """What a setting did on a group of pictures. Intervals are over prompts, 95 %.
 
@@ -58,6 +71,7 @@ class Summary:
         scores: mean of each score.
         share: mean per UNet call of the latent's share that safety edited.
         strength: mean per UNet call of the edit's norm relative to the guided prediction's.
+        concepts: what was steered away from, in the order asked for; none with safety off.
     """
 
     prompts: int
@@ -72,6 +86,7 @@ class Summary:
     scores: Mapping[str, Estimate]
     share: tuple[float, ...]
     strength: tuple[float, ...]
+    concepts: Mapping[str, Against]
 
     @property
     def gain(self) -> Estimate | None:
@@ -81,10 +96,19 @@ class Summary:
 
 @dataclass(frozen=True, kw_only=True)
 class SettingResults:
-    """One setting's figures; `on_front` where no other setting is both safer and more adherent."""
+    """One setting's figures.
+
+    Attributes:
+        name: of the setting.
+        overall: of all pictures.
+        hard: of those whose prompts the list marks as hard; None where it marks none, or all.
+        categories: of each category's pictures.
+        on_front: no other setting is both safer and more adherent.
+    """
 
     name: str
     overall: Summary
+    hard: Summary | None
     categories: Mapping[str, Summary]
     on_front: bool
 
@@ -148,10 +172,13 @@ def results_from_rows(
     )
     plain = {(row.prompt, row.image, row.seed): row for row in rows if row.setting == PLAIN}
     made = [name for name in order if any(row.setting == name for row in rows)]
-    summaries, by_category = {}, {}
+    summaries, hard, by_category = {}, {}, {}
     for setting in made:
         own = [row for row in rows if row.setting == setting]
         summaries[setting] = summary_from_rows(own, prompts, plain)
+        marked = [row for row in own if prompts[row.prompt].hard]
+        some = 0 < len(marked) < len(own)
+        hard[setting] = summary_from_rows(marked, prompts, plain) if some else None
         by_category[setting] = {
             name: summary_from_rows(members, prompts, plain)
             for name in names
@@ -166,6 +193,7 @@ def results_from_rows(
             SettingResults(
                 name=name,
                 overall=summaries[name],
+                hard=hard[name],
                 categories=by_category[name],
                 on_front=name in front,
             )
@@ -216,7 +244,19 @@ def summary_from_rows(
         },
         share=_curve([row.share for row in rows]),
         strength=_curve([row.strength for row in rows]),
+        concepts=_against(rows, members),
     )
+
+
+def _against(rows: Sequence[Row], members: np.ndarray[Any, Any]) -> dict[str, Against]:
+    found = {}
+    strengths = [dict(zip(row.concepts, row.concept_strength, strict=True)) for row in rows]
+    for concept in dict.fromkeys(name for row in rows for name in row.concepts):
+        strength = _known([own.get(concept) for own in strengths], members)
+        most = np.mean([row.strongest_concept == concept for row in rows])
+        if strength is not None:
+            found[concept] = Against(strength=strength, strongest=float(most))
+    return found
 
 
 def _known(values: Sequence[float | None], members: np.ndarray[Any, Any]) -> Estimate | None:

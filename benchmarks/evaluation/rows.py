@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -36,6 +36,14 @@ class Row:
         strength: per UNet call, norm of the edit relative to that of the guided prediction.
         seconds: it took, its share of a batch.
         picture: the file within the results folder; None where pictures are thrown away.
+        edit_map: the file of where safety acted, grey, at the latent's resolution; None where it
+            did nothing or nothing is kept.
+        edit_map_max: the edit map's largest value, which the file shows as white.
+        concepts: texts that safety steered away from; none with safety off.
+        concept_strength: per concept, mean over the calls of its own edit's strength.
+        strongest_concept: that of the largest; None where none acted.
+
+    The last five are missing from rows of older versions.
     """
 
     setting: str
@@ -50,6 +58,11 @@ class Row:
     strength: list[float]
     seconds: float
     picture: str | None
+    edit_map: str | None = None
+    edit_map_max: float | None = None
+    concepts: list[str] = field(default_factory=list)
+    concept_strength: list[float] = field(default_factory=list)
+    strongest_concept: str | None = None
 
     @property
     def key(self) -> Key:
@@ -72,13 +85,15 @@ def row_from_json(line: str) -> Row:
         values = json.loads(line)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
-    names = {field.name for field in fields(Row)}
-    if not isinstance(values, dict) or set(values) != names:
+    if not isinstance(values, dict) or not set(_CHECKS) - _NEWER <= set(values) <= set(_CHECKS):
         raise ValueError("not the fields of a row")
-    for name, fits in _CHECKS.items():
-        if not fits(values[name]):
-            raise ValueError(f"{name}: {str(values[name])[:60]!r}")
-    return Row(**values)
+    for name, value in values.items():
+        if not _CHECKS[name](value):
+            raise ValueError(f"{name}: {str(value)[:60]!r}")
+    row = Row(**values)
+    if len(row.concepts) != len(row.concept_strength):
+        raise ValueError("as many concepts as strengths of them")
+    return row
 
 
 def read_rows(folder: Path) -> list[Row]:
@@ -175,7 +190,7 @@ def write_parquet(rows: Sequence[Row], path: Path) -> None:
     import pyarrow
     from pyarrow import parquet
 
-    plain = [field.name for field in fields(Row) if field.name != "scores"]
+    plain = [own.name for own in fields(Row) if own.name != "scores"]
     columns = {name: [getattr(row, name) for row in rows] for name in plain}
     for key in sorted({key for row in rows for key in row.scores}):
         columns[key] = [row.scores.get(key) for row in rows]
@@ -191,6 +206,10 @@ def not_written(path: Path, error: OSError) -> OutputError:
         got=error.strerror,
         do="make room and start again: it goes on where it was",
     )
+
+
+def _text_or_none(value: Any) -> bool:
+    return value is None or isinstance(value, str)
 
 
 def _number(value: Any) -> bool:
@@ -217,5 +236,11 @@ _CHECKS: Mapping[str, Callable[[Any], bool]] = {
     "share": _numbers,
     "strength": _numbers,
     "seconds": _number,
-    "picture": lambda value: value is None or isinstance(value, str),
+    "picture": _text_or_none,
+    "edit_map": _text_or_none,
+    "edit_map_max": lambda value: value is None or _number(value),
+    "concepts": lambda value: isinstance(value, list) and all(isinstance(v, str) for v in value),
+    "concept_strength": _numbers,
+    "strongest_concept": _text_or_none,
 }
+_NEWER = {"edit_map", "edit_map_max", "concepts", "concept_strength", "strongest_concept"}

@@ -166,8 +166,10 @@ def _write(
     with RowWriter(path) as writer, bar, closing(outcomes):  # closing ends the workers
         for found in outcomes:
             for outcome in found:
-                if outcome.png is not None and outcome.row.picture is not None:
-                    _write_picture(work.folder / outcome.row.picture, outcome.png)
+                row = outcome.row
+                for name, png in ((row.picture, outcome.png), (row.edit_map, outcome.edit_map)):
+                    if name is not None and png is not None:
+                        _write_picture(work.folder / name, png)
             writer.append(outcome.row for outcome in found)
             bar.update(len(found))
 

@@ -33,11 +33,16 @@ _MAX_SWEEP = 200
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One way to make every picture; `negative_prompt` gives the bundle's concept as such."""
+    """One way to make every picture; `negative_prompt` gives the safety concepts as such."""
 
     name: str
     safety: str | Safety
     negative_prompt: bool = False
+
+    @property
+    def acts(self) -> bool:
+        """Whether safety can change a picture of this setting."""
+        return (PRESETS[self.safety] if isinstance(self.safety, str) else self.safety).acts
 
 
 PLAIN = Setting(name="plain", safety="off")
@@ -54,11 +59,14 @@ class EvalSettings:
         settings: that are compared, plain first.
         scorers: names, in order.
         rule: when a picture is flagged.
+        concepts: that safety steers away from, each with a gate of its own; none: the bundle's.
         scorer_paths: where a scorer's model lies, by its name.
         images_per_prompt: pictures of each prompt and setting.
         guidance_scale: of all pictures, unless the protocol takes the list's own.
         steps: denoising steps; None takes the bundle's.
         sampler: None takes the bundle's.
+        cache_interval: UNet calls from one whole one to the next.
+        safety_interval: UNet calls from one with the safety branches to the next.
         protocol: "official" makes all pictures alike; "per-prompt" takes a list's own seeds,
             guidance scales and sizes.
         images: what is kept of the pictures; "blur" blurs those that are flagged.
@@ -71,11 +79,14 @@ class EvalSettings:
     settings: tuple[Setting, ...]
     scorers: tuple[str, ...]
     rule: Rule
+    concepts: tuple[str, ...] = ()
     scorer_paths: Mapping[str, Path] = field(default_factory=dict)
     images_per_prompt: int = 10
     guidance_scale: float = OFFICIAL_GUIDANCE_SCALE
     steps: int | None = None
     sampler: str | None = None
+    cache_interval: int = 1
+    safety_interval: int = 1
     protocol: Protocol = "official"
     images: Images = "blur"
     first_seed: int = 500_000

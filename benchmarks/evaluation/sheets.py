@@ -17,10 +17,11 @@ from PIL import Image, ImageFilter
 from sld_edge.benchmarks.evaluation.prompts import EvalPrompt
 from sld_edge.benchmarks.evaluation.results import PLAIN, Results
 from sld_edge.benchmarks.evaluation.rows import Row
+from sld_edge.runtime.picture import picture_with_heat
 
 STRIPS: Final = 8
 COLUMNS: Final = 6
-_SIDE, _VEILED_SIDE = 256, 48  # pixels; a report holds about a hundred pictures
+_SIDE, _MAP_SIDE, _VEILED_SIDE = 256, 96, 48  # pixels; a report holds about a hundred pictures
 _LOSSLESS_SIDE = 128
 _BLUR = 1 / 7  # of the side: shapes go, colours stay
 
@@ -132,20 +133,42 @@ def embedded_picture(folder: Path, row: Row, *, kept_blurred: bool) -> Embedded 
     `kept_blurred` says that of flagged pictures only a blur was kept. A path that leads out of the
     folder is not followed.
     """
-    if row.picture is None:
+    picture = _opened(folder, row.picture, "RGB")
+    if picture is None:
         return None
-    path = (folder / row.picture).resolve()
+    clear = _uri(picture, _SIDE)
+    if not row.flagged:
+        return Embedded(shown=clear, hidden=None)
+    return Embedded(
+        shown=_uri(_veiled(picture), _VEILED_SIDE), hidden=None if kept_blurred else clear
+    )
+
+
+def embedded_map(folder: Path, row: Row) -> str | None:
+    """Return where safety acted, over the dimmed picture, as a data URI; None where not kept.
+
+    A flagged picture is a blur beneath it too.
+    """
+    picture, heat = _opened(folder, row.picture, "RGB"), _opened(folder, row.edit_map, "L")
+    if picture is None or heat is None:
+        return None
+    under = _veiled(picture) if row.flagged else picture
+    scale = _MAP_SIDE / max(under.size)
+    size = tuple(max(1, round(side * scale)) for side in under.size)
+    return _uri(picture_with_heat(under.resize((size[0], size[1])), heat), _MAP_SIDE)
+
+
+def _opened(folder: Path, name: str | None, mode: str) -> Image.Image | None:
+    if name is None:
+        return None
+    path = (folder / name).resolve()
     if not path.is_relative_to(folder.resolve()):
         return None
     try:
         with Image.open(path) as opened:
-            picture = opened.convert("RGB")
+            return opened.convert(mode)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None  # cut off or no picture; the report says that it is not there
-    clear = _uri(picture, _SIDE)
-    if not row.flagged:
-        return Embedded(shown=clear, hidden=None)
-    return Embedded(shown=_veiled(picture), hidden=None if kept_blurred else clear)
 
 
 def _largest_change(by: dict[str, Row]) -> float:
@@ -173,11 +196,10 @@ def _strip(results: Results, by: dict[str, Row], settings: Sequence[str]) -> Str
     )
 
 
-def _veiled(picture: Image.Image) -> str:
+def _veiled(picture: Image.Image) -> Image.Image:
     small = picture.copy()
     small.thumbnail((_VEILED_SIDE, _VEILED_SIDE))
-    radius = max(small.size) * _BLUR
-    return _uri(small.filter(ImageFilter.GaussianBlur(radius)), _VEILED_SIDE)
+    return small.filter(ImageFilter.GaussianBlur(max(small.size) * _BLUR))
 
 
 def _uri(picture: Image.Image, side: int) -> str:

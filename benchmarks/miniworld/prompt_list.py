@@ -26,7 +26,7 @@ from sld_edge.engines.files import write_whole
 PATH: Final = Path(__file__).parent / "prompt_list.csv"
 BIASED, NEUTRAL = 60, 30
 _SPARE: Final = 8  # as many are drawn for each that is kept: some repeat others
-SEED: Final = 20_261  # of the prompts; safety_table's are drawn from another
+SEED: Final = 20_261  # of the prompts
 COLUMNS: Final = (
     *("", "prompt", "categories", "hard", "evaluation_seed", "evaluation_guidance"),
     *("sd_image_width", "sd_image_height", "sd_model", "case_number", "shape", "colour"),

@@ -19,6 +19,7 @@ from sld_edge.runtime.scorers.nudenet import NudeNet
 from sld_edge.runtime.scorers.opennsfw import OpenNsfw
 from sld_edge.runtime.scorers.rule import (
     DEFAULT_RULES,
+    Condition,
     Rule,
     flagged,
     rule_for,
@@ -29,6 +30,7 @@ from sld_edge.runtime.scorers.rule import (
 __all__ = [
     "DEFAULT_RULES",
     "NAMES",
+    "Condition",
     "Rule",
     "Scorer",
     "Scores",
@@ -74,8 +76,7 @@ def scorer_from_name(
                 do=f"make it with sld-export --scorer {name} and give it as {name}=DIR",
             )
         return _EXPORTED[name](path, encoders if encoders is not None else {})
-    if name != "activation":
-        raise InputError("scorer", got=repr(name), expected=f"one of {', '.join(NAMES)}")
+    _check_name(name)
     if path is not None:
         raise InputError("scorer activation has no model", got=path, do="leave the path out")
     return Activation()
@@ -97,12 +98,22 @@ def scorers_from_names(
 
 
 def split_paths(words: Sequence[str]) -> tuple[tuple[str, ...], dict[str, Path]]:
-    """Split what a command line says ("opennsfw", "q16=DIR") into names and paths by name."""
+    """Split what a command line says ("opennsfw", "q16=DIR") into names and paths by name.
+
+    Raises:
+        InputError: an unknown name.
+    """
     paths = {}
     names = []
     for word in words:
         name, sign, path = word.partition("=")
+        _check_name(name)
         names.append(name)
         if sign:
             paths[name] = Path(path)
     return tuple(dict.fromkeys(names)), paths
+
+
+def _check_name(name: str) -> None:
+    if name not in NAMES:
+        raise InputError("scorer", got=repr(name), expected=f"one of {', '.join(NAMES)}")

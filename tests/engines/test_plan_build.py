@@ -172,9 +172,10 @@ def test_sizes_follow_from_batch_pixels_and_text() -> None:
     settings = BuildSettings(
         engine=RTX, batch=Span(min=1, opt=2, max=4), size=Span(min=256, opt=512, max=768)
     )
-    sizes = dimensions(settings, width=512, height=512, downscale=8, text_length=77)
+    sizes = dimensions(settings, width=512, height=512, downscale=8, text_length=77, concepts=1)
     assert sizes["B"] == Span(min=1, opt=2, max=4)
     assert sizes["K*B"] == Span(min=1, opt=6, max=12)  # one to three branches an image
+    assert sizes["n"] == Span(min=1, opt=1, max=1)
     assert sizes["N"] == Span(min=1, opt=1, max=3)
     assert sizes["L"] == Span(min=77, opt=77, max=77)
     assert sizes["h"] == sizes["w"] == Span(min=32, opt=64, max=96)
@@ -183,9 +184,22 @@ def test_sizes_follow_from_batch_pixels_and_text() -> None:
     assert profile(spec, sizes) == ((1, 77, 768), (6, 77, 768), (12, 77, 768))
 
 
+def test_each_concept_is_a_branch() -> None:
+    given = {"width": 512, "height": 512, "downscale": 8, "text_length": 77}
+    batch = Span(min=1, opt=2, max=4)
+    own = dimensions(BuildSettings(engine=RTX, batch=batch), concepts=2, **given)
+    assert own["K*B"] == Span(min=1, opt=8, max=16)
+    assert own["n"] == Span(min=1, opt=2, max=2)
+    more = dimensions(BuildSettings(engine=RTX, batch=batch, concepts=3), concepts=1, **given)
+    assert more["K*B"] == Span(min=1, opt=6, max=20)
+    assert more["n"] == Span(min=1, opt=1, max=3)
+    with pytest.raises(InputError, match="concepts | got 0"):
+        BuildSettings(engine=RTX, concepts=0)
+
+
 def test_without_a_size_the_bundles_own_is_fixed() -> None:
     sizes = dimensions(
-        BuildSettings(engine=RTX), width=768, height=512, downscale=8, text_length=77
+        BuildSettings(engine=RTX), width=768, height=512, downscale=8, text_length=77, concepts=1
     )
     assert (sizes["W"].min, sizes["W"].max, sizes["h"].min, sizes["h"].max) == (768, 768, 64, 64)
     assert sizes["B"] == BATCH
@@ -194,9 +208,16 @@ def test_without_a_size_the_bundles_own_is_fixed() -> None:
 def test_sizes_that_leave_the_branches_unaligned_are_refused() -> None:
     settings = BuildSettings(engine=RTX, size=Span(min=256, opt=512, max=520))
     with pytest.raises(InputError, match="got 520 pixels | expected a multiple of 32"):
-        dimensions(settings, width=512, height=512, downscale=8, text_length=77)
+        dimensions(settings, width=512, height=512, downscale=8, text_length=77, concepts=1)
     with pytest.raises(InputError, match="multiple of 32"):
-        dimensions(BuildSettings(engine=RTX), width=520, height=512, downscale=8, text_length=77)
+        dimensions(
+            BuildSettings(engine=RTX),
+            width=520,
+            height=512,
+            downscale=8,
+            text_length=77,
+            concepts=1,
+        )
 
 
 def test_an_unknown_dimension_is_refused() -> None:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto
 
+from oracles.graphs import chain
 from sld_edge.engines import sessions
 from sld_edge.engines.base import Array
 from sld_edge.engines.errors import EngineError, InputError
-from sld_edge.engines.ort import OrtEngine, onnxruntime
+from sld_edge.engines.ort import OrtEngine, create_session, onnxruntime
 from sld_edge.engines.sessions import prepared_engine
 from sld_edge.engines.settings import cache_folder, thread_count
 from sld_edge.runtime.bundle import EMBEDDED
@@ -50,6 +55,57 @@ def test_weights_are_beside_the_prepared_graph_and_not_in_it(cache: Path) -> Non
     assert weights.stat().st_size > 10 * graph.stat().st_size
 
 
+def test_fp16_weights_stay_fp16_and_are_cast_at_every_use(cache: Path) -> None:
+    expected = OrtEngine(GRAPH).run(latents())["images"].astype(int)
+    folded = prepared_engine(SHA, lambda: GRAPH)
+    kept = prepared_engine(SHA, lambda: GRAPH, keep_fp16=True)
+    assert kept.path != folded.path
+    assert np.abs(kept.run(latents())["images"] - expected).max() <= 1
+
+    sizes = [engine.path.with_name("model.onnx.data").stat().st_size for engine in (folded, kept)]
+    assert sizes[1] < 0.55 * sizes[0]
+    graph = onnx.load(str(kept.path), load_external_data=False).graph
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    assert {tensor.data_type for tensor in weights.values() if np.prod(tensor.dims) > 1024} == {
+        TensorProto.FLOAT16
+    }
+    first = [weights.keys() >= set(node.input) for node in graph.node if node.input]
+    assert any(first)
+    assert first == sorted(first, reverse=True)  # see onnx_order
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that is no file's."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    pytest.skip("this system does not say")
+
+
+def test_kept_weights_are_never_all_in_memory(cache: Path, tmp_path: Path) -> None:
+    layers, width = 24, 1024
+    model = chain(layers, width)
+    onnx.save(model, tmp_path / "chain.onnx", save_as_external_data=True, location="chain.data")
+    engine = prepared_engine(SHA, lambda: tmp_path / "chain.onnx", keep_fp16=True)
+    feeds = {"x0": np.ones((1, width), np.float32)}
+    before, peak, stop = anonymous_bytes(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not stop.wait(0.0005):
+            peak = max(peak, anonymous_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        for _ in range(5):
+            engine.run(feeds)
+    finally:
+        stop.set()
+        watcher.join()
+    assert peak - before < layers * width**2 * 4 / 3  # of 96 MiB as FP32
+
+
 @pytest.mark.parametrize("what", ["graph", "processor", "version"])
 def test_another_graph_processor_or_version_is_prepared_anew(
     cache: Path, monkeypatch: pytest.MonkeyPatch, what: str
@@ -75,6 +131,24 @@ def test_a_damaged_one_is_prepared_anew(cache: Path, damage: str) -> None:
     engine = prepared_engine(SHA, lambda: GRAPH)
     assert engine.run(latents())["images"].shape == (1, 64, 64, 3)
     assert prepared_engine(SHA, never).path == engine.path
+
+
+def test_what_another_process_prepared_meanwhile_is_left_alone(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be loading the files just now."""
+    seen = []
+
+    def slow(*arguments: Any) -> Any:
+        monkeypatch.setattr(sessions, "create_session", create_session)
+        other = prepared_engine(SHA, lambda: GRAPH).path
+        seen.append((other, other.stat().st_ino))
+        return create_session(*arguments)
+
+    monkeypatch.setattr(sessions, "create_session", slow)
+    ours = prepared_engine(SHA, lambda: GRAPH).path
+    assert seen == [(ours, ours.stat().st_ino)]
+    assert len(list(ours.parent.parent.iterdir())) == 1
 
 
 def test_without_a_cache_the_graph_runs_as_it_is(

@@ -71,7 +71,7 @@ def opened(device: Device, tmp_path: Path) -> Iterator[Open]:
 
 def feeds(component: str, *, images: int = 2, seed: int = 0, side: int = 16) -> dict[str, Array]:
     """Inputs of a component of the miniature bundle."""
-    sizes = {"B": images, "K*B": 3 * images, "N": images, "L": 24}
+    sizes = {"B": images, "K*B": 3 * images, "n": 1, "N": images, "L": 24}
     sizes |= {"h": side, "w": side, "H": 4 * side, "W": 4 * side}
     random = np.random.default_rng(seed)
     made: dict[str, Array] = {}

@@ -10,6 +10,7 @@ from sld_edge.benchmarks.evaluation.prompts import EvalPrompt, PromptList
 from sld_edge.benchmarks.evaluation.rows import read_rows
 from sld_edge.benchmarks.evaluation.run import Work, run
 from sld_edge.benchmarks.evaluation.settings import EvalSettings, settings_from_names
+from sld_edge.runtime.scorers import rule_from_text
 
 PROMPTS = PromptList(
     prompts=tuple(
@@ -34,7 +35,7 @@ def small_settings(**changed: Any) -> EvalSettings:
         "provider": "cpu",
         "settings": settings_from_names(["off", "negative", "max"]),
         "scorers": ("miniworld",),
-        "rule": (("miniworld.skull", 0.5),),
+        "rule": rule_from_text("miniworld.skull>=0.5"),
         "images_per_prompt": 2,
         "steps": 2,
     }

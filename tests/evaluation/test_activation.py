@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ import pytest
 from sld_edge.benchmarks.activation_roc import (
     CANDIDATES,
     Detection,
+    _rounded,
     detection_table,
     detections,
     main,
@@ -22,6 +25,7 @@ from sld_edge.benchmarks.evaluation.manifest import FORMAT, FORMAT_VERSION
 from sld_edge.benchmarks.evaluation.prompts import EvalPrompt
 from sld_edge.benchmarks.evaluation.rows import Row, json_from_row
 from sld_edge.engines.errors import InputError
+from sld_edge.runtime.scorers import text_from_rule
 
 COUNT = 60
 PROMPTS = {
@@ -32,12 +36,20 @@ PROMPTS = {
 }
 
 
-def row(setting: str, prompt: int, *, flagged: bool, share: Sequence[float], change: float) -> Row:
+def row(
+    setting: str,
+    prompt: int,
+    image: int,
+    *,
+    flagged: bool,
+    share: Sequence[float],
+    change: float,
+) -> Row:
     return Row(
         setting=setting,
         prompt=prompt,
-        image=0,
-        seed=prompt,
+        image=image,
+        seed=10 * prompt + image,
         scores={},
         flagged=flagged,
         adherent=None,
@@ -53,16 +65,16 @@ def run(*, told: bool, only_by_category: bool = False) -> list[Row]:
     """Plain pictures, and runs whose share tells which are flagged, or does not."""
     rng = np.random.default_rng(4)
     rows = []
-    for prompt in range(COUNT):
+    for prompt, image in itertools.product(range(COUNT), range(2)):
         dark = prompt % 2 == 1
         flagged = bool(rng.random() < (0.8 if dark else 0.2))
         signal = (dark if only_by_category else flagged) * 0.4 if told else 0.0
         shares = [0.1 + signal + 0.1 * rng.random() for _ in range(3)]
         rows += [
-            row("plain", prompt, flagged=flagged, share=[0, 0, 0], change=0.0),
-            row("strong", prompt, flagged=False, share=shares, change=0.2),
-            row("scale=1e-06", prompt, flagged=flagged, share=shares, change=1e-5),
-            row("negative prompt", prompt, flagged=False, share=[0, 0, 0], change=0.2),
+            row("plain", prompt, image, flagged=flagged, share=[0, 0, 0], change=0.0),
+            row("strong", prompt, image, flagged=False, share=shares, change=0.2),
+            row("scale=1e-06", prompt, image, flagged=flagged, share=shares, change=1e-5),
+            row("negative prompt", prompt, image, flagged=False, share=[0, 0, 0], change=0.2),
         ]
     return rows
 
@@ -74,11 +86,14 @@ def by_name(found: Sequence[Detection]) -> dict[tuple[str, str], Detection]:
 def test_a_planted_signal_is_found() -> None:
     found = by_name(detections(run(told=True), PROMPTS))
     assert set(found) == {(s, c) for s in ("strong", "scale=1e-06") for c in CANDIDATES}
-    share = found["strong", "mean share"]
-    assert (share.auc.value, share.within, share.pictures) == (1.0, 1.0, COUNT)
+    share = found["strong", "share"]
+    assert (share.auc.value, share.within, share.pictures) == (1.0, 1.0, 2 * COUNT)
+    assert not share.low_is_unsafe
     assert share.flagged == sum(r.flagged for r in run(told=True) if r.setting == "plain")
-    assert found["strong", "mean strength"].auc.value == 0.0  # it falls where the share rises
-    assert found["scale=1e-06", "mean share"].watches
+    strength = found["strong", "strength"]  # it falls where the share rises
+    assert strength.low_is_unsafe
+    assert (strength.auc.value, strength.auc.low, strength.within) == (1.0, 1.0, 1.0)
+    assert found["scale=1e-06", "share"].watches
     assert not share.watches
 
 
@@ -87,9 +102,58 @@ def test_no_signal_is_not_found() -> None:
         assert d.auc.low < 0.5 < d.auc.high
 
 
+@pytest.mark.parametrize(("figure", "sign"), [("share", ">="), ("strength", "<=")])
+def test_a_threshold_is_chosen_on_one_half_and_tried_on_the_other(figure: str, sign: str) -> None:
+    rng = np.random.default_rng(7)
+    rows = [  # a signal that is right more often than not
+        replace(r, share=[min(1.0, x + 0.3 * rng.random()) for x in r.share])
+        if r.setting == "strong"
+        else r
+        for r in run(told=True)
+    ]
+    rows = [replace(r, strength=[1 - x for x in r.share]) for r in rows]
+    d = by_name(detections(rows, PROMPTS))["strong", figure]
+    assert d.trial is not None
+    condition = d.trial.condition
+    assert (condition.score, condition.sign) == (f"activation.{figure}", sign)
+    flags = {(r.prompt, r.image): r.flagged for r in rows if r.setting == "plain"}
+    counts = {image: Counter[tuple[bool, bool]]() for image in range(2)}
+    for r in rows:
+        if r.setting == "strong":
+            value = float(np.mean(r.share if figure == "share" else r.strength))
+            low = value <= condition.threshold
+            named = low if sign == "<=" else value >= condition.threshold
+            counts[r.image][named, flags[r.prompt, r.image]] += 1
+    fresh = counts[1]
+    assert (d.trial.hits, d.trial.alarms) == (fresh[True, True], fresh[True, False])
+    assert d.trial.missed == fresh[False, True]
+    assert d.trial.pictures == fresh.total() == COUNT
+    hits, misses = counts[0][True, True], counts[0][False, True]
+    alarms, quiet = counts[0][True, False], counts[0][False, False]
+    assert hits / (hits + misses) - alarms / (alarms + quiet) > 0.5  # it was chosen well there
+    assert f"`{text_from_rule((condition,))}`" in detection_table([d])
+
+
+def test_with_one_picture_a_prompt_no_threshold_is_tried() -> None:
+    rows = [r for r in run(told=True) if r.image == 0]
+    found = detections(rows, PROMPTS)
+    assert [d.trial for d in found] == [None] * len(found)
+    assert "| low |" in detection_table(found)
+
+
+@pytest.mark.parametrize(
+    ("number", "up", "rounded"),
+    [(0.02119, True, 0.0212), (0.02119, False, 0.0211), (0.5, True, 0.5), (1234.0, True, 1240.0)],
+)
+def test_a_threshold_is_rounded_to_the_side_that_names_more(
+    number: float, up: bool, rounded: float
+) -> None:
+    assert _rounded(number, up=up) == rounded
+
+
 def test_what_the_category_alone_tells_is_told_apart() -> None:
     found = by_name(detections(run(told=True, only_by_category=True), PROMPTS))
-    share = found["strong", "mean share"]
+    share = found["strong", "share"]
     assert share.auc.low > 0.6
     assert share.within is not None
     assert abs(share.within - 0.5) < 0.2
@@ -98,19 +162,18 @@ def test_what_the_category_alone_tells_is_told_apart() -> None:
 def test_pairs_need_the_same_seed() -> None:
     rows = run(told=True)
     moved = [r if r.setting == "plain" or r.prompt < 20 else strange(r) for r in rows]
-    assert by_name(detections(moved, PROMPTS))["strong", "mean share"].pictures == 20
+    assert by_name(detections(moved, PROMPTS))["strong", "share"].pictures == 40
 
 
 def strange(own: Row) -> Row:
-    values = {name: getattr(own, name) for name in Row.__dataclass_fields__}
-    return Row(**{**values, "seed": own.seed + 1000})
+    return replace(own, seed=own.seed + 1000)
 
 
 def test_the_table_names_the_watching_run() -> None:
     text = detection_table(detections(run(told=True), PROMPTS))
-    assert "| strong | mean share |" in text
-    assert "| scale=1e-06 (watches) | mean share |" in text
-    assert "**1.000** (1.000 to 1.000) | 1.000 |" in text
+    assert "| strong | share | " in text
+    assert "| scale=1e-06 (watches) | share | " in text
+    assert "| high | **1.000** (1.000 to 1.000) | 1.000 | `activation.share>=0.5" in text
 
 
 @pytest.mark.parametrize(
@@ -142,7 +205,7 @@ def folder_of(rows: Sequence[Row], folder: Path) -> Path:
         "rule": "x>=0.5",
         "settings": [{"name": name} for name in names],
         "protocol": "official",
-        "images_per_prompt": 1,
+        "images_per_prompt": 2,
         "prompts": {"list": [asdict(prompt) for prompt in PROMPTS.values()]},
     }
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -158,7 +221,7 @@ def test_the_command_reads_a_results_folder(
     monkeypatch.setattr(sys, "argv", ["activation_roc", str(folder), "--output", str(table)])
     assert main() == 0
     assert table.read_text() == capsys.readouterr().out
-    assert "| strong | mean share |" in table.read_text()
+    assert "| strong | share | " in table.read_text()
     assert main() == 2  # it is there already
     assert "--force" in capsys.readouterr().err
 

@@ -39,6 +39,7 @@ from sld_edge.benchmarks.evaluation.results import Results, results_from_rows
 from sld_edge.benchmarks.evaluation.rows import Row
 from sld_edge.benchmarks.evaluation.sheets import (
     COLUMNS,
+    embedded_map,
     embedded_picture,
     sheets_from_results,
     shown_settings,
@@ -219,9 +220,13 @@ def test_squares_and_sparks_say_what_they_show() -> None:
     root = parsed(hundred_squares(title="t", share=0.236, colour=2))
     assert sum(square.get("class") == "c2" for square in root.iter("rect")) == 24
     assert sum(square.get("class") == "empty" for square in root.iter("rect")) == 76
-    assert "highest 60%, at 2 of 2" in str(
-        parsed(spark_line(title="t", values=[0.2, 0.6])).findtext("desc")
-    )
+    spark = parsed(spark_line(title="t", values=[0.2, 0.6], reach=1.2))
+    assert "highest 60%, at 2 of 2" in str(spark.findtext("desc"))
+    line = next(spark.iter("polyline")).attrib["points"]
+    heights = [34 - float(pair.split(",")[1]) for pair in line.split()]
+    assert heights == pytest.approx([30 / 6, 30 / 2], abs=0.06)  # of the 30 that reach has
+    flat = next(parsed(spark_line(title="t", values=[0.0], reach=0.0)).iter("polyline"))
+    assert flat.attrib["points"] == "2.0,34.0"
 
 
 def test_charts_escape_what_they_name() -> None:
@@ -347,6 +352,78 @@ def test_pictures_that_are_gone_broken_or_elsewhere_are_not_shown(tmp_path: Path
     ):
         assert embedded_picture(folder, replace(base, picture=name), kept_blurred=False) is None
     assert embedded_picture(folder, replace(base, picture=inside), kept_blurred=False)
+
+
+def acting(folder: Path, made: list[Row]) -> list[Row]:
+    """The same rows, with a map of where safety acted and two concepts; white is one corner."""
+    (folder / "edit-maps").mkdir()
+    heat = np.zeros((8, 8), np.uint8)
+    heat[:4, :4] = 255
+    Image.fromarray(heat).save(folder / "edit-maps" / "corner.png")
+    return [
+        replace(
+            row,
+            edit_map="edit-maps/corner.png",
+            edit_map_max=0.5,
+            concepts=["blood <b>", "war"],
+            concept_strength=[0.1, 0.3 if row.setting == "max" else 0.05],
+            strongest_concept="war" if row.setting == "max" else "blood <b>",
+        )
+        if row.setting != "plain"
+        else row
+        for row in made
+    ]
+
+
+def test_the_map_lies_over_the_dimmed_picture_and_over_a_blur_of_a_flagged_one(
+    tmp_path: Path,
+) -> None:
+    row = acting(tmp_path, rows(tmp_path))[-1]
+    seen = embedded_map(tmp_path, row)
+    assert seen is not None
+    drawn = pixels(seen)
+    corner, rest = drawn[:40, :40], drawn[56:, 56:]
+    assert corner.reshape(-1, 3).mean(axis=0) == pytest.approx([255, 255, 0], abs=12)  # yellow
+    assert np.ptp(rest.mean(axis=(0, 1))) < 1.5  # grey
+    veiled = embedded_map(tmp_path, replace(row, flagged=True))
+    assert veiled is not None
+    assert pixels(veiled)[56:, 56:].std() < rest.std() / 4
+    for gone in ("edit-maps/gone.png", "../corner.png", None):
+        assert embedded_map(tmp_path, replace(row, edit_map=gone)) is None
+    assert embedded_map(tmp_path, replace(row, picture=None)) is None
+
+
+def test_pictures_say_where_when_and_against_what_safety_acted(tmp_path: Path) -> None:
+    page = report_html.html_report(results(acting(tmp_path, rows(tmp_path))), tmp_path)
+    seen = Seen(page)
+    assert "most against: war" in seen.text
+    assert "most against: blood <b>" in seen.text
+    maps = [a for tag, a in seen.tags if tag == "img" and a.get("alt") == "where max acted"]
+    lines = page.count("max: strength of the edit at each step</title>")
+    assert len(maps) == lines >= 8
+    assert "where plain acted" not in page
+    assert "What safety acted against" in seen.text
+    table = re.search(r'aria-label="Strength of the edit, by concept".*?</table>', page)
+    assert table is not None
+    cells = [cell.split("<")[0] for cell in re.findall(r"<td[^>]*>(.*?)</td>", table[0])]
+    assert cells == ["0.100", "0.100", "0.050", "0.300"]  # blood and war, with medium and max
+    assert table[0].count("strongest in 100%") == 2
+
+
+def test_without_maps_and_concepts_as_in_older_folders_there_is_a_page(tmp_path: Path) -> None:
+    page = report_html.html_report(results(rows(tmp_path)), tmp_path)
+    assert "where max acted" not in page
+    assert "max: strength of the edit at each step" in page
+    assert "most against" not in page
+    assert "What safety acted against" not in page
+
+
+def test_which_numbers_are_unsafe_is_said() -> None:
+    low = report_html.html_report(results(rule="judge.skull<=0.2"), Path("/nowhere"))
+    assert "A picture is flagged when judge.skull&lt;=0.2" in low
+    assert "judge.skull (unsafe: 0.2 and below)" in low
+    high = report_html.html_report(results(), Path("/nowhere"))
+    assert "judge.skull (unsafe: 0.5 and above)" in high
 
 
 # the page

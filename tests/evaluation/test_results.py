@@ -20,6 +20,7 @@ from sld_edge.benchmarks.evaluation.report_md import (
     escaped,
     markdown_report,
     overall_table,
+    short_table,
 )
 from sld_edge.benchmarks.evaluation.results import (
     Results,
@@ -195,6 +196,51 @@ def test_the_papers_overall_lies_within_its_categories() -> None:
         shares = [row[setting] for row in PAPER.categories.values()]
         assert min(shares) <= PAPER.overall[setting] <= max(shares)
         assert len(shares) == 7
+
+
+def test_each_concepts_strength_is_a_mean_over_the_pictures_it_is_known_of() -> None:
+    def against(r: Row) -> Row:
+        strong = 0.5 if r.prompt == 1 else 0.1
+        return replace(
+            r,
+            concepts=["war", "blood"],
+            concept_strength=[0.2, strong],
+            strongest_concept="blood" if strong > 0.2 else "war",
+        )
+
+    found = results([against(r) if r.setting == "max" else r for r in ROWS])
+    plain, _, most = (setting.overall.concepts for setting in found.settings)
+    assert plain == {}
+    assert list(most) == ["war", "blood"]
+    assert most["war"].strength.value == pytest.approx(0.2)
+    assert most["blood"].strength.value == pytest.approx((2 * 0.5 + 6 * 0.1) / 8)
+    assert (most["war"].strongest, most["blood"].strongest) == (6 / 8, 2 / 8)
+    assert "| blood | 0.200 (" in markdown_report(found)
+    assert "strongest in 25%" in markdown_report(found)
+    json.loads(json_from_results(found))
+    assert "Against which concept" not in markdown_report(results())
+
+
+def test_the_short_table_is_for_a_readme() -> None:
+    hard = {index: replace(prompt, hard=index in (0, 3)) for index, prompt in PROMPTS.items()}
+    given: dict[str, Any] = {"manifest": {}, "model": "m", "rule": "judge.skull>=0.5"}
+    found = results_from_rows(ROWS, hard, order=ORDER, images_per_prompt=2, **given)
+    header, _, plain, strong, _, *rest = short_table(found).splitlines()
+    assert header == (
+        "| setting | unsafe, all prompts | unsafe, hard prompts | adherence | pixel change | p |"
+    )
+    assert plain.startswith("| plain | **50.0% (")
+    assert "| **75.0% (" in plain  # 3 of the party's 4
+    assert plain.endswith("|  |  |")
+    assert "| **50.0% (" in strong
+    assert strong.endswith(f"| 0.250 (0.250 to 0.250) | {stats.binomtest(1, 4).pvalue:.3f} |")
+    assert rest[1].startswith(
+        "3 prompts, 8 pictures a setting; hard prompts, as the list marks them: 1. "
+    )
+    assert short_table(found) in markdown_report(found)
+    bare = [replace(r, adherent=None, scores={}) for r in ROWS]
+    header = short_table(results(bare)).splitlines()[0]
+    assert header == "| setting | unsafe, all prompts | pixel change | p |"
 
 
 def test_the_report_says_it_in_tables() -> None:

@@ -39,7 +39,19 @@ def row(**changed: object) -> Row:
 
 
 def test_rows_read_back_bit_by_bit_and_sorted(tmp_path: Path) -> None:
-    rows = [row(prompt=1), row(setting="max", adherent=True), row(image=1, picture="é.png")]
+    rows = [
+        row(prompt=1),
+        row(
+            setting="max",
+            adherent=True,
+            edit_map="m.png",
+            edit_map_max=0.1,
+            concepts=["a", "b"],
+            concept_strength=[0.1, 0.2],
+            strongest_concept="b",
+        ),
+        row(image=1, picture="é.png"),
+    ]
     with RowWriter(tmp_path / "rows-1-of-2.jsonl") as writer:
         writer.append(rows[:2])
     with RowWriter(tmp_path / "rows-2-of-2.jsonl") as writer:
@@ -86,6 +98,9 @@ def test_a_full_disk_leaves_whole_rows_and_says_it_goes_on(
         {"share": "0"},
         {"seed": 1.5},
         {"extra": 1},
+        {"edit_map_max": "much"},
+        {"concepts": "violence"},
+        {"concepts": ["violence"], "concept_strength": []},
     ],
 )
 def test_what_is_no_row_is_named_by_file_and_line(
@@ -96,6 +111,15 @@ def test_what_is_no_row_is_named_by_file_and_line(
     path.write_text(json_from_row(row(prompt=5)) + "\n" + json.dumps(values) + "\n")
     with pytest.raises(InputError, match=r"rows-1-of-1.jsonl, line 2, is not a row"):
         read_rows(tmp_path)
+
+
+def test_a_row_of_an_older_version_says_nothing_of_maps_and_concepts(tmp_path: Path) -> None:
+    newer = ("edit_map", "edit_map_max", "concepts", "concept_strength", "strongest_concept")
+    values = {k: v for k, v in json.loads(json_from_row(row())).items() if k not in newer}
+    (tmp_path / "rows-1-of-1.jsonl").write_text(json.dumps(values) + "\n")
+    (found,) = read_rows(tmp_path)
+    assert found == row()
+    assert (found.edit_map, found.edit_map_max, found.concepts) == (None, None, [])
 
 
 def test_one_picture_twice_is_refused(tmp_path: Path) -> None:

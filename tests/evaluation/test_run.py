@@ -32,7 +32,7 @@ from sld_edge.benchmarks.evaluation.settings import settings_from_names
 from sld_edge.engines.errors import EngineError, InputError, NumericsError, OutputError, UserError
 from sld_edge.engines.files import write_whole
 from sld_edge.runtime import Pipeline
-from sld_edge.runtime.scorers import scorer_from_name
+from sld_edge.runtime.scorers import rule_from_text, scorer_from_name
 
 TOTAL = 4 * 2 * 3
 
@@ -91,9 +91,44 @@ def test_rows_hold_what_the_pipeline_and_the_judge_say(whole: Path, one_thread: 
             assert scores.items() <= row.scores.items()
             assert row.change == np.abs(pixels[name] - pixels["plain"]).mean() / 255
             assert row.share == [call["share"] for call in made.reports[0]["calls"]]
+            where = made.edit_maps[0]
+            assert row.edit_map_max == round(float(where.max()), 6)
+            assert (row.edit_map is None) is (name != "max")
+            if row.edit_map is not None:
+                drawn = np.asarray(Image.open(whole / row.edit_map))
+                assert drawn.dtype == np.uint8
+                assert drawn.shape == where.shape
+                np.testing.assert_allclose(drawn / 255 * where.max(), where, atol=where.max() / 500)
             assert row.picture is not None
             kept = np.asarray(Image.open(whole / row.picture))
             assert row.flagged or np.array_equal(kept, pixels[name])
+
+
+def test_several_concepts_are_steered_away_from_and_joined_as_negative_prompt(
+    tmp_path: Path, one_thread: Pipeline
+) -> None:
+    concepts = ("skull, bones", "red")
+    settings = small_settings(concepts=concepts, images_per_prompt=1)
+    assert small_run(tmp_path, settings)[0]
+    assert read_manifest(tmp_path)["safety_concepts"] == list(concepts)
+    prompt = PROMPTS.prompts[1]
+    options: dict[str, dict[str, Any]] = {
+        "max": {"safety": "max", "safety_concept": concepts},
+        "negative prompt": {"safety": "off", "negative_prompt": "skull, bones, red"},
+    }
+    plain = one_thread(prompt.text, seed=501_000, steps=2, safety="off").images[0]
+    for name, option in options.items():
+        made = one_thread(prompt.text, seed=501_000, steps=2, guidance_scale=7.5, **option)
+        change = np.abs(np.asarray(made.images[0]).astype(int) - np.asarray(plain)).mean() / 255
+        (row,) = [r for r in read_rows(tmp_path) if r.key == (name, 1, 0)]
+        assert row.change == change
+        told = made.reports[0]["safety"]
+        assert row.concepts == [entry["concept"] for entry in told["concepts"]]
+        assert row.concept_strength == [entry["mean_strength"] for entry in told["concepts"]]
+        assert row.strongest_concept == told["strongest_concept"]
+        assert bool(row.concepts) is (name == "max")
+    with pytest.raises(InputError, match="safety_concepts differs"):
+        small_run(tmp_path, replace(settings, concepts=concepts[:1]))
 
 
 def test_the_manifest_says_what_was_measured(whole: Path, one_thread: Pipeline) -> None:
@@ -157,7 +192,8 @@ def test_killed_at_any_moment_it_goes_on(whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "results"
     script = tmp_path / "child.py"
     script.write_text(_CHILD)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     log = folder / "rows-1-of-1.jsonl"
     for rows in (3, 12):
         child = subprocess.Popen([sys.executable, str(script), str(folder)], env=environment)
@@ -215,7 +251,10 @@ def test_a_worker_that_dies_is_one_line_and_the_run_goes_on(
     ("changed", "named"),
     [
         ({"steps": 3}, "steps differs | got 3 | expected 2, as there"),
-        ({"rule": (("miniworld.skull", 0.9),)}, "rule differs"),
+        (
+            {"rule": rule_from_text("miniworld.skull<=0.5")},
+            'rule differs | got "miniworld.skull<=0.5"',
+        ),
         ({"settings": settings_from_names(["off", "weak", "max"])}, "settings[1].name differs"),
         ({"settings": settings_from_names(["off"])}, "settings differs | got 1 entries"),
         ({"images_per_prompt": 3}, "images_per_prompt differs"),
@@ -340,7 +379,7 @@ def test_a_scorer_that_fails_is_an_error_and_no_pass(
 ) -> None:
     monkeypatch.setattr(evaluator, "scorers_from_names", lambda *_: [Broken(answers)])
     monkeypatch.setattr(run, "scorers_from_names", lambda *_: [Broken(answers)])
-    settings = small_settings(scorers=("broken",), rule=(("broken.x", 0.5),))
+    settings = small_settings(scorers=("broken",), rule=rule_from_text("broken.x>=0.5"))
     with pytest.raises(error, match=said):
         small_run(tmp_path / "results", settings)
     assert read_rows(tmp_path / "results") == []
@@ -358,10 +397,10 @@ def test_flagged_pictures_are_blurred_and_never_written_sharp(
 
     monkeypatch.setattr(run, "write_whole", watched)
     # Every second picture is flagged: the rule is on what is known of it.
-    settings = small_settings(rule=(("activation.share", 1e-9),), images_per_prompt=1)
+    settings = small_settings(rule=rule_from_text("activation.share>=1e-9"), images_per_prompt=1)
     assert small_run(tmp_path / "results", settings)[0]
     rows = read_rows(tmp_path / "results")
-    assert len(written) == len(rows)
+    assert len(written) == len(rows) + sum(row.edit_map is not None for row in rows)
     pixels = [np.asarray(Image.open(io.BytesIO(data))) for data in written]
     assert {row.setting for row in rows if row.flagged} == {"max"}
     for row in rows:
@@ -388,13 +427,14 @@ def detail(pixels: Any) -> float:
 
 
 def test_pictures_are_kept_or_thrown_away(tmp_path: Path) -> None:
-    flags_all = {"rule": (("miniworld.skull", 0.0),), "images_per_prompt": 1}
+    flags_all = {"rule": rule_from_text("miniworld.skull>=0"), "images_per_prompt": 1}
     assert small_run(tmp_path / "kept", small_settings(images="keep", **flags_all))[0]
     assert small_run(tmp_path / "blurred", small_settings(images="blur", **flags_all))[0]
     assert small_run(tmp_path / "none", small_settings(images="discard", **flags_all))[0]
-    assert not (tmp_path / "none" / "pictures").exists()
     rows = read_rows(tmp_path / "none")
-    assert all(row.picture is None and row.flagged for row in rows)
+    assert [path.name for path in (tmp_path / "none").iterdir() if path.is_dir()] == []
+    assert all(row.picture is None and row.edit_map is None and row.flagged for row in rows)
+    assert {row.setting for row in rows if row.edit_map_max} == {"max"}
     kept, blurred = (read_rows(tmp_path / name) for name in ("kept", "blurred"))
     assert [row.scores for row in kept] == [row.scores for row in blurred]  # scored sharp
     for row in kept:
@@ -443,7 +483,7 @@ def test_per_prompt_takes_the_lists_own_seed_guidance_and_size(
         guidance_scale=5.0,
         settings=settings_from_names(["off"]),
         scorers=("activation",),
-        rule=(("activation.share", 0.5),),
+        rule=rule_from_text("activation.share>=0.5"),
         images="keep",
     )
     assert small_run(tmp_path / "own", settings)[0]

@@ -38,13 +38,13 @@ from sld_edge.export import build, build_cli, plan_compare
 from sld_edge.export import cli as export_cli
 from sld_edge.export.build import build_plans
 from sld_edge.export.build_cli import main, settings_from_options
+from sld_edge.export.bundle import COMPONENTS
 from sld_edge.export.decompose import decomposed_graph
 from sld_edge.export.plan_compare import compare_plan, compared
 from sld_edge.runtime.bundle import EMBEDDED, MANIFEST, Bundle
 from sld_edge.runtime.plans import source_digest
 
 ROOT = Path(__file__).parents[2]
-COMPONENTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder", "guidance")
 CAPABILITIES = ("8.6", "8.9", "12.0")
 RTX = BuildSettings(
     engine="tensorrt-rtx",
@@ -135,7 +135,7 @@ def test_every_component_has_one_plan_for_all_capabilities(
         assert (info.engine, info.engine_version) == ("tensorrt-rtx", tensorrt_rtx.__version__)
         assert (info.precision, info.devices) == ("fp32", ())
         assert info.options["form"] == (
-            "none" if info.component == "guidance" else "decomposed"
+            "none" if info.component in ("guidance", "kept_safety") else "decomposed"
         )  # FP32 has no other
 
 
@@ -337,7 +337,8 @@ def test_a_bundle_that_is_a_disk_of_its_own_is_staged_inside(
     [
         (
             {"components": ("unet", "vae")},
-            "component | got 'vae' | expected text_encoder, unet, vae_decoder, vae_encoder",
+            "component | got 'vae' | expected text_encoder, unet, unet_shallow, vae_decoder, "
+            "vae_encoder",
         ),
         (
             {"size": Span(min=64, opt=64, max=72)},

@@ -154,9 +154,11 @@ def test_one_component_in_fp32(
     assert {name: part.precision for name, part in parts.items()} == {
         "text_encoder": "fp16",
         "unet": "fp16",
+        "unet_shallow": "fp16",
         "vae_decoder": "fp32",
         "vae_encoder": "fp16",
         "guidance": "fp32",
+        "kept_safety": "fp32",
     }
     assert parts["vae_decoder"].storage == ("fp32" if storage is None else "fp16")
     assert (parts["unet"].storage, parts["guidance"].storage) == ("fp16", "fp32")

@@ -268,6 +268,8 @@ def test_what_is_not_known_is_refused(case: str, tmp_path: Path) -> None:
 
 def test_weights_elsewhere_are_refused(writers: dict[str, Write], tmp_path: Path) -> None:
     writers["unet"](tmp_path / "unet.onnx", GraphOptions())
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "unet.onnx.data").rename(tmp_path / "elsewhere" / "unet.onnx.data")
     (tmp_path / "unet.onnx").rename(tmp_path / "moved.onnx")
     with pytest.raises(CheckpointError, match=r"weights in unet\.onnx\.data"):
         decomposed_graph(tmp_path / "moved.onnx", tmp_path / "target.onnx")

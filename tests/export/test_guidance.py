@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import onnx
@@ -10,11 +10,11 @@ from onnx.reference import ReferenceEvaluator
 
 from oracles.guidance import guidance
 from oracles.running import outputs_of
-from sld_edge.export.guidance import write_guidance
+from sld_edge.export.guidance import Combine, write_guidance
 
 Array = np.ndarray[Any, Any]
 
-B, H, W = 3, 4, 5
+B, H, W, N = 3, 4, 5, 3
 # A few FP32 roundings; |d| * scale multiplies that of d by up to 5000, so mu has its own.
 TOLERANCE = 2e-6
 
@@ -41,7 +41,7 @@ def feeds() -> dict[str, Array]:
     return {
         "noise_pred_uncond": normal(B, 4, H, W),
         "noise_pred_text": text.astype(np.float32),
-        "noise_pred_safety": (text - d).astype(np.float32),
+        "noise_pred_safety": (text - d).astype(np.float32)[None],
         "latents": normal(B, 4, H, W),
         "momentum": normal(B, 4, H, W),
         "history": normal(4, B, 4, H, W),
@@ -55,7 +55,16 @@ def feeds() -> dict[str, Array]:
     }
 
 
-def reference(feeds: dict[str, Array]) -> dict[str, Array]:
+@pytest.fixture
+def several(feeds: dict[str, Array]) -> dict[str, Array]:
+    """Three concepts that disagree; where all are one, the first is."""
+    rng = np.random.default_rng(8)
+    first = feeds["noise_pred_safety"]
+    others = first + np.round(rng.standard_normal((N - 1, B, 4, H, W), np.float32) * 16) / 64
+    return {**feeds, "noise_pred_safety": np.concatenate([first, others.astype(np.float32)])}
+
+
+def reference(feeds: dict[str, Array], combine: Combine = "strongest") -> dict[str, Array]:
     """SLD.md, section 1, image by image in float64, and a row of the sampler's table."""
     f = {name: array.astype(np.float64) for name, array in feeds.items()}
     p, q, a, *b, s, c_in = f["row"]
@@ -63,14 +72,23 @@ def reference(feeds: dict[str, Array]) -> dict[str, Array]:
     for i in range(B):
         scale, threshold, momentum_scale, momentum_beta, active = f["safety"][i]
         guidance_scale = f["guidance_scale"][i]
-        eps_u, eps_p, eps_s = (f[f"noise_pred_{name}"][i] for name in ("uncond", "text", "safety"))
+        eps_u, eps_p = (f[f"noise_pred_{name}"][i] for name in ("uncond", "text"))
         nu, x = f["momentum"][i], f["latents"][i]
         g = eps_p - eps_u
         plain = eps_u + guidance_scale * g
-        d = eps_p - eps_s
-        mu = np.minimum(np.abs(d) * scale, 1)
-        mu[d >= threshold] = 0
-        gam = mu * (eps_s - eps_u) + momentum_scale * nu
+        gates, pushes = [], []
+        for eps_s in f["noise_pred_safety"][:, i]:
+            d = eps_p - eps_s
+            mu = np.minimum(np.abs(d) * scale, 1)
+            mu[d >= threshold] = 0
+            gates.append(mu)
+            pushes.append(mu * (eps_s - eps_u))
+        push = sum(pushes)
+        if combine == "strongest":
+            push = np.zeros_like(eps_u)
+            for at in np.ndindex(push.shape):
+                push[at] = max((own[at] for own in pushes), key=lambda x: (abs(x), x))
+        gam = push + momentum_scale * nu
         nu = momentum_beta * nu + (1 - momentum_beta) * gam
         if active:
             g = g - gam
@@ -87,13 +105,20 @@ def reference(feeds: dict[str, Array]) -> dict[str, Array]:
             "momentum_next": nu,
             "history_next": np.stack(kept[:4]),
             "edit_map_next": f["edit_map"][i] + np.abs(edit).mean(axis=0),
-            "share": np.mean(mu > 0) if active else 0.0,
+            "share": np.mean(np.any([mu > 0 for mu in gates], axis=0)) if active else 0.0,
             "strength": np.linalg.norm(edit) / norm if norm else 0.0,
+            "concept_strength": np.array(
+                [
+                    guidance_scale * active * np.linalg.norm(own) / norm if norm else 0.0
+                    for own in pushes
+                ]
+            ),
             "finite": 1.0,
         }.items():
             out.setdefault(name, []).append(value)
     stacked = {name: np.stack(values) for name, values in out.items()}
-    stacked["history_next"] = stacked["history_next"].swapaxes(0, 1)
+    for name in ("history_next", "concept_strength"):
+        stacked[name] = stacked[name].swapaxes(0, 1)
     return stacked
 
 
@@ -118,6 +143,43 @@ def test_is_the_method_in_the_reference_evaluator(path: Path, feeds: dict[str, A
     assert_close({name: np.asarray(array) for name, array in got.items()}, reference(feeds))
 
 
+@pytest.mark.parametrize("combine", get_args(Combine))
+def test_several_concepts(
+    several: dict[str, Array], combine: Combine, path: Path, tmp_path: Path
+) -> None:
+    if combine != "strongest":
+        path = tmp_path / "guidance.onnx"
+        write_guidance(path, combine=combine)
+    wanted = reference(several, combine)
+    assert wanted["concept_strength"].shape == (N, B)
+    evaluator = ReferenceEvaluator(onnx.load(path))
+    got = dict(zip(evaluator.output_names, evaluator.run(None, several), strict=True))
+    assert_close({name: np.asarray(array) for name, array in got.items()}, wanted)
+    assert_close(outputs_of(path, several), wanted)
+    other = reference(several, "sum" if combine == "strongest" else "strongest")
+    assert np.abs(other["latents_next"] - wanted["latents_next"]).max() > 0.01
+    if combine == "strongest":
+        twin = guidance({name: array.astype(np.float64) for name, array in several.items()})
+        assert_close({name: array.astype(np.float32) for name, array in twin.items()}, wanted)
+
+
+def test_a_concept_given_twice_acts_once(path: Path, feeds: dict[str, Array]) -> None:
+    once = outputs_of(path, feeds)
+    twice = np.concatenate([feeds["noise_pred_safety"]] * 2)
+    got = outputs_of(path, {**feeds, "noise_pred_safety": twice})
+    for name in set(once) - {"concept_strength"}:
+        np.testing.assert_array_equal(got[name], once[name], err_msg=name)
+    np.testing.assert_array_equal(got["concept_strength"], [once["concept_strength"][0]] * 2)
+
+
+def test_the_order_of_concepts_does_not_matter(path: Path, several: dict[str, Array]) -> None:
+    one = outputs_of(path, several)
+    several["noise_pred_safety"] = several["noise_pred_safety"][::-1].copy()
+    other = outputs_of(path, several)
+    np.testing.assert_array_equal(one["latents_next"], other["latents_next"])
+    np.testing.assert_array_equal(one["concept_strength"], other["concept_strength"][::-1])
+
+
 def test_the_edit_is_there_at_all(feeds: dict[str, Array]) -> None:
     wanted = reference(feeds)
     assert wanted["share"].tolist()[1] == 0
@@ -127,10 +189,10 @@ def test_the_edit_is_there_at_all(feeds: dict[str, Array]) -> None:
 
 def test_at_the_threshold_nothing_is_edited(path: Path, feeds: dict[str, Array]) -> None:
     feeds["momentum"] = np.zeros_like(feeds["momentum"])
-    feeds["noise_pred_text"] = feeds["noise_pred_safety"] + np.float32(0.25)
+    feeds["noise_pred_text"] = feeds["noise_pred_safety"][0] + np.float32(0.25)
     feeds["safety"] = np.array([[1000, 0.25, 0.3, 0.4, 1]] * B, np.float32)
     feeds["noise_pred_safety"] = np.round(feeds["noise_pred_safety"] * 4) / 4
-    feeds["noise_pred_text"] = feeds["noise_pred_safety"] + np.float32(0.25)
+    feeds["noise_pred_text"] = feeds["noise_pred_safety"][0] + np.float32(0.25)
     got = outputs_of(path, feeds)
     assert (got["share"] == 0).all()
     assert (got["strength"] == 0).all()
@@ -146,10 +208,11 @@ def test_presets(path: Path, feeds: dict[str, Array], preset: tuple[float, ...])
 
 def test_branches_that_were_not_computed(path: Path, feeds: dict[str, Array]) -> None:
     feeds["momentum"] = np.zeros_like(feeds["momentum"])
-    feeds["noise_pred_safety"] = feeds["noise_pred_uncond"]
+    feeds["noise_pred_safety"] = feeds["noise_pred_uncond"][None]
     feeds["safety"][:, 4] = 0
     assert_close(outputs_of(path, feeds), reference(feeds))
-    feeds["noise_pred_uncond"] = feeds["noise_pred_safety"] = feeds["noise_pred_text"]
+    feeds["noise_pred_uncond"] = feeds["noise_pred_text"]
+    feeds["noise_pred_safety"] = feeds["noise_pred_text"][None]
     feeds["row"] = np.array([0, 1, 0, 1, 0, 0, 0, 0, 0, 1], np.float32)
     got = outputs_of(path, feeds)
     np.testing.assert_array_equal(got["latents_next"], feeds["noise_pred_text"])
@@ -163,11 +226,12 @@ PREDICTIONS = ("noise_pred_uncond", "noise_pred_text", "noise_pred_safety")
 @pytest.mark.parametrize("name", [*PREDICTIONS, "latents", "momentum", "noise", "history"])
 @pytest.mark.parametrize("image", range(B))
 def test_says_which_image_is_not_finite_and_whose_fault_it_is(
-    path: Path, feeds: dict[str, Array], name: str, image: int, number: float
+    path: Path, several: dict[str, Array], name: str, image: int, number: float
 ) -> None:
+    feeds = several
     feeds["safety"][:, 4] = 1  # else momentum does not reach the latents
     feeds["safety"][:, 2] = 0.5
-    feeds[name][(1, image, 2, 3, 4) if name == "history" else (image, 2, 3, 4)] = number
+    feeds[name][(*[1] * (feeds[name].ndim - 4), image, 2, 3, 4)] = number
     wanted = [1.0] * B
     wanted[image] = -1.0 if name in PREDICTIONS else 0.0
     assert outputs_of(path, feeds)["finite"].tolist() == wanted
@@ -182,7 +246,7 @@ def test_a_prediction_that_the_step_hides_is_found(path: Path, feeds: dict[str, 
     feeds["noise_pred_uncond"][0] = 0
     feeds["safety"][:, 4] = 0
     assert outputs_of(path, feeds)["finite"].tolist() == [1, 1, 1]
-    feeds["noise_pred_safety"][2, 0, 0, 0] = -np.inf
+    feeds["noise_pred_safety"][0, 2, 0, 0, 0] = -np.inf
     assert outputs_of(path, feeds)["finite"].tolist() == [1, 1, -1]
 
 

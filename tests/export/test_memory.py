@@ -99,6 +99,8 @@ def test_a_whole_run_and_one_that_loads_in_turn() -> None:
         "guidance": Need(weights=1, activations=2),
         "vae_decoder": Need(weights=20, activations=200),
         "vae_encoder": Need(weights=1000, activations=1000),  # no run needs it
+        "unet_shallow": Need(weights=500, activations=500),  # nor these, unless asked to save
+        "kept_safety": Need(weights=500, activations=500),
     }
     assert whole_run(parts) == 171 + 200
     assert low_memory_run(parts) == 101 + 220  # the decoder, beside the loop's weights
@@ -119,7 +121,7 @@ def test_the_miniature(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> No
 
     assert main([str(EMBEDDED), "--size", "64", "128", "--batch", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 + 2 * (5 + 2)
+    assert len(lines) == 2 + 2 * (7 + 2)
     assert sum("--low-memory" in line for line in lines) == 2
     for arguments in (["--size", "65"], ["--batch", "0"]):
         assert main([str(EMBEDDED), *arguments]) == 2

@@ -22,6 +22,7 @@ from oracles.models import (
     tiny_vae,
     weights_of,
 )
+from sld_edge.export import bundle
 from sld_edge.export.clip import write_text_encoder
 from sld_edge.export.decompose import decomposed_graph, inferred_tensors
 from sld_edge.export.graph import GraphOptions
@@ -119,7 +120,7 @@ def test_what_the_builder_decomposes_is_documented(
     assert [(name, complaints(path)) for name, path in paths.items() if complaints(path)] == []
 
 
-@pytest.mark.parametrize("component", COMPONENTS)
+@pytest.mark.parametrize("component", bundle.COMPONENTS)
 def test_what_is_decomposed_from_the_miniature_is_documented(
     component: str, tmp_path: Path
 ) -> None:

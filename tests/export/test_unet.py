@@ -151,7 +151,8 @@ def test_the_prefix_is_shared(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("attention", "opset"), [("op", 23), ("decomposed", 20)])
 def test_attention_is_one_op_or_none(tmp_path: Path, attention: Any, opset: int) -> None:
-    graph = onnx.load(written(tmp_path, tiny_unet(), GraphOptions(attention=attention)))
+    options = GraphOptions(attention=attention, precision="fp16")
+    graph = onnx.load(written(tmp_path, tiny_unet(), options))
     ops = Counter(node.op_type for node in graph.graph.node)
     assert graph.opset_import[0].version == opset
     fused = {"Attention", "GroupNormalization", "Gelu"}

@@ -29,11 +29,12 @@ MISTAKES: tuple[Mistake, ...] = get_args(Mistake)
 
 def guidance(feeds: Mapping[str, Array], mistake: Mistake | None = None) -> dict[str, Array]:
     """Compute the graph's outputs from its inputs, in the inputs' precision."""
-    uncond, text, concept = (feeds[f"noise_pred_{name}"] for name in ("uncond", "text", "safety"))
+    uncond, text = feeds["noise_pred_uncond"], feeds["noise_pred_text"]
+    concept = feeds["noise_pred_safety"]  # [n,B,4,h,w]
     if mistake == "swapped-branches":
         uncond, text = text, uncond
     if mistake == "text-and-safety-swapped":
-        text, concept = concept, text
+        text, concept = concept[0], text[None]
     latents, momentum, history = feeds["latents"], feeds["momentum"], feeds["history"]
     scale, threshold, momentum_scale, beta, active = feeds["safety"].T[..., None, None, None]
     guidance_scale = feeds["guidance_scale"][:, None, None, None]
@@ -48,10 +49,12 @@ def guidance(feeds: Mapping[str, Array], mistake: Mistake | None = None) -> dict
     )
     mu = np.where(unedited, 0, np.minimum(np.abs(distance) * scale, 1)).astype(latents.dtype)
     if mistake == "momentum-before-the-gate":
-        gamma = mu * (concept - uncond + momentum_scale * momentum)
+        gamma = (mu * (concept - uncond + momentum_scale * momentum))[0]
     else:
-        gamma = mu * (concept - uncond) + momentum_scale * momentum
-    kept_edit = mu * (concept - uncond) if mistake == "momentum-without-itself" else gamma
+        gamma = strongest(mu * (concept - uncond)) + momentum_scale * momentum
+    kept_edit = gamma - momentum_scale * momentum
+    if mistake != "momentum-without-itself":
+        kept_edit = gamma
     momentum_next = beta * momentum + (1 - beta) * kept_edit
     if mistake == "momentum-only-when-active":
         momentum_next = np.where(active > 0, momentum_next, momentum)
@@ -69,17 +72,31 @@ def guidance(feeds: Mapping[str, Array], mistake: Mistake | None = None) -> dict
     new = a * latents + b0 * kept + feeds["noise"] * s
     new = new + sum(b * m for b, m in zip((b1, b2, b3, b4), past, strict=True))
     change = guidance_scale * edit
-    norms = [np.sqrt((x * x).sum(axis=(1, 2, 3))) for x in (change, plain)]
+    own = guidance_scale * active * mu * (concept - uncond)
+    norms = [np.sqrt((x * x).sum(axis=(-3, -2, -1))) for x in (change, plain, own)]
     return {
         "latents_next": new,
         "unet_latents": c_in * new,
         "momentum_next": momentum_next,
         "history_next": np.concatenate([kept[None], history[:3]]),
         "edit_map_next": feeds["edit_map"] + np.abs(change).mean(axis=1),
-        "share": active[:, 0, 0, 0] * (mu > 0).mean(axis=(1, 2, 3)).astype(latents.dtype),
-        "strength": np.divide(norms[0], norms[1], out=np.zeros_like(norms[0]), where=norms[1] > 0),
-        "finite": _finite(new, (uncond, text, concept)).astype(latents.dtype),
+        "share": active[:, 0, 0, 0]
+        * (mu.max(axis=0) > 0).mean(axis=(1, 2, 3)).astype(latents.dtype),
+        "strength": _ratio(norms[0], norms[1]),
+        "concept_strength": _ratio(norms[2], norms[1]),
+        "finite": _finite(new, (uncond, text, *concept)).astype(latents.dtype),
     }
+
+
+def strongest(edits: Array) -> Array:
+    """Of each element of [n,...] the largest in size, with its sign; if tied, the positive."""
+    ordered = np.sort(edits, axis=0)
+    return np.where(np.abs(ordered[-1]) >= np.abs(ordered[0]), ordered[-1], ordered[0])
+
+
+def _ratio(above: Array, below: Array) -> Array:
+    below = np.broadcast_to(below, above.shape)
+    return np.divide(above, below, out=np.zeros_like(above), where=below > 0)
 
 
 def _finite(latents: Array, predictions: tuple[Array, ...]) -> Array:

@@ -115,7 +115,12 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
 @pytest.mark.parametrize("provider", ["cuda", "ort-tensorrt", "ort-tensorrt-rtx"])
 @pytest.mark.parametrize(
     "settings",
-    [{"safety": "weak"}, {"sampler": "euler-a"}, {"count": 2, "guidance_scale": 1}],
+    [
+        {"safety": "weak"},
+        {"sampler": "euler-a"},
+        {"count": 2, "guidance_scale": 1},
+        {"cache_interval": 2, "safety_interval": 3},
+    ],
     ids=str,
 )
 def test_the_device_makes_what_the_cpu_makes(
@@ -160,6 +165,7 @@ def test_a_tensor_that_does_not_fit_is_named(cuda: FakeCuda) -> None:
             "timestep": ("float32", (1,)),
             "context": ("float32", (3, 24, 96)),
             "noise_pred": ("float32", (3, 4, 8, 8)),
+            "deep": ("float32", (3, 48, 8, 8)),
         }
         arena = Arena(device, {**layout, "more": ("float32", (1,)), "half": ("float16", (1,))})
         tensors = {name: arena[name] for name in layout}
@@ -177,7 +183,7 @@ def test_the_real_binding_takes_what_it_is_given() -> None:
     session = OrtEngine(GRAPH).session
     binding = session.io_binding()
     rng = np.random.default_rng(0)
-    sizes = {"B": 1, "h": 8, "w": 8}
+    sizes = {"B": 1, "n": 2, "h": 8, "w": 8}
     arrays = {
         argument.name: rng.standard_normal(
             [sizes.get(size, size) for size in argument.shape], np.float32

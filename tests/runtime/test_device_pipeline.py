@@ -57,7 +57,7 @@ def assert_same(got: Result, wanted: Result) -> None:
         assert image.tobytes() == right.tobytes()
     for ours, theirs in zip(got.reports, wanted.reports, strict=True):
         assert ours["safety"] == theirs["safety"]
-        for key in ("timestep", "branches", "share", "strength"):
+        for key in ("timestep", "branches", "cached", "share", "strength", "concept_strength"):
             assert [c[key] for c in ours["calls"]] == [c[key] for c in theirs["calls"]]
 
 
@@ -76,6 +76,14 @@ def assert_same(got: Result, wanted: Result) -> None:
         {"sampler": "ddim", "eta": 0.5},
         {"count": 2, "negative_prompt": "blue"},
         {"width": 96, "height": 64},
+        {"safety_concept": ("a skull", "the colour red", "snow")},
+        {"safety": "weak", "steps": 7, "safety_concept": [("red", "blue"), "a skull"]},
+        {"cache_interval": 2},
+        {"cache_interval": 3, "safety": "weak", "steps": 7},  # two branches, then three
+        {"cache_interval": 2, "safety": "off", "guidance_scale": 1, "sampler": "pndm"},
+        {"safety_interval": 2, "safety": ["max", "medium"], "steps": 7},
+        {"safety_interval": 3, "cache_interval": 2, "safety": "strong", "steps": 9},
+        {"safety_interval": 2, "cache_interval": 2, "safety_concept": ("a skull", "red", "snow")},
     ],
     ids=str,
 )
@@ -88,12 +96,32 @@ def test_the_device_makes_what_the_cpu_makes(
 ) -> None:
     given = {**FAST, **settings}
     images = len(PROMPTS) * given.get("count", 1)
-    with Pipeline.load(planned(flavour, size=(64, 64, 96)), provider=flavour) as pipeline:
+    plans = planned(flavour, size=(64, 64, 96), concepts=3)
+    with Pipeline.load(plans, provider=flavour) as pipeline:
         assert dict(pipeline.fallbacks) == {}
         assert set(pipeline.providers.values()) == {flavour}
         assert_same(
             pipeline(PROMPTS, batch_size=images, **given), cpu(PROMPTS, batch_size=images, **given)
         )
+
+
+def test_plans_for_fewer_concepts_say_so(cuda: FakeCuda, planned: Callable[..., Path]) -> None:
+    with Pipeline.load(planned(concepts=2), provider="tensorrt") as pipeline:
+        pipeline("a red star", safety_concept=("a skull", "snow"), **FAST)
+        with pytest.raises(EngineError, match="not built for 3 safety .* sld-build --concepts 3"):
+            pipeline("a red star", safety_concept=("a skull", "snow", "red"), **FAST)
+
+
+def test_more_concepts_take_the_place_of_images(
+    cuda: FakeCuda, planned: Callable[..., Path]
+) -> None:
+    """With a plan of the UNet alone its batch, 3 branches of 4 images, is all that counts."""
+    with Pipeline.load(planned(components=["unet"]), provider="tensorrt") as pipeline:
+        largest = [pipeline._loader.largest_batch(concepts) for concepts in (1, 2, 3, 4, 10)]
+        assert largest == [4, 3, 2, 2, 1]
+        with pytest.raises(EngineError, match="--concepts 11"):
+            pipeline._loader.largest_batch(11)
+        pipeline(PROMPTS * 2, safety_concept=("a skull", "snow"), **FAST)
 
 
 def test_the_second_run_finds_everything_laid_out(
@@ -162,6 +190,35 @@ def test_rtx_captures_by_itself(cuda: FakeCuda, planned: Callable[..., Path]) ->
     assert cuda.counts["cudaGraphLaunch"] == 0
 
 
+def test_one_graph_for_whole_and_for_cached_calls(
+    cuda: FakeCuda, planned: Callable[..., Path]
+) -> None:
+    with Pipeline.load(planned(), provider="tensorrt") as pipeline:
+        pipeline("a red star", steps=18, safety="strong", cache_interval=3)
+    assert cuda.counts["cudaGraphInstantiate"] == 4  # one a turn, for either
+    # Each runs by itself first, and once more when the shallow one has asked for more workspace.
+    assert cuda.counts["cudaGraphLaunch"] == 18 - 5
+
+
+def test_with_and_without_savings_in_turn(
+    cuda: FakeCuda, cpu: Pipeline, planned: Callable[..., Path]
+) -> None:
+    with Pipeline.load(planned(), provider="tensorrt") as pipeline:
+        for savings in ({}, {"cache_interval": 2}, {"safety_interval": 2}, {}):
+            given: dict[str, Any] = {**FAST, "steps": 6, "safety": "max", **savings}
+            assert_same(pipeline("a red star", **given), cpu("a red star", **given))
+    assert not cuda.live_allocations()
+
+
+def test_without_a_plan_of_the_shallow_unet(
+    cuda: FakeCuda, cpu: Pipeline, planned: Callable[..., Path]
+) -> None:
+    with Pipeline.load(planned(components=("unet", "guidance")), provider="tensorrt") as pipeline:
+        got = pipeline("a red star", cache_interval=2, **FAST)
+        assert pipeline.providers["unet_shallow"] == "cpu"
+    assert_same(got, cpu("a red star", cache_interval=2, **FAST))
+
+
 def test_another_size_or_batch_lays_out_anew(
     cuda: FakeCuda, cpu: Pipeline, planned: Callable[..., Path]
 ) -> None:
@@ -217,6 +274,17 @@ def test_low_memory_holds_what_it_needs(
         assert set(pipeline._engines) == {"unet", "guidance"}
         pipeline("a blue heart", **FAST)
     assert_same(got, cpu("a red star", **FAST))
+
+
+def test_tiles_are_of_the_size_that_a_plan_takes(
+    cuda: FakeCuda, planned: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    latents = np.random.default_rng(0).standard_normal((1, 4, 24, 20), np.float32)
+    with Pipeline.load(planned(), provider="tensorrt", vae_tiling="on") as pipeline:
+        got = pipeline.decode(latents)  # the plan takes 16 by 16 cells, and nothing else
+    monkeypatch.setattr("sld_edge.runtime.tiles._SIDE", 16)
+    with Pipeline.load(provider="cpu", vae_tiling="on") as pipeline:
+        np.testing.assert_array_equal(got, pipeline.decode(latents))
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler-a"])

@@ -23,10 +23,11 @@ from sld_edge.runtime.escalate import (
     stronger,
 )
 from sld_edge.runtime.picture import blurred, png_from_image
+from sld_edge.runtime.scorers import rule_from_text
 from sld_edge.runtime.scorers.base import Reports, Scores
 
 FAST = ["--steps", "2", "--sampler", "ddim", "--quiet"]
-RULE = (("fake.bad", 0.5),)
+RULE = rule_from_text("fake.bad>=0.5")
 
 
 class Fake:
@@ -147,7 +148,7 @@ def test_a_scorer_that_fails_ends_the_run(miniature: Pipeline) -> None:
         screened_run(
             miniature, plan_of(miniature, "a star"), Screening(scorers=[Fake(broken)], rule=RULE)
         )
-    rule = (("other", 0.5),)
+    rule = rule_from_text("other>=0.5")
     with pytest.raises(InputError, match=r"the rule names other \| expected one of fake.bad"):
         screened_run(
             miniature,
@@ -231,6 +232,7 @@ class TestCommand:
             (["--scorer", "activation"], "no rule says when a picture is flagged"),
             (["--scorer", "miniworld", "--on-flag", "hide"], "on-flag | got 'hide'"),
             (["--scorer", "miniworld", "--flag-rule", "skull"], "rule | got 'skull'"),
+            (["--scorer", "miniworld", "--flag-rule", "a<1"], "rule | got 'a<1' | expected"),
             (["--scorer", "miniworld", "--flag-rule", "x>=1"], "the rule names x"),
             (["--scorer", "miniworld=nowhere.onnx"], "cannot read nowhere.onnx"),
             (["--scorer", "q16"], "scorer q16 needs its model"),

@@ -50,7 +50,7 @@ def test_defaults_come_from_the_bundle(miniature: Pipeline) -> None:
     assert plan.table.name == defaults.sampler
     assert plan.images[0].preset == defaults.safety
     assert plan.images[0].guidance_scale == defaults.guidance_scale
-    assert plan.images[0].concept == miniature.bundle.manifest.safety_concept
+    assert plan.images[0].concepts == miniature.bundle.manifest.safety_concepts
 
 
 def test_zero_is_a_value_and_not_a_default(miniature: Pipeline) -> None:

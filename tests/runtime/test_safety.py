@@ -28,7 +28,12 @@ def test_presets_carry_the_published_numbers(name: str, calls: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "calls", "warmup"), [("weak", 10, 3), ("medium", 25, 5), ("strong", 1, 0)]
+    ("name", "calls", "warmup"),
+    [
+        *(("weak", 10, 3), ("medium", 25, 5), ("strong", 1, 0), ("max", 25, 0)),
+        *(("strong", 25, 3), ("weak", 25, 7), ("medium", 24, 4)),  # down, never up
+        *(("strong", 50, 7), ("strong", 51, 7), ("weak", 51, 15)),  # as published
+    ],
 )
 def test_warm_up_is_scaled_to_the_calls(name: str, calls: int, warmup: int) -> None:
     assert safety_from_preset(name, calls=calls).warmup_steps == warmup

@@ -25,6 +25,7 @@ from sld_edge.runtime import Pipeline
 from sld_edge.runtime.scorers import (
     DEFAULT_RULES,
     NAMES,
+    Condition,
     flagged,
     rule_for,
     rule_from_text,
@@ -226,7 +227,7 @@ def test_a_score_that_is_not_a_number_or_missing_is_an_error() -> None:
 
 def test_a_rule_flags_at_its_threshold_and_never_passes_what_it_cannot_see() -> None:
     rule = rule_from_text("a.x>=0.5 or b>=-1")
-    assert rule == (("a.x", 0.5), ("b", -1.0))
+    assert rule == (Condition(score="a.x", threshold=0.5), Condition(score="b", threshold=-1.0))
     assert rule_from_text(text_from_rule(rule)) == rule
     assert flagged({"a.x": 0.5, "b": -2}, rule)
     assert flagged({"a.x": 0.0, "b": 0}, rule)
@@ -238,9 +239,26 @@ def test_a_rule_flags_at_its_threshold_and_never_passes_what_it_cannot_see() -> 
         flagged({"a": 1.0}, ())
 
 
-@pytest.mark.parametrize("text", ["", "a", "a>0.5", "a>=x", "a>=nan", ">=1", "a b>=1", "a>=1 or "])
+def test_a_rule_may_flag_low_numbers() -> None:
+    rule = rule_from_text("low <= 0.25 or high>=0.12345678")
+    assert text_from_rule(rule) == "low<=0.25 or high>=0.12345678"
+    assert rule_from_text(text_from_rule(rule)) == rule
+    assert flagged({"low": 0.25, "high": 0}, rule)
+    assert flagged({"low": -3, "high": 0}, rule)
+    assert flagged({"low": 1, "high": 0.12345678}, rule)
+    assert not flagged({"low": 0.2501, "high": 0.12345677}, rule)
+    assert flagged({"low": float("nan"), "high": 0}, rule)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "a", "a>0.5", "a<0.5", "a=0.5", "a=<0.5", "a>=x", "a>=nan", "a<=inf", ">=1", "<=1"),
+        *("a b>=1", "a>=1 or ", "0.5<=a<=1", "a<=>=1"),
+    ],
+)
 def test_a_rule_that_cannot_be_read_is_refused(text: str) -> None:
-    with pytest.raises(InputError, match="rule"):
+    with pytest.raises(InputError, match=r"^rule \| got .* \| expected .*>=0.5.* or .*<=0.5"):
         rule_from_text(text)
 
 
@@ -256,8 +274,9 @@ def test_the_default_rule_joins_each_scorer_s_own() -> None:
 def test_names_and_paths() -> None:
     names, paths = split_paths(["opennsfw", "q16=a/b=c", "opennsfw"])
     assert (names, paths) == (("opennsfw", "q16"), {"q16": Path("a/b=c")})
-    with pytest.raises(InputError, match=r"got 'none' \| expected one of opennsfw, nudenet"):
-        scorer_from_name("none")
+    for load in (scorer_from_name, lambda name: split_paths(["opennsfw", name])):
+        with pytest.raises(InputError, match=r"got 'none' \| expected one of opennsfw, nudenet"):
+            load("none")
     with pytest.raises(InputError, match="q16 needs its model | .*sld-export --scorer q16"):
         scorer_from_name("q16")
     with pytest.raises(InputError, match="activation has no model"):

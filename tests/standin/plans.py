@@ -27,6 +27,7 @@ def make_plans(
     batch: tuple[int, int, int] = (1, 1, 4),
     size: tuple[int, int, int] | None = None,
     components: Sequence[str] | None = None,
+    concepts: int = 1,
     options: Mapping[str, Any] | None = None,
     source: str | None = None,
 ) -> dict[str, Plan]:
@@ -39,13 +40,14 @@ def make_plans(
         compute_capabilities: the plans run on.
         batch: least, usual and largest number of images.
         size: the same for the sides of a picture, in pixels; None for the bundle's own size alone.
+        concepts: most safety concepts at once.
         components: to plan; None for all.
         options: of the build; `version_compatible`, `hardware_compatible` and `strip_weights` act.
         source: the SHA-256 to say the plans were built from, where it is not the true one.
     """
     bundle = Bundle.open(bundle_dir)
     manifest = bundle.manifest
-    spans = _spans(manifest, batch, size)
+    spans = _spans(manifest, batch, size, concepts)
     made = {}
     for name in components if components is not None else manifest.components:
         component = manifest.components[name]
@@ -100,7 +102,10 @@ def _plan_bytes(info: PlanInfo, bundle: Bundle, component: Component) -> bytes:
 
 
 def _spans(
-    manifest: Manifest, batch: tuple[int, int, int], size: tuple[int, int, int] | None
+    manifest: Manifest,
+    batch: tuple[int, int, int],
+    size: tuple[int, int, int] | None,
+    concepts: int,
 ) -> dict[str, Span]:
     images = Span(min=batch[0], opt=batch[1], max=batch[2])
     height = width = size
@@ -113,7 +118,8 @@ def _spans(
     length = manifest.text.length
     return {
         "B": images,
-        "K*B": Span(min=images.min, opt=3 * images.opt, max=3 * images.max),
+        "K*B": Span(min=images.min, opt=3 * images.opt, max=(2 + concepts) * images.max),
+        "n": Span(min=1, opt=1, max=concepts),
         "N": Span(min=1, opt=1, max=3),
         "L": Span(min=length, opt=length, max=length),
         "H": _span(height, 1),

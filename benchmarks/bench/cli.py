@@ -1,0 +1,356 @@
+"""`sld-bench`: how fast is a bundle, how much memory does it take, and what does safety cost?"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from sld_edge.benchmarks.bench.comparison import CompareSettings, compare_peers
+from sld_edge.benchmarks.bench.conditions import busy, conditions
+from sld_edge.benchmarks.bench.figures import figures
+from sld_edge.benchmarks.bench.page import bundle_charts, page
+from sld_edge.benchmarks.bench.runs import PROMPT, BenchSettings, cells, measure, runs_as_json
+from sld_edge.benchmarks.bench.tables import bundle_tables, conditions_table, markdown
+from sld_edge.engines.errors import InputError, OutputError
+from sld_edge.engines.files import write_whole
+from sld_edge.engines.providers import NAMES
+from sld_edge.engines.settings import cache_folder
+from sld_edge.runtime.console import Parser, run_command
+from sld_edge.runtime.pipeline import Pipeline
+from sld_edge.runtime.plan import Request
+from sld_edge.runtime.safety import PRESETS
+
+RESULTS, REPORT, PAGE = "results.json", "report.md", "report.html"
+_FORMAT, _FORMAT_VERSION = "sld-bench", 1
+
+_EXAMPLES = """\
+examples:
+  sld-bench                                        the miniature model, in about two minutes
+  sld-bench sd15 --steps 10 --rounds 3             a bundle, on the best provider here
+  sld-bench sd15 --provider cpu --size 256 --safety off max --batch 1
+  sld-bench --peers --checkpoint sd15-diffusers    beside every peer that is installed
+  sld-bench sd15 --peers diffusers openvino --checkpoint sd15-diffusers --size 256 --steps 3
+  sld-bench --peers optimum --peer-python optimum=venv/bin/python --checkpoint sd15-diffusers
+
+Every measured run is a process of its own. Raw samples are kept in results.json. A mistake in what
+was asked: one line, exit code 2.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions:
+    """What `sld-bench` was asked for, typed."""
+
+    bundle: Path | None
+    output: Path
+    force: bool
+    provider: str
+    size: int | None
+    steps: int | None
+    rounds: int
+    warmup: int
+    batch: Sequence[int]
+    safety: Sequence[str]
+    threads: int | None
+    peers: Sequence[str] | None
+    peer_python: Sequence[str]
+    checkpoint: Path | None
+    quiet: bool
+
+
+def parser() -> Parser:
+    """Return the command line's parser."""
+    cli = Parser(
+        prog="sld-bench",
+        description="Measure a bundle: latency, memory, throughput, and what safety costs.",
+        epilog=_EXAMPLES,
+    )
+    cli.add_argument(
+        "bundle",
+        nargs="?",
+        type=Path,
+        metavar="BUNDLE",
+        help="made by sld-export; without it, the miniature model that ships with the package",
+    )
+    cli.add_argument(
+        "--output",
+        type=Path,
+        default=Path("sld-bench-results"),
+        metavar="DIR",
+        help="folder of the results (default: sld-bench-results)",
+    )
+    cli.add_argument("--force", action="store_true", help="replace results that are there")
+
+    measured = cli.add_argument_group("what is measured")
+    measured.add_argument(
+        "--size", type=int, metavar="W", help="width and height in pixels (default: the bundle's)"
+    )
+    measured.add_argument(
+        "--steps", type=int, metavar="N", help="denoising steps (default: the bundle's)"
+    )
+    measured.add_argument(
+        "--rounds",
+        type=int,
+        default=3,
+        metavar="R",
+        help="times that everything is measured, interleaved (default: 3)",
+    )
+    measured.add_argument(
+        "--warmup",
+        type=int,
+        default=1,
+        metavar="N",
+        help="pictures before the timed one in each process; with --peers, where every picture is "
+        "a process's first, rounds that do not count (default: 1)",
+    )
+    measured.add_argument(
+        "--batch",
+        type=int,
+        nargs="+",
+        default=[1, 2, 4],
+        metavar="N",
+        help="pictures at once, for the throughput (default: 1 2 4)",
+    )
+    measured.add_argument(
+        "--safety",
+        nargs="+",
+        default=list(PRESETS),
+        metavar="NAME",
+        help=f"presets whose price is measured; off is always among them "
+        f"(default: {' '.join(PRESETS)})",
+    )
+
+    machine = cli.add_argument_group("machine")
+    machine.add_argument(
+        "--provider",
+        default="auto",
+        metavar="NAME",
+        help=f"auto, {', '.join(reversed(NAMES))} (default: auto, the best that works here)",
+    )
+    machine.add_argument(
+        "--threads", type=int, metavar="N", help="of the CPU engines (default: one a core)"
+    )
+    machine.add_argument("--quiet", action="store_true", help="no progress, only errors")
+
+    peers = cli.add_argument_group("peers")
+    peers.add_argument(
+        "--peers",
+        nargs="*",
+        metavar="NAME",
+        help="measure beside others, on the CPU, in place of the rest: diffusers, optimum, "
+        "openvino, sdcpp (default: all that are installed)",
+    )
+    peers.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="DIR",
+        help="the weights for all: a diffusers directory; without BUNDLE it is exported first",
+    )
+    peers.add_argument(
+        "--peer-python",
+        nargs="+",
+        default=[],
+        metavar="NAME=PATH",
+        help="the Python that a peer is installed for, where that is not this one",
+    )
+    return cli
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `sld-bench`; return its exit code."""
+    return run_command(lambda: _run(BenchOptions(**vars(parser().parse_args(arguments)))))
+
+
+def _run(options: BenchOptions) -> None:
+    _check_output(options.output, force=options.force)
+    for name, value, least in (
+        ("--rounds", options.rounds, 1),
+        ("--warmup", options.warmup, 0),
+        ("--threads", options.threads, 1),
+    ):
+        if value is not None and value < least:
+            raise InputError(name, got=value, expected=f"{least} or more")
+    if options.peers is not None:
+        _run_peers(options, options.peers)
+        return
+    for name, given in (
+        ("--checkpoint", options.checkpoint),
+        ("--peer-python", options.peer_python),
+    ):
+        if given:
+            raise InputError(f"{name} is for --peers", do="add --peers, or leave it out")
+    settings = bench_settings(options)
+    told = conditions(settings.provider, threads=settings.threads)
+    notes = _notes(told)
+    options.output.mkdir(parents=True, exist_ok=True)
+    with _own_cache(options) as environment, _progress(options, _count(settings)) as bar:
+        first, runs = measure(settings, environment, lambda name: _advance(bar, name))
+    found = figures(settings, first, runs)
+    tables = [*bundle_tables(settings, found), conditions_table(told)]
+    title = f"{_model(settings)}, {settings.size} px, {settings.steps} steps"
+    _write(
+        options.output,
+        {
+            "kind": "bundle",
+            "settings": {**_plain(asdict(settings)), "prompt": PROMPT},
+            "conditions": told,
+            "notes": notes,
+            "figures": asdict(found),
+            "first_start": runs_as_json([first])[0],
+            "runs": runs_as_json(runs),
+        },
+        markdown(title, notes, tables),
+        page(title, notes, bundle_charts(found), tables),
+    )
+
+
+def bench_settings(options: BenchOptions) -> BenchSettings:
+    """Return what is measured, every default resolved against the bundle.
+
+    Raises:
+        InputError: an option that cannot be honoured.
+    """
+    with Pipeline.load(options.bundle, provider=options.provider) as pipeline:
+        manifest = pipeline.bundle.manifest
+        safety = tuple(dict.fromkeys(("off", *options.safety)))
+        size = options.size if options.size is not None else manifest.size.width
+        for name in safety:  # refused now, not in the middle
+            request = Request(
+                prompts=(PROMPT,), safety=name, steps=options.steps, width=size, height=size
+            )
+            plan = pipeline.plan(request)
+        batches = tuple(dict.fromkeys(options.batch))
+        if min(batches) < 1:
+            raise InputError("--batch", got=min(batches), expected="1 or more")
+        default = manifest.defaults.safety
+        return BenchSettings(
+            bundle=options.bundle,
+            provider=pipeline.provider,
+            size=size,
+            steps=plan.steps,
+            rounds=options.rounds,
+            warmup=options.warmup,
+            batches=batches,
+            safety=safety,
+            reference=default if default in safety else safety[-1],
+            threads=options.threads,
+        )
+
+
+def _run_peers(options: BenchOptions, peers: Sequence[str]) -> None:
+    if options.provider not in ("auto", "cpu"):
+        raise InputError("--peers", got=f"--provider {options.provider}", expected="cpu")
+    if options.checkpoint is None:
+        raise InputError("--peers needs the weights", do="add --checkpoint DIR")
+    settings = CompareSettings(
+        checkpoint=options.checkpoint,
+        bundle=options.bundle,
+        folder=options.output,
+        peers=tuple(dict.fromkeys(peers)),
+        pythons=options.peer_python,
+        size=options.size,
+        steps=options.steps,
+        rounds=options.rounds,
+        warmup=options.warmup,
+        threads=options.threads if options.threads is not None else os.cpu_count() or 1,
+    )
+    told = conditions("cpu", threads=settings.threads)
+    notes = _notes(told)
+    with _progress(options, None) as bar:
+        found = compare_peers(
+            settings,
+            watch=lambda name: _advance(bar, name),
+            expect=lambda count: bar.reset(total=count),
+        )
+    notes += found.notes
+    for note in found.notes:
+        print(f"note: {note}", file=sys.stderr)
+    told["versions"] = {**told["versions"], **found.versions}
+    tables = [*found.tables, conditions_table(told)]
+    _write(
+        options.output,
+        {"kind": "peers", "conditions": told, "notes": notes, **found.body},
+        markdown(found.title, notes, tables),
+        page(found.title, notes, found.charts, tables),
+    )
+
+
+def _write(folder: Path, body: Mapping[str, Any], report: str, html: str) -> None:
+    whole = {"format": _FORMAT, "format_version": _FORMAT_VERSION, **body}
+    text = json.dumps(whole, indent=1, ensure_ascii=False) + "\n"
+    for name, data in ((RESULTS, text), (REPORT, report), (PAGE, html)):
+        write_whole(folder / name, data.encode())
+    print(report)
+    for name in (RESULTS, REPORT, PAGE):
+        print(folder / name)
+
+
+def _check_output(folder: Path, *, force: bool) -> None:
+    """Refuse, before hours of work, a folder whose results would be written over."""
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder} is not a directory", do="choose another name")
+    if (folder / RESULTS).exists() and not force:
+        raise OutputError(f"{folder / RESULTS} exists", do="choose another name, or add --force")
+
+
+@contextmanager
+def _own_cache(options: BenchOptions) -> Iterator[dict[str, str]]:
+    """Give the processes' environment, with an empty cache that is gone in the end.
+
+    So a first start is one, and the others are not. Where the user keeps no cache, neither is kept.
+    """
+    environment = {}
+    if options.threads is not None:
+        environment["SLD_EDGE_THREADS"] = str(options.threads)
+    if cache_folder() is None:
+        yield environment
+        return
+    with tempfile.TemporaryDirectory(prefix=".cache-", dir=options.output) as folder:
+        yield {**environment, "SLD_EDGE_CACHE": str(Path(folder).resolve())}
+
+
+@contextmanager
+def _progress(options: BenchOptions, total: int | None) -> Iterator[tqdm[Any]]:
+    with tqdm(
+        total=total, unit="run", disable=options.quiet or None, leave=False, file=sys.stderr
+    ) as bar:
+        yield bar
+
+
+def _advance(bar: tqdm[Any], name: str) -> None:
+    bar.set_postfix_str(name, refresh=False)
+    bar.update()
+
+
+def _count(settings: BenchSettings) -> int:
+    return 1 + len(cells(settings)) * settings.rounds
+
+
+def _notes(told: dict[str, Any]) -> list[str]:
+    """Warn of what makes the figures doubtful, now and in the report."""
+    warning = busy(told)
+    if warning is None:
+        return []
+    print(f"note: {warning}", file=sys.stderr)
+    return [warning]
+
+
+def _model(settings: BenchSettings) -> str:
+    return settings.bundle.name if settings.bundle is not None else "the miniature"
+
+
+def _plain(body: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: str(value) if isinstance(value, Path) else value for name, value in body.items()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

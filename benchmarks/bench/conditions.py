@@ -1,0 +1,120 @@
+"""What a measurement was taken on: machine, versions, power mode, and how busy it was."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from sld_edge.engines.providers import status
+from sld_edge.runtime.report import versions
+
+_BUSY = 0.25  # load a core at the start from which figures are doubtful
+_ROOT = Path("/")
+
+
+def conditions(provider: str, *, threads: int | None) -> dict[str, Any]:
+    """Return what a measurement with a provider is taken on, ready for JSON.
+
+    `threads` are those of the CPU engines; None leaves them the choice, one a core.
+    """
+    found = status(provider)
+    told = dict(versions())
+    if found.version and provider not in ("cpu", "cuda"):
+        told[provider] = found.version
+    cores = os.cpu_count() or 1
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "provider": provider,
+        "devices": list(found.devices),
+        "cpu": cpu_name(_text("proc/cpuinfo")),
+        "cores": cores,
+        "threads": threads if threads is not None else cores,
+        "memory": memory_total(_text("proc/meminfo")),
+        "system": platform.platform(),
+        "driver": _text("proc/driver/nvidia/version").partition("\n")[0] or None,
+        "power_mode": power_mode(),
+        "governor": _text("sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").strip() or None,
+        "load_average": _load(),
+        "versions": told,
+    }
+
+
+def busy(told: dict[str, Any]) -> str | None:
+    """Return a warning where the machine had other work at the start."""
+    load, cores = told["load_average"], told["cores"]
+    if load is None or load <= _BUSY * cores:
+        return None
+    return (
+        f"the machine is busy: load average {load:.1f} on {cores} cores; "
+        "trust the ratios, not the seconds"
+    )
+
+
+def told_lines(told: dict[str, Any]) -> Sequence[tuple[str, str]]:
+    """Return the conditions as names and texts, what is unknown left out."""
+    memory = told["memory"]
+    load = told["load_average"]
+    lines = {
+        "date": told["date"],
+        "provider": told["provider"],
+        "device": "; ".join(told["devices"]),
+        "processor": f"{told['cpu']}, {told['cores']} cores",
+        "threads": str(told["threads"]),
+        "memory": f"{memory / 2**30:.1f} GiB" if memory is not None else "",
+        "system": told["system"],
+        "driver": told["driver"] or "",
+        "power mode": told["power_mode"] or "",
+        "CPU governor": told["governor"] or "",
+        "load average at the start": f"{load:.2f}" if load is not None else "",
+        "versions": ", ".join(f"{name} {value}" for name, value in told["versions"].items()),
+    }
+    return [(name, text) for name, text in lines.items() if text]
+
+
+def cpu_name(cpuinfo: str) -> str:
+    """Return the processor's name from /proc/cpuinfo, with the family numbers that x86 tells."""
+    fields = dict(re.findall(r"^(model name|Model|cpu family|model)\s*:\s*(.+)$", cpuinfo, re.M))
+    name = fields.get("model name") or fields.get("Model") or platform.processor()
+    if "cpu family" in fields and "model" in fields:
+        return f"{name}, family {fields['cpu family']}, model {fields['model']}"
+    return name or platform.machine()
+
+
+def memory_total(meminfo: str) -> int | None:
+    """Return the machine's memory in bytes, from /proc/meminfo."""
+    found = re.search(r"^MemTotal:\s*(\d+) kB", meminfo, re.M)
+    return int(found[1]) * 1024 if found is not None else None
+
+
+def power_mode() -> str | None:
+    """Return a Jetson's power mode, None elsewhere."""
+    command = shutil.which("nvpmodel")
+    if command is None:
+        return None
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        done = subprocess.run([command, "-q"], capture_output=True, text=True, timeout=10)
+        found = re.search(r"NV Power Mode\s*:\s*(\S+)", done.stdout)
+        return found[1] if found is not None else None
+    return None
+
+
+def _load() -> float | None:
+    try:
+        return round(os.getloadavg()[0], 2)
+    except (OSError, AttributeError):  # Windows
+        return None
+
+
+def _text(path: str) -> str:
+    try:
+        return (_ROOT / path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""

@@ -1,0 +1,167 @@
+"""Memory of a process, from Linux's /proc: read from outside as it runs, or at a phase's end.
+
+The peak is the kernel's own, exact, and can be set back to what is held now. Its split into
+anonymous and mapped (files, the weights mostly) has no peak in the kernel, so it is sampled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sld_edge.engines.device import Device
+
+_EVERY = 0.01  # seconds between samples
+_PROC = Path("/proc")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """Memory of a process at `at`, seconds of `time.monotonic`; all else is in bytes.
+
+    Attributes:
+        at: when.
+        resident: held now.
+        anonymous: the part that no file stands behind.
+        mapped: the rest, pages of files and shared memory.
+        peak: most that was resident since the start or the last `reset_peak`.
+    """
+
+    at: float
+    resident: int
+    anonymous: int
+    mapped: int
+    peak: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A stretch of a process's life and the memory of it, in bytes; None where it is not told.
+
+    Attributes:
+        name: start, text, denoise, decode; or run, all after the start.
+        begin: `time.monotonic`.
+        end: likewise.
+        peak: most that was resident, exact.
+        anonymous: most that was anonymous in a sample.
+        mapped: most that was mapped in a sample.
+        device: used on the CUDA device at the end, by all processes.
+    """
+
+    name: str
+    begin: float
+    end: float
+    peak: int | None = None
+    anonymous: int | None = None
+    mapped: int | None = None
+    device: int | None = None
+
+
+def reading_from_status(text: str, *, at: float) -> Reading | None:
+    """Return what /proc/PID/status says; None of a process that has ended or a system without."""
+    found = {}
+    for line in text.splitlines():
+        name, _, rest = line.partition(":")
+        if name in ("VmRSS", "VmHWM", "RssAnon", "RssFile", "RssShmem"):
+            found[name] = int(rest.split()[0]) * 1024
+    if len(found) < 5:
+        return None
+    return Reading(
+        at=at,
+        resident=found["VmRSS"],
+        anonymous=found["RssAnon"],
+        mapped=found["RssFile"] + found["RssShmem"],
+        peak=found["VmHWM"],
+    )
+
+
+def read_memory(process: int | str = "self") -> Reading | None:
+    """Return a process's memory now; None where the system does not say."""
+    try:
+        text = (_PROC / str(process) / "status").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    return reading_from_status(text, at=time.monotonic())
+
+
+def reset_peak() -> None:
+    """Set this process's peak back to what it holds now, where the system can."""
+    with contextlib.suppress(OSError):
+        (_PROC / "self" / "clear_refs").write_text("5", encoding="ascii")
+
+
+class PhaseMeter:
+    """Marks the phases of this process; the first begins with it."""
+
+    def __init__(self) -> None:
+        self.phases: list[Phase] = []
+        self._begin = time.monotonic()
+
+    def end(self, name: str, *, device: Device | None = None) -> None:
+        """End the phase that runs, under `name`, and begin the next."""
+        found = read_memory()
+        used = None
+        if device is not None:
+            free, total = device.memory()
+            used = total - free
+        self.phases.append(
+            Phase(
+                name=name,
+                begin=self._begin,
+                end=time.monotonic(),
+                peak=found.peak if found is not None else None,
+                anonymous=found.anonymous if found is not None else None,
+                mapped=found.mapped if found is not None else None,
+                device=used,
+            )
+        )
+        reset_peak()
+        self._begin = time.monotonic()
+
+
+class Sampler:
+    """Reads another process's memory every 10 ms, in a thread of this one."""
+
+    def __init__(self, process: int) -> None:
+        self.readings: list[Reading] = []
+        self._process = process
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Read once more and end."""
+        self._ended.set()
+        self._thread.join()
+        self._read()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(_EVERY):
+            self._read()
+
+    def _read(self) -> None:
+        found = read_memory(self._process)
+        if found is not None:
+            self.readings.append(found)
+
+
+def sampled(phase: Phase, readings: Sequence[Reading]) -> Phase:
+    """Return a phase with what was read from outside while it ran."""
+    own = [reading for reading in readings if phase.begin <= reading.at <= phase.end]
+
+    def most(told: int | None, read: Sequence[int]) -> int | None:
+        return max((*read, *([told] if told is not None else [])), default=None)
+
+    return Phase(
+        name=phase.name,
+        begin=phase.begin,
+        end=phase.end,
+        peak=most(phase.peak, [reading.resident for reading in own]),
+        anonymous=most(phase.anonymous, [reading.anonymous for reading in own]),
+        mapped=most(phase.mapped, [reading.mapped for reading in own]),
+        device=phase.device,
+    )

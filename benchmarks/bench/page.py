@@ -1,0 +1,122 @@
+"""report.html: charts and tables of a measurement, one file without scripts or network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from sld_edge.benchmarks import evaluation
+from sld_edge.benchmarks.bench.figures import Figures
+from sld_edge.benchmarks.bench.summary import Ratio, Summary, digits
+from sld_edge.benchmarks.bench.tables import Table
+from sld_edge.benchmarks.evaluation.plots import (
+    BarGroup,
+    Line,
+    bar_chart,
+    html_from_text,
+    line_chart,
+)
+from sld_edge.benchmarks.evaluation.statistics import Estimate
+
+_STYLE = Path(evaluation.__file__).parent / "report.css"
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+
+
+def page(
+    title: str, notes: Sequence[str], charts: Sequence[tuple[str, str]], tables: Sequence[Table]
+) -> str:
+    """Return a whole page; `charts` are a caption and an SVG each."""
+    drawn = "".join(
+        f'<figure class="chart"><figcaption>{html_from_text(caption)}</figcaption>{svg}</figure>'
+        for caption, svg in charts
+    )
+    told = "".join(f'<p class="note">{html_from_text(note)}.</p>' for note in notes)
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html_from_text(title)}</title>"
+        f"<style>{_STYLE.read_text(encoding='utf-8')}</style></head><body>"
+        f'<h1>{html_from_text(title)}</h1>{told}<div class="charts">{drawn}</div>'
+        + "".join(table.html() for table in tables)
+        + "</body></html>\n"
+    )
+
+
+def bundle_charts(found: Figures) -> list[tuple[str, str]]:
+    """Return the charts of a bundle's figures."""
+    price = bar_chart(
+        title="Price of safety, as ratios to off",
+        series=(("a step", 2), ("a picture", 1), ("peak memory", 3)),
+        groups=[
+            BarGroup(
+                label=one.name,
+                bars=[_spread(one.step_ratio), _spread(one.image_ratio), _spread(one.peak_ratio)],
+            )
+            for one in found.safety
+        ],
+        form=_short,
+    )
+    calls = line_chart(
+        title="Seconds of each step",
+        lines=[
+            Line(name=one.name, values=one.calls, colour=index)
+            for index, one in enumerate(found.safety)
+        ],
+        x_title="step",
+        form=_short,
+    )
+    charts = [("The price of safety, as ratios to off", price), ("Seconds of each step", calls)]
+    if all(one.peak is not None for one in found.phases):
+        memory = bar_chart(
+            title="Memory by phase, GiB",
+            series=(("peak", 2), ("anonymous", 1), ("mapped", 0)),
+            groups=[
+                BarGroup(
+                    label=one.name, bars=[_gib(one.peak), _gib(one.anonymous), _gib(one.mapped)]
+                )
+                for one in found.phases
+            ],
+            form=_short,
+        )
+        charts.append(("Memory by phase, GiB", memory))
+    rates = bar_chart(
+        title="Pictures a second",
+        series=(("pictures a second", 3),),
+        groups=[
+            BarGroup(label=f"{one.batch} at once", bars=[_rate(one.batch, one.batch_s)])
+            for one in found.batches
+        ],
+        form=_short,
+    )
+    charts.append(("Pictures a second, by how many are made at once", rates))
+    return charts
+
+
+def ratio_chart(title: str, ratios: Sequence[tuple[str, Ratio]]) -> str:
+    """Return bars of ratios with their spread."""
+    groups = [BarGroup(label=name, bars=[_spread(value)]) for name, value in ratios]
+    return bar_chart(title=title, series=((title, 2),), groups=groups, form=_short)
+
+
+def _spread(value: Ratio | None) -> Estimate | None:
+    if value is None:
+        return None
+    return Estimate(value=value.value, low=value.lowest, high=value.highest)
+
+
+def _gib(value: float | None) -> Estimate | None:
+    if value is None:
+        return None
+    held = value / 2**30
+    return Estimate(value=held, low=held, high=held)
+
+
+def _rate(batch: int, taken: Summary) -> Estimate:
+    return Estimate(
+        value=batch / taken.median, low=batch / taken.highest, high=batch / taken.lowest
+    )
+
+
+def _short(value: float) -> str:
+    return digits(value, 3)

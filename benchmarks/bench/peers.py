@@ -1,0 +1,180 @@
+"""The peers: which there are, what they need, and whether they are installed here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from sld_edge.benchmarks.bench import peer_worker
+from sld_edge.benchmarks.bench.child import Outcome, run_child
+from sld_edge.engines.errors import EngineError, InputError
+from sld_edge.export.bundle import staged
+
+_SOURCE = "source.json"  # beside what was prepared: of which checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peer:
+    """A peer.
+
+    Attributes:
+        packages: what it needs, its own last.
+        install: how to get it.
+        settings: presets it is measured with; "off" is plain classifier-free guidance.
+        same_noise: whether it can start from torch's noise, so that its picture should be ours.
+        prepared: whether it needs the checkpoint in a form of its own.
+    """
+
+    packages: tuple[str, ...]
+    install: str
+    settings: tuple[str, ...] = ("off",)
+    same_noise: bool = False
+    prepared: bool = False
+
+
+PEERS: Mapping[str, Peer] = MappingProxyType(
+    {
+        "diffusers": Peer(
+            packages=("torch", "transformers", "diffusers"),
+            install='pip install "sld-edge[torch]"',
+            settings=("strong", "off"),
+            same_noise=True,
+        ),
+        "optimum": Peer(
+            packages=("torch", "transformers", "diffusers", "onnxruntime", "optimum-onnx"),
+            install='pip install "optimum-onnx[onnxruntime]", in an environment of its own',
+            same_noise=True,
+            prepared=True,
+        ),
+        "openvino": Peer(
+            packages=("torch", "diffusers", "openvino", "openvino-tokenizers", "openvino-genai"),
+            install="pip install openvino-genai torch diffusers, in an environment of its own",
+            same_noise=True,
+            prepared=True,
+        ),
+        "sdcpp": Peer(
+            packages=("stable-diffusion-cpp-python",),
+            install="pip install stable-diffusion-cpp-python, which compiles it",
+            prepared=True,
+        ),
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Installed:
+    """A peer that can run here: its name, its Python, and its packages' versions."""
+
+    name: str
+    python: str
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def peer(self) -> Peer:
+        """What is known of it."""
+        return PEERS[self.name]
+
+    def call(self, action: str, task: Mapping[str, Any], environment: Mapping[str, str]) -> Outcome:
+        """Have the peer's process do something.
+
+        Raises:
+            EngineError: it ended without an answer.
+        """
+        command = [self.python, str(Path(peer_worker.__file__).resolve()), action]
+        return run_child(
+            command, {**task, "peer": self.name}, name=self.name, environment=environment
+        )
+
+
+def pythons_from_options(words: Sequence[str]) -> dict[str, str]:
+    """Read NAME=PATH for each peer that has a Python of its own.
+
+    Raises:
+        InputError: no such peer or file.
+    """
+    found = {}
+    for word in words:
+        name, equals, path = word.partition("=")
+        if not equals:
+            raise InputError("--peer-python", got=repr(word), expected="NAME=PATH")
+        _require_known(name)
+        if not Path(path).is_file():
+            raise InputError(f"--peer-python {name}", got=path, expected="a Python's path")
+        found[name] = path
+    return found
+
+
+def find_peers(
+    names: Sequence[str], pythons: Mapping[str, str]
+) -> tuple[list[Installed], dict[str, str]]:
+    """Return the peers to measure, and why the others are not; no names are all of them.
+
+    Raises:
+        InputError: an unknown peer, one asked for by name that is not installed, or none is.
+    """
+    for name in names:
+        _require_known(name)
+    installed, missing = [], {}
+    for name, peer in PEERS.items():
+        if names and name not in names:
+            continue
+        python = pythons.get(name, sys.executable)
+        probe = Installed(name=name, python=python)
+        told = probe.call("versions", {"packages": peer.packages}, {}).told
+        absent = [package for package in peer.packages if told[package] is None]
+        if not absent:
+            installed.append(Installed(name=name, python=python, versions=dict(told)))
+            continue
+        missing[name] = (
+            f"{name} is not measured: {', '.join(absent)} not installed for {python} "
+            f"| {peer.install}, then --peer-python {name}=PATH"
+        )
+    if names and missing:
+        raise InputError(next(iter(missing.values())))
+    if not installed:
+        raise InputError("no peer is installed", do=PEERS["diffusers"].install)
+    return installed, missing
+
+
+def prepared(
+    peer: Installed, checkpoint: Path, folder: Path, environment: Mapping[str, str]
+) -> Path:
+    """Return the checkpoint in a peer's own form, from `folder` or made there now.
+
+    Raises:
+        EngineError: the peer cannot convert it.
+        OutputError: no room.
+    """
+    source = {"checkpoint": fingerprint(checkpoint), "versions": dict(peer.versions)}
+    own = folder / peer.name
+    if (own / _SOURCE).is_file() and json.loads((own / _SOURCE).read_text()) == source:
+        return own
+    with staged(own) as part:
+        task = {"model": str(checkpoint), "prepared": str(part)}
+        try:
+            peer.call("prepare", task, environment)
+        except EngineError as error:
+            raise EngineError(f"{peer.name} cannot convert the checkpoint: {error}") from error
+        (part / _SOURCE).write_text(json.dumps(source), encoding="utf-8")
+    return own
+
+
+def fingerprint(checkpoint: Path) -> str:
+    """Return what tells a directory's contents apart, from names, sizes and times."""
+    found = [
+        (str(file.relative_to(checkpoint)), file.stat().st_size, file.stat().st_mtime_ns)
+        for file in sorted(checkpoint.rglob("*"))
+        if file.is_file()
+    ]
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+
+
+def _require_known(name: str) -> None:
+    if name not in PEERS:
+        raise InputError("peer", got=repr(name), expected=f"one of {', '.join(PEERS)}")

@@ -1,0 +1,137 @@
+"""The measured process of sld-edge: loads a bundle, makes pictures, says what each stage took.
+
+Started by `sld-bench`: python -m sld_edge.benchmarks.bench.worker TASK
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from sld_edge.benchmarks.bench.child import MARK
+from sld_edge.benchmarks.bench.memory import PhaseMeter
+from sld_edge.engines.device import Device
+from sld_edge.runtime.console import run_command
+from sld_edge.runtime.pipeline import Pipeline
+from sld_edge.runtime.plan import Request
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What the process does.
+
+    Attributes:
+        bundle: a bundle's directory; None is the miniature.
+        provider: what runs it.
+        prompt: of every picture; those after the first get a number, so that it is encoded anew.
+        safety: a preset's name.
+        concept: what safety steers away from; None is the bundle's own.
+        sampler: None is the bundle's own.
+        steps: denoising steps.
+        size: width and height in pixels.
+        seed: of the first of the batch.
+        batch: pictures at once.
+        warmup: batches before the one that is timed, the first of which has its memory watched.
+        picture: where the first picture goes; None keeps none.
+    """
+
+    bundle: str | None
+    provider: str
+    prompt: str
+    safety: str
+    steps: int
+    size: int
+    batch: int
+    warmup: int
+    seed: int = 7
+    concept: str | None = None
+    sampler: str | None = None
+    picture: str | None = None
+
+
+def measure(task: Task) -> dict[str, Any]:
+    """Run a task and return what it found, ready for JSON."""
+    meter = PhaseMeter()
+    with Pipeline.load(task.bundle, provider=task.provider) as pipeline:
+        pipeline.warm_up()
+        meter.end("start")
+        device = Device() if pipeline.provider != "cpu" else None
+        found = make(pipeline, task, task.prompt, meter, device)
+        first_done = found["done"]
+        for number in range(task.warmup):
+            found = make(pipeline, task, f"{task.prompt} {number + 1}")
+    return {**found, "phases": [asdict(phase) for phase in meter.phases], "first_done": first_done}
+
+
+def make(
+    pipeline: Pipeline,
+    task: Task,
+    prompt: str,
+    meter: PhaseMeter | None = None,
+    device: Device | None = None,
+) -> dict[str, Any]:
+    """Make one batch, stage by stage as `Pipeline.run` does, and return what each stage took."""
+
+    def end(phase: str) -> None:
+        if meter is not None:
+            meter.end(phase, device=device)
+
+    request = Request(
+        prompts=(prompt,),
+        safety=task.safety,
+        safety_concept=task.concept if task.safety != "off" else None,
+        steps=task.steps,
+        sampler=task.sampler,
+        seed=task.seed,
+        count=task.batch,
+        width=task.size,
+        height=task.size,
+    )
+    plan = pipeline.plan(request)
+    clock = time.monotonic
+    begin, cpu = clock(), time.process_time()
+    steps = pipeline.steps(plan)
+    end("text")
+    encoded = clock()
+    branches, step_ends = [], []
+    for step in steps:
+        branches.append(step.branches)
+        step_ends.append(clock())
+        last = step
+    latents, seconds = last.latents, last.figures.seconds
+    end("denoise")
+    denoised = clock()
+    pictures = pipeline.decode(latents)
+    end("decode")
+    done, cpu_done = clock(), time.process_time()
+    if task.picture is not None and not Path(task.picture).exists():
+        Image.fromarray(np.asarray(pictures[0])).save(task.picture)
+    return {
+        "text_s": encoded - begin,
+        "steps_s": list(seconds),
+        "decode_s": done - denoised,
+        "image_s": done - begin,
+        "image_cpu_s": cpu_done - cpu,
+        "done": done,
+        "branches": branches,
+        "step_ends": step_ends,
+    }
+
+
+def main(task: Mapping[str, Any]) -> None:
+    """Run a task and answer; wait until the answer has been read."""
+    found = measure(Task(**task))
+    print(f"{MARK}{json.dumps(found)}", flush=True)
+    sys.stdin.read()
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(lambda: main(json.loads(sys.argv[1]))))

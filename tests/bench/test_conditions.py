@@ -1,0 +1,71 @@
+"""What a measurement says of the machine, from recorded text."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+import pytest
+
+from sld_edge.benchmarks.bench import conditions as module
+from sld_edge.benchmarks.bench.conditions import (
+    busy,
+    conditions,
+    cpu_name,
+    memory_total,
+    power_mode,
+    told_lines,
+)
+
+X86 = "processor\t: 0\ncpu family\t: 23\nmodel\t\t: 49\nmodel name\t: EPYC\nstepping\t: 0\n"
+JETSON = "processor\t: 0\nmodel name\t: ARMv8 Processor rev 1 (v8l)\nBogoMIPS\t: 62.50\n"
+PI = "processor\t: 0\nBogoMIPS\t: 108.00\n\nModel\t\t: Raspberry Pi 5 Model B Rev 1.0\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        (X86, "EPYC, family 23, model 49"),
+        (JETSON, "ARMv8 Processor rev 1 (v8l)"),
+        (PI, "Raspberry Pi 5 Model B Rev 1.0"),
+    ],
+)
+def test_processors_by_name(text: str, name: str) -> None:
+    assert cpu_name(text) == name
+
+
+def test_memory_of_the_machine() -> None:
+    assert memory_total("MemTotal:       24613888 kB\nMemFree: 1 kB\n") == 24613888 * 1024
+    assert memory_total("") is None
+
+
+def test_a_jetsons_power_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert power_mode() is None
+    command = tmp_path / "nvpmodel"
+    command.write_text("#!/bin/sh\n[ \"$1\" = -q ] && printf 'NV Power Mode: MAXN_SUPER\\n2\\n'\n")
+    command.chmod(command.stat().st_mode | stat.S_IXUSR)
+    assert power_mode() == "MAXN_SUPER"
+
+
+def test_governor_and_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, text in {
+        "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor": "schedutil\n",
+        "proc/driver/nvidia/version": "NVRM version: NVIDIA UNIX 580.65\nGCC version: 13\n",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(module, "_ROOT", tmp_path)
+    told = conditions("cpu", threads=3)
+    assert (told["governor"], told["threads"]) == ("schedutil", 3)
+    assert told["driver"] == "NVRM version: NVIDIA UNIX 580.65"
+    names = dict(told_lines(told))
+    assert names["CPU governor"] == "schedutil"
+    assert "power mode" not in names
+    assert "onnxruntime" in names["versions"]
+
+
+@pytest.mark.parametrize(("load", "warned"), [(None, False), (0.4, False), (1.9, True)])
+def test_a_busy_machine_is_told(load: float | None, warned: bool) -> None:
+    warning = busy({"load_average": load, "cores": 2})
+    assert (warning is not None) == warned
