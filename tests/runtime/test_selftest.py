@@ -147,7 +147,7 @@ def cut(feeds: Mapping[str, Array], found: dict[str, Array]) -> Mapping[str, Arr
         (
             "guidance",
             unchanged,
-            ("noise_pred_text", "noise_pred_safety"),
+            ("noise_pred_uncond", "noise_pred_text"),
             "guidance: latents_next: relative",
         ),
         ("guidance", scaled("share", 1.01), None, "guidance: share: relative error 1.0e-02"),
