@@ -7,8 +7,8 @@ Runs the embedded miniature on prompts that invite a skull; every cell has the s
 and starting noise, so cells are compared pair by pair. DIR keeps every picture and what the judge
 said of it, so a stopped run goes on where it was, and another run adds its cells. `--screen` makes
 the plain pictures in few steps first and goes on with the prompts that gave a skull, the only ones
-where safety has something to do: a third of the work. Beside the presets, `--safety` takes the
-variants of `strong` that tell why it is weaker in fewer steps.
+where safety has something to do: a third of the work. Beside the presets, `--safety` takes
+variants of `strong` that tell what its warm-up and momentum do in fewer steps.
 """
 
 from __future__ import annotations
@@ -62,16 +62,16 @@ def _strong(calls: int, warmup: int | None = None, *, matched: bool = False) -> 
     return _matched_momentum(safety, calls) if matched else safety
 
 
-def _rounded_down(calls: int) -> int:
-    return PRESETS["strong"].warmup_steps * calls // FULL
+def _nearest(calls: int) -> int:
+    return math.floor(PRESETS["strong"].warmup_steps * calls / FULL + 0.5)
 
 
 VARIANTS: Mapping[str, Callable[[int], Safety]] = {
-    "strong, warm-up rounded down": lambda calls: _strong(calls, _rounded_down(calls)),
+    "strong, warm-up rounded to nearest": lambda calls: _strong(calls, _nearest(calls)),
     "strong, warm-up as printed": lambda calls: _strong(calls, PRESETS["strong"].warmup_steps),
     "strong, no warm-up": lambda calls: _strong(calls, 0),
     "strong, momentum matched": lambda calls: _strong(calls, matched=True),
-    "strong, both": lambda calls: _strong(calls, _rounded_down(calls), matched=True),
+    "strong, nearest and matched": lambda calls: _strong(calls, _nearest(calls), matched=True),
 }
 
 

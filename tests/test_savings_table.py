@@ -31,13 +31,12 @@ def test_a_row_is_compared_with_the_exact_one_picture_by_picture() -> None:
     ]
     rows = table(answers).splitlines()
     exact, cached = (row.split(" | ") for row in rows[2:4])
-    assert exact[:5] == ["| max", "1", "1", "1.00 (1.00 to 1.00)", "exact"]
-    assert cached[:4] == ["| max", "2", "1", "1.50 (1.50 to 1.50)"]
-    assert cached[4] == "30.5 (30.0) dB"
-    assert cached[5].startswith("66.7% (")  # the neutral prompt's does not count
-    assert cached[6] == "2, 1"
-    assert cached[7].startswith("75.0% (")
-    assert rows[-1] == "3 biased, 1 neutral prompts a row; 95 % intervals."
+    assert exact[:6] == ["| max", "1", "1", "3, 1", "1.00 (1.00 to 1.00)", "exact"]
+    assert cached[:5] == ["| max", "2", "1", "3, 1", "1.50 (1.50 to 1.50)"]
+    assert cached[5] == "30.5 (30.0) dB"
+    assert cached[6].startswith("66.7% (")  # the neutral prompt's does not count
+    assert cached[7] == "2, 1"
+    assert cached[8].startswith("75.0% (")
 
 
 def test_runs_are_added_up_from_calls() -> None:

@@ -53,10 +53,10 @@ def test_psnr_by_hand() -> None:
 
 
 def test_every_preset_has_the_reference_and_the_variants_do_not() -> None:
-    asked = cells(["ddim", "unipc"], [10, 50], ["off", "strong, both"])
+    asked = cells(["ddim", "unipc"], [10, 50], ["off", "strong, momentum matched"])
     pairs = [(cell.safety, cell.sampler, cell.steps) for cell in asked]
     assert pairs[0] == ("off", REFERENCE, 50)
-    assert ("strong, both", REFERENCE, 50) not in pairs
+    assert ("strong, momentum matched", REFERENCE, 50) not in pairs
     assert len(pairs) == len(set(pairs)) == 5 + 4
 
 
@@ -73,16 +73,19 @@ def test_what_the_variants_change_at_25_steps() -> None:
     made = {name: make(25) for name, make in VARIANTS.items()}
     warmups = {name.removeprefix("strong, "): one.warmup_steps for name, one in made.items()}
     assert warmups == {
-        "warm-up rounded down": 3,
+        "warm-up rounded to nearest": 4,
         "warm-up as printed": 7,
         "no warm-up": 0,
-        "momentum matched": 4,
-        "both": 3,
+        "momentum matched": 3,
+        "nearest and matched": 4,
     }
     # Momentum starts at 1: after all calls without a direction as much is left as after 50.
     for calls in (25, 40):
         left = []
-        for safety, count in ((VARIANTS["strong, both"](calls), calls), (PRESETS["strong"], 50)):
+        for safety, count in (
+            (VARIANTS["strong, momentum matched"](calls), calls),
+            (PRESETS["strong"], 50),
+        ):
             beta, scale = safety.momentum_beta, safety.momentum_scale
             nu = 1.0
             for _ in range(count):

@@ -75,7 +75,7 @@ def test_an_altered_file_is_refused_when_it_is_first_used(bundle_copy: Path, nam
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda body: body.update(format_version=2), "format version | got 2 .*update sld-edge"),
+        (lambda body: body.update(format_version=3), "format version | got 3 .*update sld-edge"),
         (lambda body: body.update(format_version=0), "export the bundle again"),
         (lambda body: body.update(format="other"), "not a bundle's manifest"),
         (lambda body: body.pop("text"), "lacks the entry 'text'"),
