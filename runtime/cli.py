@@ -554,8 +554,11 @@ def _verdict(report: Mapping[str, Any]) -> str:
     if "screening" not in report:
         return ""
     screening = report["screening"]
-    keys = dict.fromkeys(condition.score for condition in rule_from_text(screening["rule"]))
-    scores = ", ".join(f"{key} {report['scores'][key]:.3f}" for key in keys)
+    thresholds = {c.score: c.threshold for c in rule_from_text(screening["rule"])}
+    scores = ", ".join(
+        f"{key} {report['scores'][key]:{'.3f' if abs(threshold) >= 0.01 else '.3g'}}"
+        for key, threshold in thresholds.items()
+    )
     presets = [attempt["preset"] for attempt in screening["attempts"]]
     story = f" after {', '.join(presets[:-1])}" if len(presets) > 1 else ""
     return f"{story}; {scores}"

@@ -225,6 +225,19 @@ class TestCommand:
         assert "warning: s.png is still flagged with max" in said.err
         assert Path("s.png").exists()
 
+    def test_a_low_score_flags_and_is_told_in_digits_that_show_it(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        watch = ["--safety-scale", "0.01", "--safety-warmup", "0", "--safety-momentum-scale", "0"]
+        rule = ["--scorer", "activation", "--flag-rule", "activation.strength<=0.009"]
+        arguments = ["a star", "--output", "s.png", *watch, *rule, "--report", "s.json"]
+        assert main([*arguments, "--steps", "2", "--sampler", "ddim"]) == 0
+        said = capsys.readouterr()
+        strength = json.loads(Path("s.json").read_text())["images"][0]["safety"]["mean_strength"]
+        assert 0 < strength < 0.009
+        assert float(said.out.split("activation.strength ")[1]) == pytest.approx(strength, rel=0.01)
+        assert "warning: s.png is flagged" in said.err
+
     @pytest.mark.parametrize(
         ("options", "says"),
         [
