@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ FAST: dict[str, Any] = {"steps": 3, "sampler": "ddim", "safety": "strong"}
 
 @pytest.fixture
 def heavy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Count the miniature's components as heavy."""
+    """Count the miniature's components as heavy; for pipelines of a test's own only."""
     monkeypatch.setattr("sld_edge.runtime.loader._HEAVY_BYTES", 0)
 
 
@@ -28,17 +27,18 @@ def stored(engine: object) -> set[int]:
     return {tensor.data_type for tensor in graph.initializer if np.prod(tensor.dims) > 1024}
 
 
-def test_light_fp16_weights_are_cast_once(miniature: Pipeline) -> None:
-    assert stored(miniature.engine("unet")) == {onnx.TensorProto.FLOAT}
-
-
-@pytest.mark.usefixtures("heavy")
-def test_heavy_fp16_weights_stay_and_give_the_same(miniature: Pipeline) -> None:
+def test_fp16_weights_are_cast_once_where_light_and_stay_where_heavy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with Pipeline.load(provider="cpu") as pipeline:
+        assert stored(pipeline.engine("unet")) == {onnx.TensorProto.FLOAT}
+        wanted = pipeline("a red star", **FAST)
+    monkeypatch.setattr("sld_edge.runtime.loader._HEAVY_BYTES", 0)
     with Pipeline.load(provider="cpu") as pipeline:
         assert stored(pipeline.engine("unet")) == {onnx.TensorProto.FLOAT16}
         got = pipeline("a red star", **FAST)
     # The same weights and arithmetic; other kernels of convolution round otherwise.
-    assert np.abs(got.latents - miniature("a red star", **FAST).latents).max() < 1e-3
+    assert np.abs(got.latents - wanted.latents).max() < 1e-3
 
 
 @pytest.mark.usefixtures("heavy")
@@ -69,7 +69,7 @@ def test_heavy_graphs_go_when_they_are_done(monkeypatch: pytest.MonkeyPatch) -> 
     assert np.abs(first.latents - again.latents).max() < 1e-3  # branches one after another
 
 
-def test_light_graphs_are_kept(miniature: Pipeline) -> None:
+def test_light_graphs_are_kept() -> None:
     with Pipeline.load(provider="cpu") as pipeline:
         pipeline("a red star", **FAST)
         assert set(pipeline._engines) == {"text_encoder", "unet", "guidance", "vae_decoder"}
@@ -89,7 +89,8 @@ def test_what_is_not_prepared_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         assert set(pipeline._engines) == {"text_encoder", "unet", "guidance", "vae_decoder"}
 
 
-def test_a_preview_in_the_loop_leaves_it_whole(heavy: None, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("heavy")
+def test_a_preview_in_the_loop_leaves_it_whole() -> None:
     with Pipeline.load(provider="cpu") as pipeline:
         seen = []
         pipeline(
