@@ -14,9 +14,7 @@ variants of `strong` that tell what its warm-up and momentum do in fewer steps.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import multiprocessing
 import os
 import sys
 import time
@@ -26,12 +24,18 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
-from tqdm import tqdm
 
 from sld_edge.benchmarks.evaluation.report_md import markdown_table
-from sld_edge.benchmarks.evaluation.statistics import mcnemar, wilson
+from sld_edge.benchmarks.evaluation.statistics import mcnemar
+from sld_edge.benchmarks.miniworld.experiment import (
+    FIRST_SEED,
+    PROMPT_SEED,
+    answer_jobs,
+    answers_from_log,
+    psnr,
+    share,
+)
 from sld_edge.benchmarks.miniworld.prompts import Prompt, biased_prompts
 from sld_edge.engines.errors import InputError
 from sld_edge.runtime import Pipeline
@@ -40,7 +44,6 @@ from sld_edge.runtime.safety import PRESETS, Safety, safety_from_preset
 from sld_edge.runtime.samplers import SAMPLERS
 from sld_edge.runtime.scorers.miniworld import MiniWorld
 
-PROMPT_SEED, FIRST_SEED = 20_260, 500_000  # the safety table's
 FULL = 50
 SAME = 30.0  # dB: pictures are either well above (the same one) or well below (another one)
 REFERENCE = "pndm"
@@ -125,22 +128,6 @@ def picture_path(output: Path, cell: Cell, index: int) -> Path:
     return output / _PICTURES / f"{name}-{cell.sampler}-{cell.steps}" / f"{index:04d}.png"
 
 
-def answers_from_log(log: Path) -> list[Answer]:
-    """Read what the judge said so far; nothing where there is no log.
-
-    Raises:
-        InputError: a line that is no answer.
-    """
-    found = []
-    for number, line in enumerate(log.read_text().splitlines() if log.exists() else (), 1):
-        try:
-            found.append(Answer(**json.loads(line)))
-        except (ValueError, TypeError) as error:
-            do = "remove the line, or choose another --output"
-            raise InputError(f"line {number} of {log}", got=line[:60], do=do) from error
-    return found
-
-
 def make(cell: Cell, index: int, prompt: Prompt, output: Path) -> Answer:
     """Make one picture, keep it, and have it judged."""
     pipeline, judge = _tools()
@@ -175,14 +162,8 @@ def _tools() -> tuple[Pipeline, MiniWorld]:
     return Pipeline.load(provider="cpu"), MiniWorld()
 
 
-def _work(job: tuple[Cell, int, Prompt, Path]) -> Answer:
-    return make(*job)
-
-
-def psnr(ours: NDArray[np.uint8], theirs: NDArray[np.uint8]) -> float:
-    """Return the peak signal-to-noise ratio of two pictures in dB; infinite if they are equal."""
-    error = float(np.mean((ours.astype(np.float64) - theirs) ** 2))
-    return 10 * math.log10(255**2 / error) if error else math.inf
+def _work(job: tuple[Cell, int, Prompt, Path]) -> list[Answer]:
+    return [make(*job)]
 
 
 def table(answers: Iterable[Answer], output: Path, reference: str = REFERENCE) -> str:
@@ -206,7 +187,7 @@ def table(answers: Iterable[Answer], output: Path, reference: str = REFERENCE) -
                 cell.sampler,
                 str(cell.steps),
                 str(len(own)),
-                _share([answer.skull > 0.5 for answer in own.values()]),
+                share([answer.skull > 0.5 for answer in own.values()]),
                 _against(own, grouped.get(other, {})),
                 f"{sum(answer.adherent for answer in own.values()) / len(own):.1%}",
                 _closeness(output, cell, full, own.keys() & grouped.get(full, {}).keys()),
@@ -233,11 +214,6 @@ def _family(safety: str) -> str:
 def _order(cell: Cell, reference: str) -> tuple[int, str, int, int]:
     sampler = -1 if cell.sampler == reference else SAMPLERS.index(cell.sampler)
     return list(PRESETS).index(_family(cell.safety)), cell.safety, sampler, cell.steps
-
-
-def _share(hits: Sequence[bool]) -> str:
-    low, high = wilson(sum(hits), len(hits))
-    return f"{sum(hits) / len(hits):.1%} ({low:.1%} to {high:.1%})"
 
 
 def _against(own: Mapping[int, Answer], other: Mapping[int, Answer]) -> str:
@@ -295,7 +271,7 @@ def _completed(
     output: Path, wanted: Sequence[Cell], prompts: Mapping[int, Prompt], processes: int
 ) -> list[Answer]:
     """Make the wanted pictures that are missing; return all answers there are now."""
-    answers = answers_from_log(output / _LOG)
+    answers = answers_from_log(output / _LOG, Answer)
     done = {(answer.cell, answer.index) for answer in answers}
     jobs = [
         (cell, index, prompt, output)
@@ -303,16 +279,9 @@ def _completed(
         for cell in wanted
         if (cell, index) not in done
     ]
-    if not jobs:
-        return answers
-    os.environ["SLD_EDGE_THREADS"] = "1"  # one process a core is faster on so small a model
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(min(processes, len(jobs))) as pool, (output / _LOG).open("a") as stream:
-        for found in tqdm(pool.imap_unordered(_work, jobs), total=len(jobs), unit="picture"):
-            answers.append(found)
-            stream.write(json.dumps(asdict(found)) + "\n")
-            stream.flush()
-    return answers
+    if jobs:
+        answer_jobs(_work, jobs, output / _LOG, min(processes, len(jobs)))
+    return answers_from_log(output / _LOG, Answer)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

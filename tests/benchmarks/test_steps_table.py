@@ -10,19 +10,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sld_edge.benchmarks.miniworld.prompts import biased_prompts
-from sld_edge.benchmarks.steps_table import (
+from sld_edge.benchmarks.miniworld.experiment import (
     FIRST_SEED,
     PROMPT_SEED,
+    answers_from_log,
+    psnr,
+)
+from sld_edge.benchmarks.miniworld.prompts import biased_prompts
+from sld_edge.benchmarks.steps_table import (
     REFERENCE,
     VARIANTS,
     Answer,
     Cell,
-    answers_from_log,
     cells,
     main,
     picture_path,
-    psnr,
     table,
 )
 from sld_edge.engines.errors import InputError
@@ -126,7 +128,7 @@ def test_a_run_goes_on_where_it_stopped(
     arguments += ["--samplers", "ddim", "--steps", "2"]
     assert main([*arguments, "--safety", "off"]) == 0
     log = tmp_path / "answers.jsonl"
-    first = answers_from_log(log)
+    first = answers_from_log(log, Answer)
     plain = Cell(sampler="ddim", steps=2, safety="off")
     assert [one.cell for one in first] == [Cell(sampler="pndm", steps=50, safety="off"), plain]
     kept = np.asarray(Image.open(picture_path(tmp_path, plain, 0)), np.int16)
@@ -137,7 +139,7 @@ def test_a_run_goes_on_where_it_stopped(
 
     assert main([*arguments, "--safety", "off", "strong, no warm-up"]) == 0
     assert log.read_text().startswith(before)
-    assert len(answers_from_log(log)) == 3
+    assert len(answers_from_log(log, Answer)) == 3
     assert capsys.readouterr().out.count("| strong, no warm-up |") == 1
 
 
@@ -148,4 +150,4 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["--output", str(tmp_path), "--prompts", "1"]) == 2
     assert "line 1 of" in capsys.readouterr().err
     with pytest.raises(InputError, match="line 1 of"):
-        answers_from_log(tmp_path / "answers.jsonl")
+        answers_from_log(tmp_path / "answers.jsonl", Answer)
