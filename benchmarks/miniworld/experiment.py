@@ -47,12 +47,16 @@ def answer_jobs(
 ) -> None:
     """Do jobs in several processes; the answers are appended to the log as they come."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    os.environ["SLD_EDGE_THREADS"] = "1"  # one process a core is faster on so small a model
     context = multiprocessing.get_context("spawn")
-    with context.Pool(processes) as pool, log.open("a") as stream:
+    with context.Pool(processes, _take_one_thread) as pool, log.open("a") as stream:
         for answers in tqdm(pool.imap_unordered(work, jobs), total=len(jobs), unit="job"):
             stream.write("".join(json.dumps(asdict(answer)) + "\n" for answer in answers))
             stream.flush()
+
+
+def _take_one_thread() -> None:
+    """One process a core is faster on so small a model; the caller keeps its own setting."""
+    os.environ["SLD_EDGE_THREADS"] = "1"
 
 
 def share(hits: Sequence[bool]) -> str:

@@ -115,26 +115,26 @@ def test_one_wheel_for_every_machine(copy: Path, tmp_path: Path, settings: dict[
 
 
 @pytest.mark.usefixtures("backend", "compiler")
-def test_a_native_wheel(copy: Path, tmp_path: Path) -> None:
+def test_a_native_wheel(copy: Path, fresh: Path, tmp_path: Path) -> None:
     wheel = wheel_from(copy, tmp_path, SLD_EDGE_NATIVE="1")
     assert "none-any" not in wheel.name
     shutil.unpack_archive(wheel, tmp_path / "installed", "zip")
     names = {path.name for path in (tmp_path / "installed/sld_edge/cpp_ext").iterdir()}
     assert {"_kernels.pyi", "py.typed"} < names
     assert not names & {"src", "tests", "include", "CMakeLists.txt"}
-    printed = imported(Path(sys.executable), tmp_path, PYTHONPATH=str(tmp_path / "installed"))
+    printed = imported(fresh, tmp_path, PYTHONPATH=str(tmp_path / "installed"))
     assert printed == f"True {NEXT}"
 
 
 @pytest.mark.usefixtures("backend")
-def test_without_a_compiler_numpy_is_installed(copy: Path, tmp_path: Path) -> None:
+def test_without_a_compiler_numpy_is_installed(copy: Path, fresh: Path, tmp_path: Path) -> None:
     folder = str(tmp_path / "build")  # not that of a build that found one
     wheel = wheel_from(
         copy, tmp_path, SLD_EDGE_NATIVE="1", CXX="/bin/false", SKBUILD_BUILD_DIR=folder
     )
     assert wheel.name.endswith("-py3-none-any.whl")
     shutil.unpack_archive(wheel, tmp_path / "installed", "zip")
-    printed = imported(Path(sys.executable), tmp_path, PYTHONPATH=str(tmp_path / "installed"))
+    printed = imported(fresh, tmp_path, PYTHONPATH=str(tmp_path / "installed"))
     assert printed == f"False {NEXT}"
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from oracles.guidance import guidance
-from oracles.running import outputs_of
 from sld_edge.engines.base import Array
 from sld_edge.engines.errors import BundleError, InputError
+from sld_edge.engines.ort import OrtEngine
 from sld_edge.runtime import Pipeline, Request, Safety, Step
 from sld_edge.runtime.bundle import Manifest, manifest_from_json
 from sld_edge.runtime.cli import main
@@ -26,7 +26,7 @@ def restated(pipeline: Pipeline, **settings: Any) -> dict[str, Array]:
     """The loop once more, in float64, a branch at a time; only the UNet and texts are ours."""
     plan = pipeline.plan(Request(prompts=(PROMPT,), **settings))
     (image,) = plan.images
-    unet = pipeline.bundle.path / "unet.onnx"
+    unet = OrtEngine(pipeline.bundle.path / "unet.onnx")
     safety = image.safety
     latents = noise_source("torch", image.seed).normal((1, 4, 16, 16)).astype(np.float64)
     latents *= plan.table.init_noise_sigma
@@ -46,7 +46,7 @@ def restated(pipeline: Pipeline, **settings: Any) -> dict[str, Array]:
                 "timestep": np.array([plan.table.timesteps[at]], np.float32),
                 "context": pipeline.encode_text(text)[None],
             }
-            return outputs_of(unet, feeds)["noise_pred"].astype(np.float64)
+            return unet.run(feeds)["noise_pred"].astype(np.float64)
 
         active = index >= safety.warmup_steps
         numbers = (safety.scale, safety.threshold, safety.momentum_scale, safety.momentum_beta)
