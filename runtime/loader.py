@@ -129,7 +129,7 @@ class Loader:
             return prepared_engine(
                 source_digest(component),
                 lambda: self._graph(component),
-                keep_fp16=component.storage == "fp16" and _is_heavy(component),
+                keep_fp16=_is_stored_small(component) and _is_heavy(component),
             )
         return OrtDeviceEngine(self._graph(component), self.device, provider=provider)
 
@@ -236,6 +236,11 @@ class Loader:
     def _graph(self, component: Component) -> Path:
         graph, *_ = [self.bundle.check(file) for file in component.files]
         return graph
+
+
+def _is_stored_small(component: Component) -> bool:
+    """Whether the weights are of half the arithmetic's size, as one asks for to save memory."""
+    return component.precision == "fp32" and component.storage == "fp16"
 
 
 def _is_heavy(component: Component) -> bool:
