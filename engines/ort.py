@@ -13,7 +13,6 @@ import numpy as np
 from sld_edge.engines.base import Array, TensorSpec, check_feeds
 from sld_edge.engines.device import Device
 from sld_edge.engines.errors import EngineError, MissingPackageError, one_line
-from sld_edge.engines.malloc import return_large_blocks
 from sld_edge.engines.settings import cache_folder, thread_count
 
 OrtProvider = Literal["cpu", "cuda", "ort-tensorrt", "ort-tensorrt-rtx"]
@@ -71,25 +70,30 @@ class OrtEngine:
         *,
         provider: OrtProvider = "cpu",
         as_is: bool = False,
+        prepared: bool = False,
         device: Device | None = None,
     ) -> None:
         """Load the graph at `path`, for a provider other than the CPU on `device`.
 
         With `as_is` nothing is optimized and the weights stay mapped from the file: ready at once,
-        in little memory. It is for graphs optimized before (see `sessions`) or run only once.
-        `as_is` stays readable: such an engine costs nothing to close and load again.
+        in little memory. It is for graphs that run only once. `prepared` is for those that
+        `sessions` optimized before, and stays readable: such an engine costs nothing to close and
+        load again.
 
         Raises:
             EngineError: ONNX Runtime cannot load the graph here.
         """
         ort = onnxruntime()
         options = session_options()
-        if as_is:
+        if as_is or prepared:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        if as_is:
             # Prepacked weights would be copies in memory of what is mapped from the file.
             options.add_session_config_entry("session.disable_prepacking", "1")
+        # Without it every call takes its memory from the system anew, a fifth of a step's time.
+        options.enable_cpu_mem_arena = prepared
         self.path = path
-        self.as_is = as_is
+        self.prepared = prepared
         self.session = create_session(path, options, provider, device)
         self.inputs = tuple(map(_spec, self.session.get_inputs()))
         self.outputs = tuple(map(_spec, self.session.get_outputs()))
@@ -126,7 +130,7 @@ def session_options() -> Any:
     options = ort.SessionOptions()
     options.log_severity_level = 3  # errors; they reach the user as EngineError
     options.intra_op_num_threads = thread_count()
-    # With arena and pattern a session keeps gigabytes that it needed once (FACTS, "Speed").
+    # With arena and pattern a session keeps the gigabytes that attention's scores needed once.
     options.enable_cpu_mem_arena = False
     options.enable_mem_pattern = False
     return options
@@ -137,7 +141,6 @@ def create_session(
 ) -> Any:
     """Create a session; whatever stops it becomes one line."""
     ort = onnxruntime()
-    return_large_blocks()
     if provider != "cpu" and hasattr(ort, "preload_dlls"):
         ort.preload_dlls()  # CUDA and cuDNN that pip installed
     providers: list[Any] = [(PROVIDERS[provider], provider_options(provider, device))]

@@ -1,5 +1,9 @@
 """Graphs prepared for this processor: optimized once, then loaded at once with mapped weights.
 
+Three things make a prepared graph faster than the bundle's: attention is computed block by block,
+weights of matrix products lie in the file as the processor wants them, and memory is used again
+from call to call (docs/memory.md says by how much).
+
 Weights that are stored in FP16 under FP32 arithmetic may stay so: mapped as they are, each cast
 where it is used and dropped after. That is half the memory and costs some time (docs/memory.md).
 
@@ -21,11 +25,11 @@ from functools import cache
 from pathlib import Path
 
 from sld_edge.engines.errors import UserError
-from sld_edge.engines.onnx_order import weights_first
+from sld_edge.engines.onnx_edit import flash_attention, weights_first
 from sld_edge.engines.ort import OrtEngine, create_session, onnxruntime, session_options
 from sld_edge.engines.settings import cache_folder
 
-_LAYOUT = 2  # raise when what is prepared, or how, changes
+_LAYOUT = 3  # raise when what is prepared, or how, changes
 _GRAPH, _WEIGHTS, _STAMP = "model.onnx", "model.onnx.data", "prepared.json"
 # What computes casts of weights beforehand.
 _FOLDING = "ConstantFolding;FuseFp16InitializerToFp32NodeTransformer"
@@ -47,13 +51,13 @@ def prepared_engine(
     folder = _folder(sha256, keep_fp16)
     if folder is not None and _is_whole(folder):
         try:
-            return OrtEngine(folder / _GRAPH, as_is=True)
+            return OrtEngine(folder / _GRAPH, prepared=True)
         except UserError:  # damaged since: prepare it again below
             shutil.rmtree(folder, ignore_errors=True)
     path = source()
     if folder is None or not _prepare(path, folder, keep_fp16):
         return OrtEngine(path)
-    return OrtEngine(folder / _GRAPH, as_is=True)
+    return OrtEngine(folder / _GRAPH, prepared=True)
 
 
 def _folder(sha256: str, keep_fp16: bool) -> Path | None:
@@ -102,14 +106,16 @@ def _prepare(path: Path, folder: Path, keep_fp16: bool) -> bool:
         options.add_session_config_entry(
             "session.optimized_model_external_initializers_file_name", _WEIGHTS
         )
-        # The prepared session keeps the weights as they lie in the file, so none is packed here.
-        options.add_session_config_entry("session.disable_prepacking", "1")
+        # Packed weights are mapped like any others, where they lie in the file.
+        options.add_session_config_entry(
+            "session.save_external_prepacked_constant_initializers", "1"
+        )
         if keep_fp16:
             options.add_session_config_entry("optimization.disable_specified_optimizers", _FOLDING)
         create_session(path, options, "cpu")
-        if keep_fp16:
-            graph = part / _GRAPH
-            graph.write_bytes(weights_first(graph.read_bytes()))
+        graph = part / _GRAPH
+        content = flash_attention(graph.read_bytes())
+        graph.write_bytes(weights_first(content) if keep_fp16 else content)
         sizes = {file.name: file.stat().st_size for file in part.iterdir()}
         (part / _STAMP).write_text(json.dumps(sizes), encoding="utf-8")
         if not _is_whole(folder):  # else another process was first, and may be loading it now

@@ -140,7 +140,7 @@ class Loader:
     def may_go(self, name: str, engine: Engine) -> bool:
         """Whether an engine is worth dropping while it rests: heavy, and ready again at once."""
         component = self.bundle.manifest.components[name]
-        return isinstance(engine, OrtEngine) and engine.as_is and _is_heavy(component)
+        return isinstance(engine, OrtEngine) and engine.prepared and _is_heavy(component)
 
     def tiling(self, height: int, width: int) -> Tiling | None:
         """Return how latents of this size are cut to be decoded; None where they are not."""
