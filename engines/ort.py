@@ -87,7 +87,6 @@ class OrtEngine:
         options = session_options()
         if as_is or prepared:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        if as_is:
             # Prepacked weights would be copies in memory of what is mapped from the file.
             options.add_session_config_entry("session.disable_prepacking", "1")
         # Without it every call takes its memory from the system anew, a fifth of a step's time.

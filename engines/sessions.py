@@ -1,8 +1,7 @@
 """Graphs prepared for this processor: optimized once, then loaded at once with mapped weights.
 
-Three things make a prepared graph faster than the bundle's: attention is computed block by block,
-weights of matrix products lie in the file as the processor wants them, and memory is used again
-from call to call (docs/memory.md says by how much).
+Attention is computed block by block there, and memory is used again from call to call:
+docs/memory.md says what that brings.
 
 Weights that are stored in FP16 under FP32 arithmetic may stay so: mapped as they are, each cast
 where it is used and dropped after. That is half the memory and costs some time (docs/memory.md).
@@ -106,10 +105,8 @@ def _prepare(path: Path, folder: Path, keep_fp16: bool) -> bool:
         options.add_session_config_entry(
             "session.optimized_model_external_initializers_file_name", _WEIGHTS
         )
-        # Packed weights are mapped like any others, where they lie in the file.
-        options.add_session_config_entry(
-            "session.save_external_prepacked_constant_initializers", "1"
-        )
+        # The prepared session keeps the weights as they lie in the file, so none is packed here.
+        options.add_session_config_entry("session.disable_prepacking", "1")
         if keep_fp16:
             options.add_session_config_entry("optimization.disable_specified_optimizers", _FOLDING)
         create_session(path, options, "cpu")

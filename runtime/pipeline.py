@@ -254,7 +254,7 @@ class Pipeline:
             cache_interval=plan.cache_interval,
             safety_interval=plan.safety_interval,
         )
-        return denoise(self._stepper(job), job)
+        return self._ended(denoise(self._stepper(job), job), cells=latents[0, 0].size)
 
     def decode(self, latents: Floats) -> NDArray[np.uint8]:
         """Turn latents, float32 [B,4,h,w], unscaled, into pictures, uint8 [B,H,W,3].
@@ -348,6 +348,15 @@ class Pipeline:
         self._stage.engines.update(on_device)
         return DeviceStepper(self._stage, job)
 
+    def _ended(
+        self, steps: Generator[Step, None, None], *, cells: int
+    ) -> Generator[Step, None, None]:
+        """Pass the steps on; after the last the UNet may go."""
+        yield from steps
+        unet = self._engines.get("unet")
+        if unet is not None and cells >= _CELLS and self._loader.may_go("unet", unet):
+            self._unneeded("unet")  # its mapped weights beside the decoder's work are the peak
+
     def _unneeded(self, name: str) -> None:
         """Drop an engine that has done its part, where memory is short or nothing is lost."""
         engine = self._engines.get(name)
@@ -379,8 +388,6 @@ class Pipeline:
             last = step
         figures, latents, edit_maps = last.figures, last.latents, last.edit_map
         denoised = clock()
-        if latents[0, 0].size >= _CELLS and self._loader.may_go("unet", self.engine("unet")):
-            self._unneeded("unet")  # its mapped weights beside the decoder's work are the peak
         pictures = self.decode(latents)
         seconds = {
             "text": encoded - begin,

@@ -7,6 +7,7 @@ tiled picture differ a little from a whole one (docs/memory.md has numbers).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
@@ -22,7 +23,9 @@ Profile = tuple[Sequence[int], Sequence[int], Sequence[int]]  # least, best, lar
 
 _WHOLE_CELLS = 96 * 96  # "auto" decodes as a whole up to here: 768x768 pixels
 _SIDE = 64  # cells: what Stable Diffusion's decoder was trained on
+_LARGEST = 5 / 4  # of that: 1024 pixels are two tiles across, not three
 _OVERLAP = 1 / 4  # of a tile's side, at least
+_PLAN_CELLS = 4  # plans take multiples of it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,11 +75,23 @@ def tiling_for(
     """
     if choice == "off" or (choice == "auto" and height * width <= _WHOLE_CELLS):
         return None
-    if profile is None:
-        return Tiling(sides=(_SIDE, _SIDE))
-    least, _, most = profile
-    rows, columns = (min(max(_SIDE, least[axis]), most[axis]) for axis in (2, 3))
-    return Tiling(sides=(rows, columns))
+    sides = _side(height), _side(width)
+    if profile is not None:
+        least, _, most = profile
+        rows, columns = (
+            min(max(side, least[axis]), most[axis])
+            for side, axis in zip(sides, (2, 3), strict=True)
+        )
+        sides = rows, columns
+    return Tiling(sides=sides)
+
+
+def _side(length: int) -> int:
+    """Return about the shortest side with which a length is cut into the fewest tiles."""
+    count = 1
+    while (side := length / (count - (count - 1) * _OVERLAP)) > _SIDE * _LARGEST:
+        count += 1
+    return _PLAN_CELLS * math.ceil(side / _PLAN_CELLS)
 
 
 def _spans(length: int, side: int) -> list[tuple[int, int]]:

@@ -46,7 +46,7 @@ def _parsers() -> dict[str, Callable[[list[str]], object]]:
     from sld_edge.export.build_cli import parser as build_parser
     from sld_edge.export.build_cli import settings_from_options
     from sld_edge.export.cli import parser as export_parser
-    from sld_edge.runtime.cli import parser as run_parser
+    from sld_edge.runtime.options import parser as run_parser
 
     return {
         "sld-run": run_parser().parse_args,

@@ -22,9 +22,9 @@ from sld_edge.benchmarks.bench.runs import PROMPT, BenchSettings, cells, measure
 from sld_edge.benchmarks.bench.tables import bundle_tables, conditions_table, markdown
 from sld_edge.engines.errors import InputError, OutputError
 from sld_edge.engines.files import write_whole
-from sld_edge.engines.providers import NAMES
 from sld_edge.engines.settings import cache_folder
 from sld_edge.runtime.console import Parser, run_command
+from sld_edge.runtime.options import add_provider, add_quiet
 from sld_edge.runtime.pipeline import Pipeline
 from sld_edge.runtime.plan import Request
 from sld_edge.runtime.safety import PRESETS
@@ -130,16 +130,11 @@ def parser() -> Parser:
     )
 
     machine = cli.add_argument_group("machine")
-    machine.add_argument(
-        "--provider",
-        default="auto",
-        metavar="NAME",
-        help=f"auto, {', '.join(reversed(NAMES))} (default: auto, the best that works here)",
-    )
+    add_provider(machine)
     machine.add_argument(
         "--threads", type=int, metavar="N", help="of the CPU engines (default: one a core)"
     )
-    machine.add_argument("--quiet", action="store_true", help="no progress, only errors")
+    add_quiet(machine)
 
     peers = cli.add_argument_group("peers")
     peers.add_argument(

@@ -33,12 +33,18 @@ from sld_edge.benchmarks.evaluation.settings import (
 )
 from sld_edge.benchmarks.miniworld.prompt_list import PATH as MINIATURE_LIST
 from sld_edge.engines.errors import InputError
-from sld_edge.engines.providers import NAMES
 from sld_edge.runtime.bundle import Bundle, Manifest
 from sld_edge.runtime.console import Parser, run_command
+from sld_edge.runtime.options import (
+    add_batch_size,
+    add_concepts,
+    add_intervals,
+    add_provider,
+    add_quiet,
+    add_sampling,
+)
 from sld_edge.runtime.plan import Request, plan_from_request
 from sld_edge.runtime.safety import PRESETS
-from sld_edge.runtime.samplers import SAMPLERS
 from sld_edge.runtime.scorers import NAMES as SCORERS
 from sld_edge.runtime.scorers import (
     Rule,
@@ -169,14 +175,7 @@ def parser() -> Parser:
         help=f"{', '.join(PRESETS)}, negative (the concept as negative prompt); off is always "
         f"among them (default: {' '.join(DEFAULT_SAFETY)})",
     )
-    compared.add_argument(
-        "--safety-concept",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="what to steer away from; give it again for several concepts, each with a UNet branch "
-        "and a threshold of its own (default: the bundle's)",
-    )
+    add_concepts(compared)
     compared.add_argument(
         "--sweep",
         nargs="+",
@@ -192,16 +191,8 @@ def parser() -> Parser:
         help=f"for each setting (default: {_OFFICIAL_IMAGES}; {_MINIATURE_IMAGES} with the "
         "miniature world's list)",
     )
-    compared.add_argument("--steps", type=int, metavar="N", help="denoising steps")
-    compared.add_argument("--sampler", metavar="NAME", help=", ".join(SAMPLERS))
-    for name in ("cache", "safety"):
-        compared.add_argument(
-            f"--{name}-interval",
-            type=int,
-            default=1,
-            metavar="N",
-            help="as sld-run's, of every setting (default: 1, off)",
-        )
+    add_sampling(compared)
+    add_intervals(compared)
 
     judged = cli.add_argument_group("how it is judged")
     judged.add_argument(
@@ -228,13 +219,8 @@ def parser() -> Parser:
     judged.add_argument("--parquet", action="store_true", help=f"write {PARQUET} too (extra: eval)")
 
     machine = cli.add_argument_group("machine")
-    machine.add_argument(
-        "--provider",
-        default="auto",
-        metavar="NAME",
-        help=f"auto, {', '.join(reversed(NAMES))} (default: auto, the best that works here)",
-    )
-    machine.add_argument("--batch-size", type=int, metavar="N", help="pictures denoised at once")
+    add_provider(machine)
+    add_batch_size(machine)
     machine.add_argument(
         "--processes",
         type=int,
@@ -252,7 +238,7 @@ def parser() -> Parser:
         metavar="ADDRESS",
         help="work on a Ray cluster: its address, auto, or local to start one here",
     )
-    machine.add_argument("--quiet", action="store_true", help="no progress, only errors")
+    add_quiet(machine)
 
     others = cli.add_argument_group("runs side by side")
     others.add_argument(

@@ -113,7 +113,7 @@ print(peak - before)
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux says what memory is no file's")
 @pytest.mark.parametrize("keep_fp16", [True, False])
 def test_weights_are_never_all_in_memory(cache: Path, tmp_path: Path, keep_fp16: bool) -> None:
-    """Neither as casts of those that stay FP16 nor packed: those lie in the file."""
+    """Neither as casts of those that stay FP16 nor packed: they stay mapped."""
     layers, width = 48, 1024
     model = chain(layers, width)
     onnx.save(model, tmp_path / "chain.onnx", save_as_external_data=True, location="chain.data")

@@ -126,13 +126,17 @@ def test_the_miniature_in_tiles_is_close_to_whole(
 
 
 def test_when_there_are_tiles_and_of_what_size() -> None:
-    usual = Tiling(sides=(64, 64))
-    assert [tiling_for("auto", *size) for size in ((96, 96), (64, 144), (97, 96))] == [
-        None,
-        None,
-        usual,
-    ]
-    assert tiling_for("on", 8, 8) == usual
+    assert tiling_for("auto", 96, 96) is tiling_for("auto", 64, 144) is None
+    for size, sides in {
+        (97, 96): (56, 56),  # two by two
+        (128, 128): (76, 76),
+        (64, 192): (64, 80),  # whole by three
+        (256, 8192): (80, 80),
+    }.items():
+        tiling = tiling_for("auto", *size)
+        assert tiling is not None
+        assert tiling.sides == sides
+    assert tiling_for("on", 8, 8) == Tiling(sides=(8, 8))
     assert tiling_for("off", 999, 999) is None
     shapes = [(1, 4, 32, 80), (1, 4, 64, 80), (4, 4, 48, 128)]
     assert tiling_for("on", 96, 96, shapes) == Tiling(sides=(48, 80))  # type: ignore[arg-type]  # a list
