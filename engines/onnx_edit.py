@@ -37,8 +37,8 @@ def flash_attention(model: bytes) -> bytes:
     """Return an ONNX file's bytes with Attention as MultiHeadAttention of ONNX Runtime's own.
 
     Both say the same. On the CPU ONNX Runtime computes the standard's operator with all scores in
-    memory, 0.5 GiB at 512 px, and its own one block by block: 3.5 times as fast on the UNet at
-    512 px (docs/memory.md). Attention that is causal, masked, or of grouped heads stays.
+    memory, 0.5 GiB at 512 px, and its own one block by block, which takes 0.82 s of a UNet call
+    where the other takes 2.97 (docs/memory.md). What is causal, masked or of grouped heads stays.
 
     Raises:
         EngineError: not an ONNX file.
