@@ -9,7 +9,7 @@ import onnx
 import pytest
 
 from sld_edge.engines.ort import OrtEngine
-from sld_edge.runtime import Pipeline, Step
+from sld_edge.runtime import Pipeline, Request, Step
 
 FAST: dict[str, Any] = {"steps": 3, "sampler": "ddim", "safety": "strong"}
 
@@ -66,6 +66,10 @@ def test_heavy_graphs_go_when_they_are_done(monkeypatch: pytest.MonkeyPatch) -> 
         assert set(pipeline._engines) == {"guidance"}
         pipeline("a red star", count=2, **FAST)  # and is loaded again
         assert len(decoding) == 4
+        steps = pipeline.steps(pipeline.plan(Request(prompts=("a red star",), **FAST)))
+        held = ["unet" in pipeline._engines for _ in steps]
+        assert held == [True] * 3
+        assert "unet" not in pipeline._engines  # walked by hand it goes too
     assert np.abs(first.latents - again.latents).max() < 1e-3  # branches one after another
 
 
