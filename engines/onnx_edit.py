@@ -59,7 +59,7 @@ def _edited(model: bytes, edit: Callable[[list[Field]], list[bytes]]) -> bytes:
             else field.whole
             for field in fields(model)
         )
-    except (IndexError, UnicodeDecodeError, ValueError) as error:
+    except (IndexError, ValueError) as error:
         raise EngineError("not a whole ONNX file", got=error) from error
 
 
