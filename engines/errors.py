@@ -5,6 +5,10 @@ The message says what is wrong, what was got, what was expected, and what to do 
 
 from __future__ import annotations
 
+LINE = 300  # characters that an error's line should fit in
+_LEAST = 80  # of them, at least, for each part that is cut
+_PART = " | "
+
 
 class UserError(Exception):
     """Something the user can put right; printed as one line, exit code 2."""
@@ -17,15 +21,19 @@ class UserError(Exception):
         expected: object = None,
         do: str | None = None,
     ) -> None:
-        """`what` names the thing; `got`, `expected` and `do` are added where they help."""
-        parts = [what]
+        """`what` names the thing; `got`, `expected` and `do` are added where they help.
+
+        What comes from outside stands in `what` and `got`; both are cut so that the line stays
+        readable: `got` first, to what is left of `LINE` characters, then `what`.
+        """
+        tail = [] if expected is None else [f"expected {expected}"]
+        tail += [] if do is None else [do]
+        rest = sum(len(part) + len(_PART) for part in tail)
+        parts = [shortened(what, max(LINE - rest, _LEAST))]
         if got is not None:
-            parts.append(f"got {got}")
-        if expected is not None:
-            parts.append(f"expected {expected}")
-        if do is not None:
-            parts.append(do)
-        super().__init__(" | ".join(parts).replace("\n", " "))
+            room = LINE - rest - len(parts[0]) - len(_PART) - len("got ")
+            parts.append(f"got {shortened(got, max(room, _LEAST))}")
+        super().__init__(_PART.join(printable(part) for part in [*parts, *tail]))
 
 
 class InputError(UserError):
@@ -65,4 +73,19 @@ class OutputError(UserError):
 def one_line(complaint: object) -> str:
     """Return what another library complains of as one short line."""
     text = " ".join(str(complaint).split())
-    return (text if text else type(complaint).__name__)[:300]
+    return shortened(text if text else type(complaint).__name__, LINE)
+
+
+def shortened(text: object, most: int) -> str:
+    """Return a text of at most `most` characters, its middle left out where it is longer."""
+    whole = str(text)
+    if len(whole) <= most:
+        return whole
+    head = (most - 1) * 2 // 3
+    return f"{whole[:head]}…{whole[len(whole) - (most - 1 - head) :]}"
+
+
+def printable(text: str) -> str:
+    """Return a text as one line that any terminal can print: no control codes, no surrogates."""
+    plain = " ".join(text.split("\n"))
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in plain)

@@ -1,24 +1,185 @@
-"""Output files: whole or not there at all, and never over another without being told."""
+"""Files: what comes from outside is read with care, what is written appears whole or not at all."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 import os
-import tempfile
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from sld_edge.engines.errors import OutputError
+import numpy as np
+from numpy.typing import NDArray
+
+from sld_edge.engines.errors import OutputError, UserError, one_line
+from sld_edge.engines.staging import part_file
+
+JSON_LIMIT = 64 << 20  # bytes; the largest tokenizer.json known has 9 million
+_NPY_HEADER = re.compile(
+    rb"\{'descr': '<f4', 'fortran_order': False, 'shape': \(((?:\d{1,9}, ?)*\d{0,9})\), \} *\n"
+)
+_BLOCK = 1 << 20
+
+
+class Identity(NamedTuple):
+    """What tells whether a file is still the one that was looked at.
+
+    A change of content, a rename over it and a change of its times all change `changed`, the time
+    that only the system sets.
+    """
+
+    device: int
+    inode: int
+    size: int
+    modified: int
+    changed: int
+
+
+def identity(status: os.stat_result) -> Identity:
+    """Return a file's identity from `os.stat` or `os.fstat`."""
+    return Identity(
+        status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    )
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[BufferedReader]:
+    """Open a regular file for reading; never waits for a pipe or reads a device.
+
+    Raises:
+        OSError: it cannot be opened, or is not a regular file.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        handle = os.open(path, flags | getattr(os, "O_CLOEXEC", 0))
+    except ValueError as error:  # a NUL in the name
+        raise OSError(0, str(error)) from error
+    with os.fdopen(handle, "rb") as stream:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OSError(0, "not a regular file")
+        yield stream
+
+
+def read_limited(path: Path, limit: int, *, error: type[UserError], do: str | None = None) -> bytes:
+    """Return a regular file's bytes, at most `limit`.
+
+    Args:
+        path: the file.
+        limit: most bytes that such a file may have.
+        error: the class to raise.
+        do: advice that the error ends with.
+
+    Raises:
+        UserError: of the class `error`: no such file, not a regular one, or too large.
+    """
+    try:
+        with opened(path) as stream:
+            data = stream.read(limit + 1)
+    except OSError as problem:
+        raise error(f"cannot read {path}", got=problem.strerror, do=do) from problem
+    if len(data) > limit:
+        raise error(f"{path} is too large", expected=f"at most {limit} bytes", do=do)
+    return data
+
+
+def json_from_file(
+    path: Path, *, error: type[UserError], do: str | None = None, limit: int = JSON_LIMIT
+) -> dict[str, Any]:
+    """Read a file that holds one JSON object; see `json_from_bytes` and `read_limited`."""
+    return json_from_bytes(
+        read_limited(path, limit, error=error, do=do), origin=str(path), error=error, do=do
+    )
+
+
+def json_from_bytes(
+    data: bytes, *, origin: str, error: type[UserError], do: str | None = None
+) -> dict[str, Any]:
+    """Return the JSON object that `data` holds.
+
+    Refused beside what is no JSON: other than an object, a key given twice, numbers that are not
+    finite or of thousands of digits, nesting beyond Python's depth, text that is not Unicode.
+
+    Args:
+        data: UTF-8 text.
+        origin: what error messages call it, a path for example.
+        error: the class to raise.
+        do: advice that the error ends with.
+
+    Raises:
+        UserError: of the class `error`.
+    """
+    try:
+        body = json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=_object,
+            parse_float=_finite,
+            parse_constant=_finite,
+        )
+        json.dumps(body, ensure_ascii=False).encode("utf-8")  # half of a surrogate pair fails
+    except (ValueError, RecursionError, OverflowError) as problem:
+        raise error(f"{origin} is not whole JSON", got=one_line(problem), do=do) from problem
+    if not isinstance(body, dict):
+        raise error(f"{origin}", got=type(body).__name__, expected="a JSON object", do=do)
+    return body
+
+
+def floats_from_npy(data: bytes) -> NDArray[np.float32]:
+    """Return the array of an `.npy` file that holds little-endian float32 in C order, any shape.
+
+    NumPy's own reader evaluates the header as Python and accepts pickles, zip files and sizes
+    without limit, so the header is read here, exactly as NumPy writes it.
+
+    Raises:
+        ValueError: another kind of file, dtype or order, or one that is cut short.
+    """
+    if data[:6] != b"\x93NUMPY" or data[6:8] != b"\x01\x00":
+        raise ValueError("not an .npy file of version 1.0")
+    start = 10 + int.from_bytes(data[8:10], "little")
+    header = _NPY_HEADER.fullmatch(data[10:start])
+    if header is None:
+        raise ValueError("not an .npy header of float32 in C order")
+    shape = tuple(int(size) for size in re.findall(rb"\d+", header[1]))
+    if math.prod(shape) * 4 != len(data) - start:
+        raise ValueError(f"{len(data) - start} bytes for float32 {shape}")
+    return np.frombuffer(data, "<f4", offset=start).reshape(shape).astype(np.float32)
+
+
+def sha256_of_file(path: Path) -> tuple[str, Identity]:
+    """Return a regular file's SHA-256 and its identity, which did not change meanwhile.
+
+    Raises:
+        OSError: it cannot be read, is not a regular file, or changed while it was read.
+    """
+    with opened(path) as stream:
+        before = identity(os.fstat(stream.fileno()))
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        if identity(os.fstat(stream.fileno())) != before:
+            raise OSError(0, "changed while it was read")
+    return digest, before
 
 
 def check_writable(path: Path, *, force: bool) -> None:
     """Refuse, before any work is done, an output that could not be written in the end.
 
     Raises:
-        OutputError: the file exists (without `force`), is a directory, or its folder is missing or
-            not writable.
+        OutputError: the file exists (without `force`), is a directory, its name is too long, or its
+            folder is missing or not writable.
     """
+    try:
+        there = path.lstat()
+    except FileNotFoundError:
+        there = None
+    except (OSError, ValueError) as error:
+        raise OutputError(f"cannot write {path}", got=one_line(error), do="name a file") from error
     if path.is_dir():
         raise OutputError(f"{path} is a directory", do="name a file")
-    if path.exists() and not force:
+    if there is not None and not force:
         raise OutputError(f"{path} exists", do="choose another name, or add --force")
     folder = path.parent
     if not folder.is_dir():
@@ -27,34 +188,69 @@ def check_writable(path: Path, *, force: bool) -> None:
         raise OutputError(f"cannot write to {folder}", do="choose another place")
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes, *, replace: bool = True) -> None:
     """Write a file beside its place and move it there, so that it appears whole.
 
+    Args:
+        path: where to.
+        data: its content.
+        replace: whether a file of this name may be there; without it another process that makes
+            the same name at the same time is refused, never overwritten.
+
     Raises:
-        OutputError: it cannot be written, the disk being full for example; nothing is left.
+        OutputError: it cannot be written, the disk being full for example, or is there already;
+            nothing is left.
     """
-    part: Path | None = None
     try:
-        with tempfile.NamedTemporaryFile(
-            dir=path.parent, prefix=f".{path.name}.", suffix=".part", delete=False
-        ) as stream:
-            part = Path(stream.name)
+        with part_file(path) as (part, stream):
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        part.chmod(0o666 & ~_umask())
-        part.replace(path)
-        part = None
+            part.chmod(0o666 & ~_umask())
+            if os.name == "nt":
+                stream.close()  # Windows moves no open file
+            if replace:
+                part.replace(path)
+            else:
+                _place_new(part, path)
+    except FileExistsError as error:
+        raise OutputError(f"{path} exists", do="choose another name, or add --force") from error
     except OSError as error:
         raise OutputError(
             f"cannot write {path}", got=error.strerror, do="make room, or choose another place"
         ) from error
-    finally:
-        if part is not None:  # also when interrupted
-            part.unlink(missing_ok=True)
+
+
+def _place_new(part: Path, path: Path) -> None:
+    """Give a file its name unless that is taken.
+
+    Raises:
+        FileExistsError: it is.
+    """
+    try:
+        os.link(part, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links: reserve the name, then take it
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        part.replace(path)
 
 
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    body = dict(pairs)
+    if len(body) < len(pairs):
+        raise ValueError("a key is given twice")
+    return body
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is not a finite number")
+    return number

@@ -1,0 +1,138 @@
+"""Unfinished files and folders: locked while their process lives, swept when it is dead.
+
+What is not whole yet lies under `.NAME.XXXXXXXX.sld-part`, beside its place. Its process holds a
+lock on it (flock), which ends with the process however that dies. So whoever writes to a folder
+next can tell what is left over, and removes it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+import stat
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+_PART = re.compile(r"\..+\.[0-9a-f]{8}\.sld-part")
+_OLD_ENOUGH = 24 * 3600.0  # seconds; where there are no locks, what is older is left over
+_LONGEST = 200  # characters of a name that are kept in the part's name
+
+
+@contextmanager
+def part_file(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
+    """Give a new, locked, empty file beside `path`; what is still there in the end is removed.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    sweep(path.parent)
+    part, handle = _locked(path, lambda part: part.touch(mode=0o600, exist_ok=False), os.O_RDWR)
+    assert handle is not None
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            yield part, stream
+    finally:
+        part.unlink(missing_ok=True)  # also when interrupted
+
+
+@contextmanager
+def part_folder(path: Path) -> Iterator[Path]:
+    """Give a new, locked, empty folder beside `path`, for this user alone; removed in the end.
+
+    Move it to its place (`rename`) to keep it.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    sweep(path.parent)
+    part, handle = _locked(path, lambda part: part.mkdir(mode=0o700), os.O_RDONLY)
+    try:
+        yield part
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        if handle is not None:
+            os.close(handle)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what dead processes left unfinished in a folder; what cannot be removed stays."""
+    with suppress(OSError):
+        for name in os.listdir(folder):
+            if _PART.fullmatch(name):
+                _sweep_one(folder / name)
+
+
+def part_path(path: Path) -> Path:
+    """Return a new name for what will be `path`, beside it."""
+    name = path.name.encode()[:_LONGEST].decode(errors="ignore")
+    return path.with_name(f".{name}.{secrets.token_hex(4)}.sld-part")
+
+
+def _locked(path: Path, make: Callable[[Path], object], flags: int) -> tuple[Path, int | None]:
+    """Make a part and lock it; a sweep may come between the two, so look again and retry."""
+    while True:
+        part = part_path(path)
+        make(part)
+        if fcntl is None and part.is_dir():
+            return part, None  # Windows opens no folders
+        handle = None
+        try:
+            handle = os.open(part, flags | getattr(os, "O_BINARY", 0))
+            if _lock(handle) and os.path.samestat(os.stat(part), os.fstat(handle)):
+                return part, handle
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            _remove(part)
+            raise
+        if handle is not None:
+            os.close(handle)
+
+
+def _lock(handle: int) -> bool:
+    """Take the lock unless another process has it; a file system without locks is no reason."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _sweep_one(part: Path) -> None:
+    """Remove a part that no living process holds; its maker's lock fails while ours is held."""
+    with suppress(OSError):  # at work, gone, not ours, or a file system that has no locks
+        status = part.lstat()
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+            return
+        if fcntl is None:
+            if time.time() - status.st_mtime > _OLD_ENOUGH:
+                _remove(part)
+            return
+        handle = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove(part)
+        finally:
+            os.close(handle)
+
+
+def _remove(part: Path) -> None:
+    with suppress(OSError):
+        if part.is_dir() and not part.is_symlink():
+            shutil.rmtree(part, ignore_errors=True)
+        else:
+            part.unlink()
