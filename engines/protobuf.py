@@ -53,6 +53,34 @@ def fields(message: bytes) -> Iterator[Field]:
         at = end
 
 
+def spans(message: memoryview) -> Iterator[tuple[int, memoryview | int]]:
+    """Yield number and value of a message's fields, without a copy; bytes as a view.
+
+    A value of fixed size is given as a view, too. Groups, which ONNX has none of, are refused.
+
+    Raises:
+        ValueError: not a whole message.
+    """
+    at, end = 0, len(message)
+    while at < end:
+        tag, at = _number(message, at)
+        number, kind = tag >> 3, tag & 7
+        if kind == _VARINT:
+            value, at = _number(message, at)
+            yield number, value
+            continue
+        if kind == _BYTES:
+            size, at = _number(message, at)
+        elif kind in _FIXED:
+            size = _FIXED[kind]
+        else:
+            raise ValueError(f"wire type {kind}")
+        if number == 0 or size > end - at:
+            raise ValueError("cut short")
+        yield number, message[at : at + size]
+        at += size
+
+
 def values(message: bytes, number: int) -> list[bytes]:
     """Return what all fields of one number hold."""
     return [field.value for field in fields(message) if field.number == number]
@@ -75,6 +103,20 @@ def _varint(message: bytes, at: int) -> tuple[int, int]:
         if byte < 128:
             return number, at
         shift += 7
+
+
+def _number(message: memoryview, at: int) -> tuple[int, int]:
+    """Return a number of at most 64 bits and where it ends."""
+    number = 0
+    for shift in range(0, 70, 7):
+        if at >= len(message):
+            break
+        byte = message[at]
+        at += 1
+        number |= (byte & 127) << shift
+        if byte < 128:
+            return number, at
+    raise ValueError("cut short, or a number of more than 64 bits")
 
 
 def _as_varint(number: int) -> bytes:

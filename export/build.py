@@ -147,7 +147,7 @@ class _Job:
         return info
 
     def _build(self, name: str, component: Component, form: str, folder: Path) -> PlanInfo:
-        graph, *_ = [self.bundle.check(file) for file in component.files]
+        graph = self.bundle.graph(component).path
         other = form != component.attention
         keep = f"{name}.decomposed.onnx" if other and self.settings.strip_weights else None
         return build_plan(

@@ -84,7 +84,7 @@ def compare_plan(bundle: Bundle, info: PlanInfo, device: Device) -> Comparison:
     plan = Plan(path=bundle.path / plan_name(info.component), info=info)
     require_fit(plan, bundle, device)
     component = bundle.manifest.components[info.component]
-    graph, *_ = [bundle.check(file) for file in component.files]
+    graph = bundle.graph(component).path
     feeds = _feeds(bundle, info)
     with OrtEngine(graph, as_is=True) as reference:
         wanted = reference.run(feeds)

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
+import re
+import stat
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
@@ -17,7 +18,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sld_edge.engines.base import TensorSpec
-from sld_edge.engines.errors import BundleError
+from sld_edge.engines.checks import exact_text, finite_number, whole_number
+from sld_edge.engines.errors import BundleError, InputError, one_line
+from sld_edge.engines.files import (
+    JSON_LIMIT,
+    Identity,
+    floats_from_npy,
+    identity,
+    json_from_bytes,
+    read_limited,
+    sha256_of_file,
+)
+from sld_edge.engines.onnx_files import GRAPH_LIMIT, externals
 
 FORMAT = "sld-edge-bundle"
 FORMAT_VERSION = 2
@@ -26,6 +38,16 @@ REQUIRED_COMPONENTS = ("text_encoder", "unet", "guidance", "vae_decoder")
 SHALLOW = "unet_shallow"  # component that feature caching needs
 KEPT_SAFETY = "kept_safety"  # and the one that safety cadence needs
 EMBEDDED = Path(__file__).parent / "miniature"  # the bundle that ships with the package
+# The package's own guidance graphs: the bytes in EMBEDDED, which every bundle has a copy of.
+OWN_GRAPHS: Mapping[str, str] = {
+    "guidance": "4b341d4b28f76124002b05a0c6a4223c1a5273f0f5df15eada8812f80550b073",
+    KEPT_SAFETY: "5ce8b6456c66a60b4e74d8124d2404bb781236eb3bd2a8f4de7b6b99a1359475",
+}
+_ARRAY_LIMIT = 256 << 20  # bytes of constant embeddings
+_AGAIN = "copy or export the bundle again"
+_SHA256 = re.compile("[0-9a-f]{64}")
+_DTYPES = ("float32", "float16", "float64", "int64", "int32", "uint8", "bool")
+_MOST = 1 << 20  # of any size, count or dimension in a manifest
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 
@@ -140,30 +162,24 @@ class Manifest:
         return list(dict.fromkeys(parts))  # the two graphs of a UNet share their weights
 
 
-def manifest_from_json(text: str, *, origin: str) -> Manifest:
-    """Read `bundle.json`; `origin` is the path that error messages name.
+def manifest_from_json(data: bytes, *, origin: str) -> Manifest:
+    """Read the bytes of `bundle.json`; `origin` is the path that error messages name.
 
     Raises:
-        BundleError: not JSON, not a bundle, a future format version, a missing or wrong entry, or a
-            path that leaves the bundle.
+        BundleError: not JSON, not a bundle, a future format version, a missing or wrong entry, a
+            path that leaves the bundle, or guidance graphs that are not the package's own.
     """
-    try:
-        body = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise BundleError(
-            f"{origin} is not whole JSON", got=error, do="export or copy the bundle again"
-        ) from error
-    if not isinstance(body, dict) or body.get("format") != FORMAT:
+    body = json_from_bytes(data, origin=origin, error=BundleError, do=_AGAIN)
+    if body.get("format") != FORMAT:
         raise BundleError(f"{origin} is not a bundle's manifest", expected=f'"format": "{FORMAT}"')
     version = body.get("format_version")
     if version != FORMAT_VERSION:
+        newer = isinstance(version, int) and version > FORMAT_VERSION
         raise BundleError(
             f"{origin}: format version",
             got=version,
             expected=FORMAT_VERSION,
-            do="update sld-edge"
-            if isinstance(version, int) and version > FORMAT_VERSION
-            else "export the bundle again",
+            do="update sld-edge" if newer else "export the bundle again",
         )
     try:
         return _manifest(body)
@@ -171,93 +187,167 @@ def manifest_from_json(text: str, *, origin: str) -> Manifest:
         raise BundleError(
             f"{origin} lacks the entry {error}", do="export the bundle again"
         ) from error
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, OverflowError, InputError) as error:
         raise BundleError(
-            f"{origin} has an entry of the wrong kind", got=error, do="export the bundle again"
+            f"{origin} has an entry of the wrong kind",
+            got=one_line(error),
+            do="export the bundle again",
         ) from error
 
 
 def _manifest(body: Mapping[str, Any]) -> Manifest:
     if body["prediction_type"] not in ("epsilon", "v_prediction", "sample"):
         raise ValueError(f"prediction_type {body['prediction_type']!r}")
-    components = {name: _component(part) for name, part in body["components"].items()}
+    components = {_name(name): _component(part) for name, part in _items(body["components"])}
     for name in REQUIRED_COMPONENTS:
         components[name]  # a KeyError names what is missing
+    for name, sha256 in OWN_GRAPHS.items():
+        if name in components and [file.sha256 for file in components[name].files] != [sha256]:
+            raise BundleError(
+                f"this bundle brings a {name} graph of its own, and only sld-edge's may steer",
+                do="export the bundle again with this version",
+            )
     latents, text, size, defaults, embeddings = (
         body[key] for key in ("latents", "text", "size", "defaults", "embeddings")
     )
-    _file(embeddings)
+    file = _file(embeddings)
     return Manifest(
-        created_by=str(body["created_by"]),
-        model=ModelInfo(id=str(body["model"]["id"]), source=str(body["model"]["source"])),
+        created_by=exact_text("created_by", body["created_by"]),
+        model=ModelInfo(
+            id=exact_text("model id", body["model"]["id"]),
+            source=exact_text("model source", body["model"]["source"]),
+        ),
         prediction_type=cast(PredictionType, body["prediction_type"]),
         latents=LatentInfo(
             channels=_count(latents["channels"]),
             downscale=_count(latents["downscale"]),
-            scaling_factor=float(latents["scaling_factor"]),
+            scaling_factor=finite_number("scaling_factor", latents["scaling_factor"], 1e-6, 1e6),
         ),
         text=TextInfo(length=_count(text["length"]), width=_count(text["width"])),
         size=Size(width=_count(size["width"]), height=_count(size["height"])),
-        scheduler=dict(body["scheduler"]),
+        scheduler=dict(_items(body["scheduler"])),
         defaults=Defaults(
-            sampler=str(defaults["sampler"]),
+            sampler=exact_text("sampler", defaults["sampler"]),
             steps=_count(defaults["steps"]),
-            guidance_scale=float(defaults["guidance_scale"]),
-            safety=str(defaults["safety"]),
+            guidance_scale=finite_number("guidance_scale", defaults["guidance_scale"], 0, 100),
+            safety=exact_text("safety", defaults["safety"]),
         ),
-        safety_concepts=_concepts(body["safety_concepts"]),
+        safety_concepts=_texts("safety concepts", body["safety_concepts"]),
         tokenizer=_file(body["tokenizer"]),
         embeddings=Embeddings(
-            path=embeddings["path"],
-            sha256=embeddings["sha256"],
-            bytes=embeddings["bytes"],
-            texts=tuple(map(str, embeddings["texts"])),
+            path=file.path,
+            sha256=file.sha256,
+            bytes=file.bytes,
+            texts=_texts("texts", embeddings["texts"]),
         ),
         components=components,
         plans={name: _file(file) for name, file in body.get("plans", {}).items()},
     )
 
 
-def _concepts(texts: object) -> tuple[str, ...]:
-    if not isinstance(texts, list) or not texts:
-        raise ValueError(f"{texts!r} where a list of safety concepts belongs")
-    return tuple(map(str, texts))
+def _items(value: object) -> list[tuple[str, Any]]:
+    if not isinstance(value, dict) or len(value) > 64:
+        raise ValueError(f"{type(value).__name__} where an object of at most 64 entries belongs")
+    return list(value.items())
+
+
+def _texts(what: str, texts: object) -> tuple[str, ...]:
+    if not isinstance(texts, list) or not 0 < len(texts) <= 64:
+        raise ValueError(f"no list of {what}, 1 to 64")
+    if len(set(map(str, texts))) < len(texts):
+        raise ValueError(f"a list of {what} with one twice")
+    return tuple(exact_text(what, text) for text in texts)
+
+
+def _name(name: str) -> str:
+    if not re.fullmatch("[a-z0-9_]{1,40}", name):
+        raise ValueError(f"{name!r} where a component's name belongs")
+    return name
 
 
 def _component(part: Mapping[str, Any]) -> Component:
-    if not part["files"]:
-        raise ValueError("a component without files")
+    if not isinstance(part["files"], list) or not 0 < len(part["files"]) <= 64:
+        raise ValueError("a component without a list of 1 to 64 files")
+    files = tuple(_file(file) for file in part["files"])
+    if not files[0].path.endswith(".onnx"):  # ONNX Runtime reads other formats by other names
+        raise ValueError(f"{files[0].path!r} where an .onnx file belongs")
     return Component(
-        files=tuple(_file(file) for file in part["files"]),
-        precision=str(part["precision"]),
-        storage=str(part["storage"]),
-        attention=str(part["attention"]),
-        opset=int(part["opset"]),
+        files=files,
+        precision=exact_text("precision", part["precision"]),
+        storage=exact_text("storage", part["storage"]),
+        attention=exact_text("attention", part["attention"]),
+        opset=_count(part["opset"]),
         inputs=tuple(_tensor(tensor) for tensor in part["inputs"]),
         outputs=tuple(_tensor(tensor) for tensor in part["outputs"]),
     )
 
 
 def _tensor(tensor: Mapping[str, Any]) -> TensorSpec:
-    shape = tuple(size if isinstance(size, str) else _count(size) for size in tensor["shape"])
-    np.dtype(tensor["dtype"])  # a TypeError names an unknown one
-    return TensorSpec(name=str(tensor["name"]), dtype=str(tensor["dtype"]), shape=shape)
+    shape = tensor["shape"]
+    if not isinstance(shape, list) or len(shape) > 8 or tensor["dtype"] not in _DTYPES:
+        raise ValueError("a tensor's dtype or shape")
+    return TensorSpec(
+        name=exact_text("tensor", tensor["name"]),
+        dtype=tensor["dtype"],
+        shape=tuple(size if isinstance(size, str) else _count(size) for size in shape),
+    )
 
 
 def _file(file: Mapping[str, Any]) -> File:
-    path, sha256, size = file["path"], file["sha256"], file["bytes"]
+    path, sha256 = exact_text("path", file["path"]), file["sha256"]
     pure = PurePosixPath(path)
-    if pure.is_absolute() or ".." in pure.parts or "\\" in path or ":" in path or not pure.parts:
+    if (
+        pure.is_absolute()
+        or ".." in pure.parts
+        or not pure.parts
+        or not path.isprintable()
+        or any(character in path for character in '\\:*?"<>|')
+        or len(path) > 200
+        or path == MANIFEST
+    ):
         raise BundleError(f"bundle.json names a path that leaves the bundle: {path!r}")
-    if not (isinstance(sha256, str) and len(sha256) == 64):
+    if not (isinstance(sha256, str) and _SHA256.fullmatch(sha256)):
         raise ValueError(f"sha256 of {path}")
-    return File(path=path, sha256=sha256, bytes=_count(size))
+    return File(path=path, sha256=sha256, bytes=whole_number("bytes", file["bytes"], 1, 1 << 50))
 
 
 def _count(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{value!r} where a whole number above 0 belongs")
-    return value
+    return whole_number("count", value, 1, _MOST)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckedGraph:
+    """A graph whose files were hashed, and what they were then."""
+
+    path: Path
+    seen: Mapping[Path, Identity]
+
+    def confirm(self) -> None:
+        """Look again, after an engine has read the files.
+
+        Raises:
+            BundleError: one of them was changed or exchanged since it was hashed.
+        """
+        for path, before in self.seen.items():
+            try:
+                now = identity(path.stat())
+            except OSError:
+                now = None
+            if now != before:
+                raise BundleError(f"{path} was changed while it was loaded", do=_AGAIN)
+
+
+def own_graph(name: str) -> Path:
+    """Return the package's own copy of a guidance graph, which every bundle has the same bytes of.
+
+    Raises:
+        BundleError: it is not the file that the package was made with.
+    """
+    path = EMBEDDED / f"{name}.onnx"
+    data = read_limited(path, JSON_LIMIT, error=BundleError, do="install sld-edge again")
+    if hashlib.sha256(data).hexdigest() != OWN_GRAPHS[name]:
+        raise BundleError(f"{path} was altered", do="install sld-edge again")
+    return path
 
 
 class Bundle:
@@ -281,70 +371,121 @@ class Bundle:
         root = EMBEDDED if path is None else Path(path)
         file = root / MANIFEST
         try:
-            raw = file.read_bytes()
-        except OSError as error:
+            root.lstat()
+            file.lstat()
+        except (OSError, ValueError) as error:
             raise BundleError(
                 f"no bundle at {root}",
-                got=f"{MANIFEST}: {error.strerror}",
+                got=f"{MANIFEST}: {getattr(error, 'strerror', None) or error}",
                 do="make one with: sld-export --model sd-1.5 --output DIR",
             ) from error
-        manifest = manifest_from_json(raw.decode("utf-8", "replace"), origin=str(file))
+        raw = read_limited(file, JSON_LIMIT, error=BundleError, do=_AGAIN)
+        manifest = manifest_from_json(raw, origin=str(file))
         bundle = cls(root, manifest, hashlib.sha256(raw).hexdigest())
         for entry in manifest.files():
             bundle._check_size(entry)
         return bundle
 
-    def check(self, file: File) -> Path:
-        """Hash a file and return its path.
+    def check(self, file: File) -> tuple[Path, Identity]:
+        """Hash a file and return its path, and what tells whether it is still that file.
 
         Raises:
-            BundleError: its content is not what the manifest says.
+            BundleError: its content is not what the manifest says, or it is not a regular file.
         """
         path = self._check_size(file)
-        with path.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        try:
+            digest, seen = sha256_of_file(path)
+        except OSError as error:
+            raise BundleError(f"cannot read {path}", got=error.strerror, do=_AGAIN) from error
+        self._compare(path, digest, file)
+        return path, seen
+
+    def read(self, file: File, limit: int) -> bytes:
+        """Return the bytes of a file, which are what the manifest says.
+
+        Raises:
+            BundleError: they are not, or are more than `limit`.
+        """
+        path = self._check_size(file)
+        data = read_limited(path, limit, error=BundleError, do=_AGAIN)
+        self._compare(path, hashlib.sha256(data).hexdigest(), file)
+        return data
+
+    def graph(self, component: Component) -> CheckedGraph:
+        """Hash a component's files and return its graph, which reads no other file.
+
+        Raises:
+            BundleError: a file is not what the manifest says; or the graph names a file that is not
+                the component's, or bytes beyond its end.
+        """
+        graph, *rest = component.files
+        path = self.path / graph.path
+        seen = dict(self.check(file) for file in component.files)
+        sizes = {file.path: file.bytes for file in rest}
+        try:
+            for tensor in externals(memoryview(self.read(graph, GRAPH_LIMIT))):
+                beside = str(PurePosixPath(graph.path).with_name(tensor.location))
+                end = tensor.offset + (0 if tensor.length is None else tensor.length)
+                if beside not in sizes or end > sizes[beside]:
+                    raise ValueError(f"weights in {tensor.location!r}, up to byte {end}")
+        except (ValueError, RecursionError) as error:
+            raise BundleError(
+                f"{path} reads what bundle.json does not list for it",
+                got=one_line(error),
+                do="do not run this bundle; export it again",
+            ) from error
+        return CheckedGraph(path=path, seen=seen)
+
+    def tokenizer_json(self) -> str:
+        """Return the checked tokenizer's text."""
+        try:
+            return self.read(self.manifest.tokenizer, JSON_LIMIT).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise BundleError("tokenizer.json is not UTF-8 text", do=_AGAIN) from error
+
+    def embeddings(self) -> dict[str, NDArray[np.float32]]:
+        """Return the checked constant embeddings, each float32 [L,C], by their text."""
+        entry = self.manifest.embeddings
+        file = File(path=entry.path, sha256=entry.sha256, bytes=entry.bytes)
+        try:
+            array = floats_from_npy(self.read(file, _ARRAY_LIMIT))
+        except ValueError as error:
+            raise BundleError(f"{entry.path} is not a NumPy array", got=error, do=_AGAIN) from error
+        text = self.manifest.text
+        shape = (len(entry.texts), text.length, text.width)
+        if array.shape != shape or not np.isfinite(array).all():
+            raise BundleError(
+                f"{entry.path}", got=f"float32 {array.shape}", expected=f"finite numbers {shape}"
+            )
+        return dict(zip(entry.texts, array, strict=True))
+
+    def _compare(self, path: Path, digest: str, file: File) -> None:
         if digest != file.sha256:
             raise BundleError(
                 f"{path} is not the file that the bundle was made with",
                 got=f"SHA-256 {digest[:12]}…",
                 expected=f"{file.sha256[:12]}…",
-                do="copy or export the bundle again",
+                do=_AGAIN,
             )
-        return path
-
-    def tokenizer_json(self) -> str:
-        """Return the checked tokenizer's text."""
-        return self.check(self.manifest.tokenizer).read_text(encoding="utf-8")
-
-    def embeddings(self) -> dict[str, NDArray[np.float32]]:
-        """Return the checked constant embeddings, each float32 [L,C], by their text."""
-        entry = self.manifest.embeddings
-        path = self.check(File(path=entry.path, sha256=entry.sha256, bytes=entry.bytes))
-        try:
-            array = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
-        except ValueError as error:
-            raise BundleError(f"{path} is not a NumPy array", got=error) from error
-        text = self.manifest.text
-        shape = (len(entry.texts), text.length, text.width)
-        if array.shape != shape or array.dtype != np.float32:
-            raise BundleError(f"{path}", got=f"{array.dtype} {array.shape}", expected=shape)
-        return dict(zip(entry.texts, array, strict=True))
 
     def _check_size(self, file: File) -> Path:
         path = self.path / file.path
         try:
-            size = path.stat().st_size
-        except OSError as error:
+            status = path.stat()
+            inside = path.resolve().is_relative_to(self.path.resolve())
+        except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
             raise BundleError(
                 f"the bundle at {self.path} lacks {file.path}", do="copy or export it again"
             ) from error
-        if not path.resolve().is_relative_to(self.path.resolve()):
+        if not inside:
             raise BundleError(f"{path} is a link that leaves the bundle", do="copy the file itself")
-        if size != file.bytes:
+        if not stat.S_ISREG(status.st_mode):
+            raise BundleError(f"{path} is not a regular file", do="copy the file itself")
+        if status.st_size != file.bytes:
             raise BundleError(
                 f"{path} is cut short or altered",
-                got=f"{size} bytes",
+                got=f"{status.st_size} bytes",
                 expected=f"{file.bytes}",
-                do="copy or export the bundle again",
+                do=_AGAIN,
             )
         return path

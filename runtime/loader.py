@@ -16,7 +16,7 @@ from sld_edge.engines.plan_info import FLAVOURS, Flavour
 from sld_edge.engines.providers import choose, status
 from sld_edge.engines.sessions import prepared_engine
 from sld_edge.engines.tensorrt import TrtEngine, tensorrt_module
-from sld_edge.runtime.bundle import Bundle, Component
+from sld_edge.runtime.bundle import OWN_GRAPHS, Bundle, CheckedGraph, Component, own_graph
 from sld_edge.runtime.plans import (
     Plan,
     bundle_of_plan,
@@ -125,13 +125,22 @@ class Loader:
                 source=self._source(component, plan),
             )
         provider = self._ort_provider(name)
+        if name in OWN_GRAPHS:  # never from a bundle or a cache
+            if provider == "cpu":
+                return OrtEngine(own_graph(name))
+            return OrtDeviceEngine(own_graph(name), self.device, provider=provider)
+        source = _Source(self.bundle, component)
+        engine: Engine
         if provider == "cpu":
-            return prepared_engine(
+            engine = prepared_engine(
                 source_digest(component),
-                lambda: self._graph(component),
+                source.path,
                 keep_fp16=_is_stored_small(component) and _is_heavy(component),
             )
-        return OrtDeviceEngine(self._graph(component), self.device, provider=provider)
+        else:
+            engine = OrtDeviceEngine(source.path(), self.device, provider=provider)
+        source.confirm()
+        return engine
 
     def provider_of(self, name: str) -> str:
         """Return what runs a component."""
@@ -234,8 +243,25 @@ class Loader:
         return plan.path.with_name(str(plan.info.options.get("refit_from", graph.name)))
 
     def _graph(self, component: Component) -> Path:
-        graph, *_ = [self.bundle.check(file) for file in component.files]
-        return graph
+        return self.bundle.graph(component).path
+
+
+class _Source:
+    """A component's graph in its bundle, hashed when an engine asks for it."""
+
+    def __init__(self, bundle: Bundle, component: Component) -> None:
+        self._bundle, self._component = bundle, component
+        self._checked: CheckedGraph | None = None
+
+    def path(self) -> Path:
+        """Hash the files now."""
+        self._checked = self._bundle.graph(self._component)
+        return self._checked.path
+
+    def confirm(self) -> None:
+        """Look whether the engine read what was hashed, where it read anything."""
+        if self._checked is not None:
+            self._checked.confirm()
 
 
 def _is_stored_small(component: Component) -> bool:

@@ -36,8 +36,8 @@ def generate(bundle: Path) -> None:
 
 def test_the_manifest_survives_a_round_trip() -> None:
     text = (EMBEDDED / "bundle.json").read_text(encoding="utf-8")
-    manifest = manifest_from_json(text, origin="bundle.json")
-    assert manifest_from_json(manifest.to_json(), origin="again") == manifest
+    manifest = manifest_from_json(text.encode(), origin="bundle.json")
+    assert manifest_from_json(manifest.to_json().encode(), origin="again") == manifest
 
 
 def test_no_bundle_there(tmp_path: Path) -> None:

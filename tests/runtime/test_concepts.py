@@ -177,9 +177,13 @@ def test_a_bundle_may_have_several(miniature: Pipeline) -> None:
     text = manifest.to_json()
     one = f'"safety_concepts": [\n  "{manifest.safety_concepts[0]}"\n ]'
     assert one in text
-    two = manifest_from_json(text.replace(one, '"safety_concepts": ["x", "y"]'), origin="b")
+    two = manifest_from_json(
+        text.replace(one, '"safety_concepts": ["x", "y"]').encode(), origin="b"
+    )
     assert two.safety_concepts == ("x", "y")
     assert two.safety_concept == "x, y"
     for wrong in ("[]", '"x"'):
         with pytest.raises(BundleError, match="list of safety concepts"):
-            manifest_from_json(text.replace(one, f'"safety_concepts": {wrong}'), origin="b")
+            manifest_from_json(
+                text.replace(one, f'"safety_concepts": {wrong}').encode(), origin="b"
+            )
