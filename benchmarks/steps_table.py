@@ -66,12 +66,12 @@ def _strong(calls: int, warmup: int | None = None, *, matched: bool = False) -> 
 
 
 def _nearest(calls: int) -> int:
-    return math.floor(PRESETS["strong"].warmup_steps * calls / FULL + 0.5)
+    return math.floor(PRESETS["strong"].warmup * calls / FULL + 0.5)
 
 
 VARIANTS: Mapping[str, Callable[[int], Safety]] = {
     "strong, warm-up rounded to nearest": lambda calls: _strong(calls, _nearest(calls)),
-    "strong, warm-up as printed": lambda calls: _strong(calls, PRESETS["strong"].warmup_steps),
+    "strong, warm-up as printed": lambda calls: _strong(calls, PRESETS["strong"].warmup),
     "strong, no warm-up": lambda calls: _strong(calls, 0),
     "strong, momentum matched": lambda calls: _strong(calls, matched=True),
     "strong, nearest and matched": lambda calls: _strong(calls, _nearest(calls), matched=True),

@@ -40,6 +40,10 @@ class InputError(UserError):
     """An argument, option or prompt that cannot be honoured."""
 
 
+class PolicyError(UserError):
+    """Something that this device's policy does not allow, or a policy that cannot be used."""
+
+
 class BundleError(UserError):
     """A bundle that is missing, cut short, altered, from the future, or not what it says."""
 

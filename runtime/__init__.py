@@ -7,12 +7,14 @@ from sld_edge.engines.errors import (
     MissingPackageError,
     NumericsError,
     OutputError,
+    PolicyError,
     UserError,
 )
 from sld_edge.runtime.bundle import Bundle
 from sld_edge.runtime.loop import Step
-from sld_edge.runtime.pipeline import Pipeline, Result
+from sld_edge.runtime.pipeline import Pipeline
 from sld_edge.runtime.plan import ImagePlan, Request, RunPlan
+from sld_edge.runtime.result import Result
 from sld_edge.runtime.safety import PAPER_CONCEPT, PRESETS, Safety
 from sld_edge.runtime.samplers import SAMPLERS
 
@@ -29,6 +31,7 @@ __all__ = [
     "NumericsError",
     "OutputError",
     "Pipeline",
+    "PolicyError",
     "Request",
     "Result",
     "RunPlan",

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,21 +15,22 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from sld_edge.engines.errors import EngineError, InputError
+from sld_edge.engines.errors import EngineError, InputError, OutputError
 from sld_edge.engines.files import check_writable, write_whole
 from sld_edge.engines.providers import choose, survey, survey_table
 from sld_edge.runtime.bundle import KEPT_SAFETY, SHALLOW
-from sld_edge.runtime.console import EXIT_FAILED, EXIT_OK, run_command
-from sld_edge.runtime.escalate import Screening, check_screening, screened_run
+from sld_edge.runtime.console import EXIT_FAILED, EXIT_FLAGGED, EXIT_OK, run_command
+from sld_edge.runtime.escalate import Screening
 from sld_edge.runtime.loop import Step
 from sld_edge.runtime.options import RunSettings, parser
 from sld_edge.runtime.picture import edit_map_picture, png_from_image
-from sld_edge.runtime.pipeline import Callback, Pipeline, Result
+from sld_edge.runtime.pipeline import Callback, Pipeline, Progress
 from sld_edge.runtime.plan import Request, RunPlan
+from sld_edge.runtime.policy import machine_policy
+from sld_edge.runtime.report import safety_words
+from sld_edge.runtime.result import Result
 from sld_edge.runtime.scorers import rule_for, rule_from_text, scorers_from_names, split_paths
 from sld_edge.runtime.selftest import self_test
-
-_LOOK_SECONDS = 0.5  # between looks at what safety does: each waits for the device
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,6 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(settings: RunSettings) -> int:
     if settings.providers:
         print(survey_table(survey()))
+        return EXIT_OK
+    if settings.policy:
+        print(machine_policy().text())
         return EXIT_OK
     if settings.self_test:
         return _self_test(settings)
@@ -55,8 +59,8 @@ def _run(settings: RunSettings) -> int:
         vae_tiling=settings.vae_tiling,
     )
     with pipeline:
-        _make(pipeline, settings)
-    return EXIT_OK
+        flagged = _make(pipeline, settings)
+    return EXIT_FLAGGED if flagged else EXIT_OK
 
 
 def _self_test(settings: RunSettings) -> int:
@@ -76,7 +80,8 @@ def _build_plans(bundle: Path, flavour: str) -> None:
         raise EngineError(f"the plans for {flavour} could not be built, see above")
 
 
-def _make(pipeline: Pipeline, settings: RunSettings) -> None:
+def _make(pipeline: Pipeline, settings: RunSettings) -> bool:
+    """Make the pictures and write them; return whether one is flagged."""
     prompts = _prompts(settings.prompt)
     request = Request(
         prompts=prompts,
@@ -98,55 +103,89 @@ def _make(pipeline: Pipeline, settings: RunSettings) -> None:
     )
     plan = pipeline.plan(request)
     screening = _screening(settings)
-    if screening is not None:
-        check_screening(plan, screening)
+    pipeline.check(plan, screening=screening)
     pictures = _picture_paths(settings.output, plan)
     maps = _numbered(settings.edit_map, len(plan.images)) if settings.edit_map else []
+    others = [path for path in (settings.report, settings.preview) if path is not None]
+    _check_different((*pictures, *maps, *others))
     for path in (*pictures, *maps, *([settings.report] if settings.report else [])):
         check_writable(path, force=settings.force)
     if settings.preview:
         check_writable(settings.preview, force=True)
-    for line in _notes(pipeline, settings, prompts):
+    for line in _notes(pipeline, settings, plan):
         print(f"note: {line}", file=sys.stderr)
-    with _progress(pipeline, plan, settings) as callback:
-        size = settings.batch_size
-        if screening is None:
-            result = pipeline.run(plan, batch_size=size, callback=callback)
-        else:
-            result = screened_run(pipeline, plan, screening, batch_size=size, callback=callback)
-    shown = [index for index, report in enumerate(result.reports) if not _withheld(report)]
-    for index in shown:
-        write_whole(pictures[index], png_from_image(result.images[index], result.reports[index]))
-    for index in shown if maps else ():
-        where = edit_map_picture(result.images[index], result.edit_maps[index])
-        write_whole(maps[index], png_from_image(where, result.reports[index]))
-    if settings.report:
-        body = json.dumps({"images": result.reports}, indent=1, ensure_ascii=False) + "\n"
-        write_whole(settings.report, body.encode())
+    with _progress(settings) as progress:
+        result = pipeline.run(
+            plan,
+            screening=screening,
+            batch_size=settings.batch_size,
+            callback=_preview(pipeline, settings.preview) if settings.preview else None,
+            progress=progress,
+        )
+    _write(result, pictures, maps, settings)
     if not settings.quiet:
         _tell(pictures, result)
     for line in _warnings(pictures, result):
         print(f"warning: {line}", file=sys.stderr)
+    return any(report.get("flagged", False) for report in result.reports)
+
+
+def _write(
+    result: Result, pictures: Sequence[Path], maps: Sequence[Path], settings: RunSettings
+) -> None:
+    """Write what may be shown; under the name of a picture that is withheld there is none."""
+    new = not settings.force
+    for index, (image, report) in enumerate(zip(result.images, result.reports, strict=True)):
+        if _withheld(report):
+            for path in (pictures[index], *maps[index : index + 1]):
+                path.unlink(missing_ok=True)  # of an earlier run
+            continue
+        write_whole(pictures[index], png_from_image(image, report), replace=not new)
+        if maps:
+            where = edit_map_picture(image, result.edit_maps[index])
+            write_whole(maps[index], png_from_image(where, report), replace=not new)
+    if settings.report:
+        body = json.dumps({"images": result.reports}, indent=1, ensure_ascii=False) + "\n"
+        write_whole(settings.report, body.encode(), replace=not new)
+
+
+def _check_different(paths: Sequence[Path]) -> None:
+    """Refuse two outputs of one name: the second would overwrite the first."""
+    seen: set[str] = set()
+    for path in paths:
+        name = os.path.normcase(os.path.realpath(path))
+        if name in seen:
+            raise OutputError(f"two outputs are called {path}", do="give each another name")
+        seen.add(name)
 
 
 def _screening(settings: RunSettings) -> Screening | None:
     """Load the scorers; None where none is asked for."""
     if not settings.scorer:
-        for option, value in (("--on-flag", settings.on_flag), ("--flag-rule", settings.flag_rule)):
+        options = {
+            "--on-flag": settings.on_flag,
+            "--flag-rule": settings.flag_rule,
+            "--report-recipe": settings.report_recipe,
+        }
+        for option, value in options.items():
             if value is not None:
                 raise InputError(f"{option} needs a scorer", do="add --scorer NAME")
         return None
-    on_flag = settings.on_flag if settings.on_flag is not None else "report"
-    if settings.preview and on_flag != "report":
+    if settings.preview and settings.on_flag not in (None, "report"):
         raise InputError(
             "--preview would show pictures before they are scored",
-            got=f"--on-flag {on_flag}",
+            got=f"--on-flag {settings.on_flag}",
             do="leave one of them out",
         )
     names, paths = split_paths(settings.scorer)
     scorers = scorers_from_names(names, paths)
     rule = rule_from_text(settings.flag_rule) if settings.flag_rule is not None else rule_for(names)
-    return Screening(scorers=scorers, rule=rule, on_flag=on_flag)
+    return Screening(
+        scorers=scorers,
+        rule=rule,
+        on_flag=settings.on_flag,
+        report_recipe=settings.report_recipe,
+    )
 
 
 def _withheld(report: Mapping[str, Any]) -> bool:
@@ -154,8 +193,14 @@ def _withheld(report: Mapping[str, Any]) -> bool:
 
 
 def _warnings(pictures: Sequence[Path], result: Result) -> Iterator[str]:
-    """What is said of flagged pictures even where nothing else is."""
+    """What is said of flagged and unsafe pictures even where nothing else is."""
     for path, report in zip(pictures, result.reports, strict=True):
+        safety = report["safety"]
+        if safety["preset"] != "off" and not safety["acted"]:
+            yield (
+                f"{path}: safety had no effect on this picture ({safety['preset']}, strongest edit "
+                f"{safety['max_strength']:.1e} of the guidance)"
+            )
         if not report.get("flagged", False):
             continue
         screening = report["screening"]
@@ -169,7 +214,7 @@ def _warnings(pictures: Sequence[Path], result: Result) -> Iterator[str]:
             yield f"{path} is flagged"
 
 
-def _notes(pipeline: Pipeline, settings: RunSettings, prompts: Sequence[str]) -> Iterator[str]:
+def _notes(pipeline: Pipeline, settings: RunSettings, plan: RunPlan) -> Iterator[str]:
     """What a user should know before the run."""
     if settings.provider == "auto" and pipeline.provider != "cpu" and not settings.quiet:
         yield pipeline.why
@@ -181,8 +226,15 @@ def _notes(pipeline: Pipeline, settings: RunSettings, prompts: Sequence[str]) ->
     for component, why in pipeline.fallbacks.items():
         if component not in unused:
             yield f"{component}: {why}"
-    texts = dict.fromkeys((*prompts, settings.negative_prompt or ""), "prompt")
-    texts |= dict.fromkeys(settings.safety_concept, "safety concept")
+    if settings.safety is None and not any(image.safety.acts for image in plan.images):
+        yield "safety: off (the bundle's default)"
+    texts: dict[str, str] = {}
+    for image in plan.images:
+        texts |= {image.prompt: "prompt", image.negative_prompt: "negative prompt"}
+    for image in plan.images:
+        texts |= dict.fromkeys(image.acting_concepts, "safety concept")
+        if image.acting_concepts and image.prompt in image.acting_concepts:
+            yield "the prompt is the safety concept: between the two there is nothing to edit"
     for text, what in texts.items():
         cut = pipeline.cut_from(text)
         if cut:
@@ -242,42 +294,36 @@ def _numbered(path: Path, count: int) -> list[Path]:
 
 
 @contextmanager
-def _progress(pipeline: Pipeline, plan: RunPlan, settings: RunSettings) -> Iterator[Callback]:
-    """Give a callback that moves a progress bar and rewrites the preview."""
-    calls = plan.table.calls
-    every = max(1, calls // 5)
-    looked = 0.0
+def _progress(settings: RunSettings) -> Iterator[Progress]:
+    """Give what moves a progress bar."""
     with tqdm(
         total=None, unit="call", disable=settings.quiet or None, leave=False, file=sys.stderr
     ) as bar:
 
-        def watch(step: Step) -> None:
-            nonlocal looked
-            if bar.total is None:
-                batches = -(-len(plan.images) // len(step.latents))
-                bar.reset(total=calls * batches)
-            if not bar.disable and time.monotonic() - looked > _LOOK_SECONDS:
-                looked = time.monotonic()
-                bar.set_postfix_str(f"safety edits {step.share.mean():.0%}", refresh=False)
-            bar.update()
-            if settings.preview and (step.index + 1) % every == 0:
-                picture = Image.fromarray(pipeline.decode(step.latents[:1])[0])
-                write_whole(settings.preview, png_from_image(picture))
+        def watch(done: int, total: int) -> None:
+            if bar.total != total:
+                bar.reset(total=total)
+            bar.update(done - bar.n)
 
         yield watch
+
+
+def _preview(pipeline: Pipeline, path: Path) -> Callback:
+    """Return what rewrites a picture with the image so far, five times a run."""
+
+    def watch(step: Step) -> None:
+        if (step.index + 1) % max(1, step.calls // 5) == 0:
+            picture = Image.fromarray(pipeline.decode(step.latents[:1])[0])
+            write_whole(path, png_from_image(picture))
+
+    return watch
 
 
 def _tell(pictures: Sequence[Path], result: Result) -> None:
     """Print one line a picture: where it is and what safety did."""
     for path, report in zip(pictures, result.reports, strict=True):
         if not _withheld(report):
-            print(f"{path}  {_story(report['safety'])}{_verdict(report)}")
-
-
-def _story(safety: Mapping[str, object]) -> str:
-    if safety["preset"] == "off":
-        return "safety off"
-    return f"safety {safety['preset']}: edited {safety['mean_share']:.0%} of the latent on average"
+            print(f"{path}  {safety_words(report)}{_verdict(report)}")
 
 
 def _verdict(report: Mapping[str, Any]) -> str:

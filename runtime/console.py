@@ -6,13 +6,14 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NoReturn
 
 from rich_argparse import RawDescriptionRichHelpFormatter
 
-from sld_edge.engines.errors import InputError, UserError
+from sld_edge.engines.errors import InputError, UserError, one_line
 
-EXIT_OK, EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 130
+EXIT_OK, EXIT_FAILED, EXIT_USER_ERROR, EXIT_FLAGGED, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 
 
 class HelpFormatter(RawDescriptionRichHelpFormatter):
@@ -44,7 +45,9 @@ def run_command(body: Callable[[], int | None]) -> int:
     A user's mistake becomes one line on stderr and exit code 2.
     """
     try:
-        return body() or EXIT_OK
+        code = body() or EXIT_OK
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
@@ -52,8 +55,22 @@ def run_command(body: Callable[[], int | None]) -> int:
         print("interrupted: nothing half-written was left behind", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return EXIT_OK
+    except OSError as error:  # a full disk behind standard output, for one
+        _drop_output()
+        where = error.filename if error.filename is not None else "the output"
+        print(f"error: {one_line(f'{where}: {error.strerror}')}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except MemoryError:
+        print("error: out of memory | make smaller pictures, fewer at once", file=sys.stderr)
+        return EXIT_USER_ERROR
+
+
+def _drop_output() -> None:
+    """Let what is still to be flushed go nowhere, or Python complains once more at its end."""
+    with suppress(OSError):  # standard output may be no file at all
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def peak_memory() -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -28,6 +28,7 @@ from sld_edge.runtime.plans import (
     source_digest,
     why_missing,
 )
+from sld_edge.runtime.policy import NO_POLICY, Policy, machine_policy
 from sld_edge.runtime.tiles import Tiling, VaeTiling, tiling_for
 
 # Smaller weights are no burden: cast once, kept loaded.
@@ -45,6 +46,7 @@ class LoadSettings:
         cuda_graph: replay the calls of a loop from CUDA graphs.
         low_memory: hold text encoder and decoder only while they are needed.
         vae_tiling: decode in tiles: "auto", on the CPU above 768x768 pixels; "on"; or "off".
+        evaluation: for measuring safety, which a policy may allow to be off then.
     """
 
     provider: str = "auto"
@@ -53,6 +55,7 @@ class LoadSettings:
     cuda_graph: bool = True
     low_memory: bool = False
     vae_tiling: VaeTiling = "auto"
+    evaluation: bool = False
 
 
 @dataclass(kw_only=True)
@@ -64,6 +67,7 @@ class Loader:
         provider: the resolved one.
         why: why it was taken, one line.
         settings: as asked for.
+        policy: this device's, as it bears on what is loaded here.
         plans: the plans that are used, by component.
         fallbacks: why a component runs on another provider, by component.
     """
@@ -72,6 +76,7 @@ class Loader:
     provider: str
     why: str
     settings: LoadSettings
+    policy: Policy = NO_POLICY
     plans: dict[str, Plan] = field(default_factory=dict)
     fallbacks: dict[str, str] = field(default_factory=dict)
 
@@ -84,11 +89,17 @@ class Loader:
             EngineError: plans that are missing, not trusted, or do not fit this machine.
             InputError: a provider that is unknown or does not work here.
         """
+        policy = machine_policy()
+        policy.require(
+            policy.trust_plan or not settings.trust_plan, "--trust-plan", expected="listed plans"
+        )
+        if settings.evaluation and policy.allow_off:
+            policy = replace(policy, safety=None, screening=None)
         if bundle is None and settings.plan is not None:
             bundle = bundle_of_plan(settings.plan)
         opened = Bundle.open(bundle)
         provider, why = _resolved(opened, settings)
-        loader = cls(bundle=opened, provider=provider, why=why, settings=settings)
+        loader = cls(bundle=opened, provider=provider, why=why, settings=settings, policy=policy)
         if provider in FLAVOURS:
             loader._take_plans(provider)
         return loader

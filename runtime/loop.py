@@ -159,7 +159,7 @@ class Job:
         """float32 [B,5]: scale, threshold, momentum scale and beta, and 1 where the call edits."""
         rows = []
         for safety in (image.safety for image in self.images):
-            active = float(safety.acts and index >= safety.warmup_steps)
+            active = float(safety.acts and index >= safety.warmup)
             rows.append(
                 (
                     safety.scale,
@@ -185,7 +185,7 @@ class Job:
         if any(
             image.safety.acts
             # In the warm-up the branch matters only for the momentum it builds up.
-            and (index >= image.safety.warmup_steps or image.safety.momentum_scale > 0)
+            and (index >= image.safety.warmup or image.safety.momentum_scale > 0)
             for image in self.images
         ):
             return 2 + self.concepts

@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 from sld_edge.engines.providers import NAMES
 from sld_edge.runtime.console import Parser
-from sld_edge.runtime.escalate import ON_FLAG, OnFlag
+from sld_edge.runtime.policy import ON_FLAG, POLICY_FILE, RECIPES, OnFlag, Recipe
 from sld_edge.runtime.random import Rng
 from sld_edge.runtime.safety import PRESETS
 from sld_edge.runtime.samplers import SAMPLERS
@@ -32,8 +32,8 @@ examples:
   sld-run --providers                                  what works on this machine
   sld-run --self-test --provider tensorrt-rtx          proves it, against the CPU
 
-Image k of seed S is the image of seed S + k. A mistake in what was asked: one line, exit code 2.
-A self-test that fails: exit code 1.
+Image k of seed S is the image of seed S + k. Exit codes: 0, all pictures are as asked for; 1, a
+self-test failed; 2, a mistake in what was asked, told in one line; 3, a picture was flagged.
 """
 
 
@@ -48,6 +48,7 @@ class RunSettings:
     force: bool
     provider: str
     providers: bool
+    policy: bool
     self_test: bool
     trust_plan: bool
     no_cuda_graph: bool
@@ -63,6 +64,7 @@ class RunSettings:
     scorer: Sequence[str]
     on_flag: OnFlag | None
     flag_rule: str | None
+    report_recipe: Recipe | None
     negative_prompt: str | None
     steps: int | None
     guidance_scale: float | None
@@ -153,7 +155,8 @@ def parser() -> Parser:
         "--safety-warmup",
         type=int,
         metavar="N",
-        help="calls without an edit; taken as it is, where a preset's is scaled to the steps",
+        help="calls without an edit; taken as it is, where a preset's is scaled to the steps; "
+        "refused where it leaves no more than the last call",
     )
     custom.add_argument(
         "--safety-threshold",
@@ -186,14 +189,21 @@ def parser() -> Parser:
     screening.add_argument(
         "--on-flag",
         metavar="WHAT",
-        help=f"with a flagged picture: {', '.join(ON_FLAG)} (again with the next stronger preset, "
-        "up to max) (default: report)",
+        help=f"with a flagged picture: {', '.join(ON_FLAG)}; escalate makes it again with the next "
+        "stronger preset, up to max, and escalate-withhold writes nothing if that does not help "
+        "(default: report)",
     )
     screening.add_argument(
         "--flag-rule",
         metavar="RULE",
         help='as "nudenet.exposed>=0.6 or q16.inappropriate>=0.5"; <= where low numbers are unsafe '
         "(default: each scorer's own)",
+    )
+    screening.add_argument(
+        "--report-recipe",
+        metavar="WHAT",
+        help=f"{', '.join(RECIPES)}: omit leaves prompt and seed out of what is written about a "
+        "picture that was blurred or withheld (default: keep)",
     )
 
     image = cli.add_argument_group("image")
@@ -232,6 +242,11 @@ def parser() -> Parser:
     add_provider(machine)
     machine.add_argument(
         "--providers", action="store_true", help="show which providers work here, or why not"
+    )
+    machine.add_argument(
+        "--policy",
+        action="store_true",
+        help=f"show what this device's owner has set in {POLICY_FILE}, which no option lowers",
     )
     machine.add_argument(
         "--self-test",

@@ -44,7 +44,8 @@ def png_from_image(image: Image.Image, report: Mapping[str, Any] | None = None) 
     """
     info = PngImagePlugin.PngInfo()
     if report is not None:
-        info.add_itxt("parameters", parameters_text(report))
+        if "recipe" not in report:  # else it was left out on purpose
+            info.add_itxt("parameters", parameters_text(report))
         info.add_itxt("sld-edge", json.dumps(report, ensure_ascii=False))
     info.add_itxt("XML:com.adobe.xmp", _XMP)
     stream = io.BytesIO()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,38 +14,38 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sld_edge.engines.base import Engine, TensorSpec
+from sld_edge.engines.checks import whole_number
 from sld_edge.engines.errors import BundleError, InputError
+from sld_edge.runtime.constants import check_constants, refuse_empty
 from sld_edge.runtime.device_loop import DeviceStage, DeviceStepper, device_engine
+from sld_edge.runtime.escalate import (
+    Screening,
+    policy_scorers,
+    screened_run,
+    screening_under,
+)
 from sld_edge.runtime.loader import Loader, LoadSettings
 from sld_edge.runtime.loop import Floats, HostStepper, Job, Step, denoise
 from sld_edge.runtime.numerics import not_finite
-from sld_edge.runtime.plan import ImagePlan, Request, RunPlan, plan_from_request
+from sld_edge.runtime.plan import (
+    ImagePlan,
+    Request,
+    RunPlan,
+    plan_from_request,
+    require_admitted,
+)
 from sld_edge.runtime.random import Rng, noise_source
 from sld_edge.runtime.report import StepReport, image_report
+from sld_edge.runtime.result import Result
 from sld_edge.runtime.safety import Safety
+from sld_edge.runtime.scorers import Scorer
 from sld_edge.runtime.tiles import VaeTiling, checked_tiling
 from sld_edge.runtime.tokenizer import Tokenizer, input_ids
 
 Callback = Callable[[Step], object]
+Progress = Callable[[int, int], object]  # told the UNet calls done and those of the whole run
 _CELLS = 64 * 64  # latent cells that are few enough to be run together: those of a 512 px image
 _CACHED_TEXTS = 256
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """What a run made. B images, in the order of the prompts, each prompt's seeds in a row.
-
-    Attributes:
-        images: the pictures, RGB.
-        latents: float32 [B,4,h,w], the last latents, unscaled.
-        edit_maps: float32 [B,h,w], where safety acted, summed over the calls; elsewhere zero.
-        reports: one dictionary an image, ready for JSON (see docs/report.md).
-    """
-
-    images: list[Image.Image]
-    latents: Floats
-    edit_maps: Floats
-    reports: list[dict[str, Any]]
 
 
 class Pipeline:
@@ -54,11 +55,13 @@ class Pipeline:
         bundle: whose graphs.
         provider: what runs them.
         why: why this provider was taken, one line.
+        policy: what this device's owner has set; every run is held against it.
     """
 
     def __init__(self, loader: Loader) -> None:
         """Use `Pipeline.load`."""
         self.bundle = loader.bundle
+        self.policy = loader.policy
         self.provider = loader.provider
         self.why = loader.why
         self._loader = loader
@@ -67,6 +70,7 @@ class Pipeline:
         text = self.bundle.manifest.text
         self._tokenizer = Tokenizer(self.bundle.tokenizer_json(), length=text.length)
         self._embeddings: dict[str, Floats] = self.bundle.embeddings()
+        self._constants_checked = False
 
     @classmethod
     def load(
@@ -79,6 +83,7 @@ class Pipeline:
         cuda_graph: bool = True,
         low_memory: bool = False,
         vae_tiling: VaeTiling = "auto",
+        evaluation: bool = False,
     ) -> Pipeline:
         """Load the bundle at a path; None is the embedded miniature bundle.
 
@@ -93,11 +98,13 @@ class Pipeline:
                 ones are, whatever this says, since prepared graphs are loaded at once.
             vae_tiling: decode in overlapping tiles: "on" or "off"; "auto" does on the CPU, where a
                 picture is larger than 768x768 pixels.
+            evaluation: the pictures measure safety, which a policy may allow to be off for that.
 
         Raises:
             BundleError: no bundle there, or a damaged one.
             EngineError: plans that are missing, not trusted, or do not fit this machine.
             InputError: a provider that is unknown or does not work here.
+            PolicyError: what this device's policy does not allow, or a policy that is no use.
         """
         settings = LoadSettings(
             provider=provider,
@@ -106,8 +113,13 @@ class Pipeline:
             cuda_graph=cuda_graph,
             low_memory=low_memory,
             vae_tiling=checked_tiling(vae_tiling),
+            evaluation=evaluation,
         )
         return cls(Loader.open(bundle, settings))
+
+    @cached_property
+    def _policy_scorers(self) -> Sequence[Scorer]:
+        return policy_scorers(self.policy)
 
     @property
     def fallbacks(self) -> Mapping[str, str]:
@@ -176,6 +188,8 @@ class Pipeline:
             InputError: a setting that cannot be honoured.
             NumericsError: NaN or infinity in what a graph gave.
         """
+        if not isinstance(prompt, str | Sequence):
+            raise InputError("prompt", got=repr(prompt), expected="a text, or a list of texts")
         request = Request(
             prompts=(prompt,) if isinstance(prompt, str) else tuple(prompt),
             negative_prompt=negative_prompt,
@@ -198,35 +212,68 @@ class Pipeline:
         )
 
     def plan(self, request: Request) -> RunPlan:
-        """Resolve a request against this bundle, without running anything."""
-        return plan_from_request(request, self.bundle.manifest)
+        """Resolve a request against this bundle and policy, without running anything."""
+        return plan_from_request(
+            request, self.bundle.manifest, tokenizer=self._tokenizer, policy=self.policy
+        )
+
+    def check(self, plan: RunPlan, *, screening: Screening | None = None) -> Screening | None:
+        """Refuse what `run` would refuse, before anything runs; return how it would screen.
+
+        Raises:
+            InputError: a plan or screening that cannot be honoured.
+            PolicyError: what this device's policy does not allow.
+        """
+        require_admitted(plan, plan.images, tokenizer=self._tokenizer, policy=self.policy)
+        return screening_under(self.policy, screening, plan, self._policy_scorers)
 
     def run(
         self,
         plan: RunPlan,
         *,
+        screening: Screening | None = None,
         latents: NDArray[np.float32] | None = None,
         batch_size: int | None = None,
         callback: Callback | None = None,
+        progress: Progress | None = None,
     ) -> Result:
-        """Do what a plan says; see `__call__`."""
-        largest = self._loader.largest_batch(_concepts(plan.images))
-        size = batch_size if batch_size is not None else self._batch_size(plan, largest)
-        if size < 1:
-            raise InputError("batch_size", got=size, expected="1 or more")
-        if latents is not None:
-            self._check_latents(latents, plan)
-        parts = []
-        for start in range(0, len(plan.images), size):
-            images = plan.images[start : start + size]
-            own = latents[start : start + size] if latents is not None else None
-            parts.append(self._run_batch(plan, images, own, callback))
-        return Result(
-            images=[image for part in parts for image in part.images],
-            latents=np.concatenate([part.latents for part in parts]),
-            edit_maps=np.concatenate([part.edit_maps for part in parts]),
-            reports=[report for part in parts for report in part.reports],
+        """Do what a plan says; see `__call__`.
+
+        Args:
+            plan: from `plan`.
+            screening: how pictures are judged before they leave, and what happens to flagged ones.
+            latents: float32 [B,4,h,w], starting noise of unit variance, in place of the seeds'.
+            batch_size: images denoised at once.
+            callback: called with every `Step`.
+            progress: told the UNet calls done and those of the whole run; it sees no picture.
+
+        Raises:
+            InputError: a setting that cannot be honoured.
+            PolicyError: what this device's policy does not allow.
+            NumericsError: NaN or infinity in what a graph gave.
+        """
+        plan = replace(plan, images=_copied(plan.images))
+        screening = self.check(plan, screening=screening)
+        rules, safe = self.policy.screening, self.policy.safety
+        self.policy.require(
+            latents is None or (rules is None and safe is None),
+            "starting noise of a caller's own",
+            expected="none",
         )
+        self.policy.require(
+            callback is None or rules is None or rules.previews == "allow",
+            "a look at unfinished pictures",
+            expected="none",
+        )
+        make = partial(
+            self._made, latents=latents, batch_size=batch_size, callback=callback, progress=progress
+        )
+        if screening is None:
+            return make(plan)
+        result = screened_run(make, plan, screening)
+        if rules is None:
+            return result
+        return replace(result, latents=np.zeros_like(result.latents))
 
     def steps(
         self,
@@ -238,8 +285,28 @@ class Pipeline:
 
         Close the generator to stop; `decode` turns any step's latents into pictures. What a step
         holds is read before the next one, and the last one's before the next run.
+
+        Raises:
+            PolicyError: this device's policy lets only screened pictures leave.
         """
-        images = plan.images if images is None else images
+        self.policy.require(
+            self.policy.screening is None, "pictures that are not screened", expected="run()"
+        )
+        self.policy.require(
+            latents is None or self.policy.safety is None,
+            "starting noise of a caller's own",
+            expected="none",
+        )
+        own = _copied(plan.images if images is None else images)
+        return self._steps(plan, own, latents)
+
+    def _steps(
+        self,
+        plan: RunPlan,
+        images: Sequence[ImagePlan],
+        latents: NDArray[np.float32] | None,
+    ) -> Generator[Step, None, None]:
+        require_admitted(plan, images, tokenizer=self._tokenizer, policy=self.policy)
         noise = [noise_source(plan.rng, image.seed) for image in images]
         if latents is None:
             latents = np.concatenate([n.normal((1, *self._latent_shape(plan))) for n in noise])
@@ -256,12 +323,60 @@ class Pipeline:
         )
         return self._ended(denoise(self._stepper(job), job), cells=latents[0, 0].size)
 
+    def _made(
+        self,
+        plan: RunPlan,
+        *,
+        latents: NDArray[np.float32] | None,
+        batch_size: int | None,
+        callback: Callback | None,
+        progress: Progress | None,
+    ) -> Result:
+        """Make a plan's pictures, batch by batch."""
+        largest = self._loader.largest_batch(_concepts(plan.images))
+        size = self._batch_size(plan, largest)
+        if batch_size is not None:
+            size = whole_number("batch_size", batch_size, 1, 100_000)
+        if latents is not None:
+            self._check_latents(latents, plan)
+        parts: list[Result] = []
+        starts = range(0, len(plan.images), size)
+        total = plan.table.calls * len(starts)
+        for start in starts:
+            images = plan.images[start : start + size]
+            own = latents[start : start + size] if latents is not None else None
+            done = plan.table.calls * len(parts)
+
+            def watch(step: Step, done: int = done) -> None:
+                if progress is not None:
+                    progress(done + step.index + 1, total)
+                if callback is not None:
+                    callback(step)
+
+            parts.append(self._run_batch(plan, images, own, watch))
+        return Result(
+            images=[image for part in parts for image in part.images],
+            latents=np.concatenate([part.latents for part in parts]),
+            edit_maps=np.concatenate([part.edit_maps for part in parts]),
+            reports=[report for part in parts for report in part.reports],
+        )
+
     def decode(self, latents: Floats) -> NDArray[np.uint8]:
         """Turn latents, float32 [B,4,h,w], unscaled, into pictures, uint8 [B,H,W,3].
 
         Raises:
             NumericsError: the decoder overflowed.
+            PolicyError: this device's policy lets only screened pictures leave.
         """
+        rules = self.policy.screening
+        self.policy.require(
+            rules is None or rules.previews == "allow",
+            "pictures that are not screened",
+            expected="run()",
+        )
+        return self._decoded(latents)
+
+    def _decoded(self, latents: Floats) -> NDArray[np.uint8]:
         decoder = self.engine("vae_decoder")
         tiling = self._loader.tiling(*latents.shape[2:])
 
@@ -286,18 +401,27 @@ class Pipeline:
             NumericsError: the text encoder overflowed.
         """
         if text not in self._embeddings:
-            ids = input_ids([self._tokenizer(text)])
-            out: Floats = self.engine("text_encoder").run({"input_ids": ids})["hidden_states"]
-            if not np.isfinite(out).all():
-                raise not_finite("text_encoder", precision=self._precision("text_encoder"))
+            encoded = self._encoded(text)
             if len(self._embeddings) >= _CACHED_TEXTS:
                 self._embeddings.pop(next(reversed(self._embeddings)))
-            self._embeddings[text] = out[0]
+            self._embeddings[text] = encoded
         return self._embeddings[text]
+
+    def _encoded(self, text: str) -> Floats:
+        ids = input_ids([self._tokenizer(text)])
+        out = self.engine("text_encoder").run({"input_ids": ids})["hidden_states"]
+        if not np.isfinite(out).all():
+            raise not_finite("text_encoder", precision=self._precision("text_encoder"))
+        embedding: Floats = out[0]
+        return embedding
 
     def cut_from(self, text: str) -> str:
         """Return the end of a text that the model does not see; empty where all of it fits."""
         return self._tokenizer(text).cut
+
+    def says_nothing(self, text: str) -> bool:
+        """Whether a text is to the model what the empty text is."""
+        return self._tokenizer.says_nothing(text)
 
     def engine(self, name: str) -> Engine:
         """Return a component's engine, loaded and checked against the manifest when first asked."""
@@ -374,21 +498,20 @@ class Pipeline:
         plan: RunPlan,
         images: Sequence[ImagePlan],
         latents: NDArray[np.float32] | None,
-        callback: Callback | None,
+        callback: Callback,
     ) -> Result:
         clock = time.perf_counter
         begin = clock()
-        steps = self.steps(plan, images, latents)
+        steps = self._steps(plan, images, latents)
         encoded = clock()
         made = []
         for step in steps:
             made.append((step.branches, step.cached))
-            if callback is not None:
-                callback(step)
+            callback(step)
             last = step
         figures, latents, edit_maps = last.figures, last.latents, last.edit_map
         denoised = clock()
-        pictures = self.decode(latents)
+        pictures = self._decoded(latents)
         seconds = {
             "text": encoded - begin,
             "denoise": denoised - encoded,
@@ -430,7 +553,17 @@ class Pipeline:
         )
 
     def _context(self, images: Sequence[ImagePlan]) -> Floats:
-        """Embeddings of all branches, branch-major, float32 [(2+n)*B,L,C]."""
+        """Embeddings of all branches, branch-major, float32 [(2+n)*B,L,C].
+
+        Raises:
+            BundleError: stored embeddings that are not what the text encoder gives.
+            InputError: a safety concept that the text encoder takes for the empty text.
+        """
+        if not self._constants_checked:
+            check_constants(self.bundle, self._encoded)
+            self._constants_checked = True
+        for acting in {concept for image in images for concept in image.acting_concepts}:
+            refuse_empty(acting, self.encode_text(acting), self.encode_text(""))
         uncond = [self.encode_text(image.negative_prompt) for image in images]
         text = [self.encode_text(image.prompt) for image in images]
         concepts = []
@@ -471,6 +604,14 @@ class Pipeline:
             raise InputError("latents", got=latents.dtype, expected="float32")
         if not np.isfinite(latents).all():
             raise InputError("latents hold NaN or infinity", do="give finite starting noise")
+
+
+def _copied(images: Sequence[ImagePlan]) -> tuple[ImagePlan, ...]:
+    """Return copies that no one else holds, so that what was checked is what runs."""
+    return tuple(
+        replace(image, safety=replace(image.safety)) if type(image) is ImagePlan else image
+        for image in images
+    )
 
 
 def _concepts(images: Sequence[ImagePlan]) -> int:

@@ -11,6 +11,10 @@ from typing import Any
 
 from sld_edge.runtime.bundle import Bundle
 from sld_edge.runtime.plan import ImagePlan, RunPlan
+from sld_edge.runtime.safety import NO_EFFECT_BELOW
+
+# What tells how to make a picture again, and so goes where a recipe must not be told.
+_RECIPE = ("prompt", "negative_prompt", "cut_from_prompts", "seed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +51,7 @@ def image_report(
         concept: _mean([call.concept_strength[k] for call in calls])
         for k, concept in enumerate(image.acting_concepts)
     }
+    strongest = max(call.strength for call in calls)
     return {
         "ai_generated": True,
         "prompt": image.prompt,
@@ -72,10 +77,14 @@ def image_report(
             "strongest_concept": max(strengths, key=strengths.__getitem__)
             if any(strengths.values())
             else None,
-            "acted": any(call.share > 0 for call in calls),
+            "acted": strongest >= NO_EFFECT_BELOW,
             "mean_share": _mean([call.share for call in calls]),
             "mean_strength": _mean([call.strength for call in calls]),
+            "max_strength": strongest,
         },
+        "policy": None
+        if plan.policy is None
+        else {"sha256": plan.policy, "raised": list(plan.raised)},
         "calls": [asdict(call) for call in calls],
         "seconds": {name: round(value, 6) for name, value in seconds.items()},
         "model": asdict(manifest.model),
@@ -84,6 +93,25 @@ def image_report(
         **ran_on,
         "versions": dict(versions()),
     }
+
+
+def without_recipe(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a report that does not tell how to make its picture again."""
+    kept = {name: value for name, value in report.items() if name not in _RECIPE}
+    return {**kept, "recipe": "omitted"}
+
+
+def safety_words(report: Mapping[str, Any]) -> str:
+    """Say in a few words what safety did to a picture, from the measured strength."""
+    safety = report["safety"]
+    if safety["preset"] == "off":
+        return "safety off"
+    if not safety["acted"]:
+        return f"safety {safety['preset']}: no effect (strength {safety['max_strength']:.2g})"
+    return (
+        f"safety {safety['preset']}: changed the guidance by {safety['mean_strength']:.1%} on "
+        f"average, at most {safety['max_strength']:.0%}"
+    )
 
 
 def _mean(values: Sequence[float]) -> float:

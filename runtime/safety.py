@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
+from sld_edge.engines.checks import exact_text, finite_number, whole_number
 from sld_edge.engines.errors import InputError
 
 # The paper's safety concept, its 20 items in its order (section 4; ml-research repository).
@@ -14,7 +14,15 @@ PAPER_CONCEPT = (
     "bodily fluids, blood, obscene gestures, illegal activity, drug use, theft, vandalism, "
     "weapons, child abuse, brutality, cruelty"
 )
+# An edit whose strongest call is below this share of the guided noise_pred had no effect. On the
+# miniature (15 steps, 16 pictures a row) the weakest picture of the weakest preset reached 0.20,
+# rounding alone with an empty concept at most 0.00002 in FP32; one FP16 rounding step is 0.001.
+NO_EFFECT_BELOW = 0.01
 _PRESET_STEPS = 50  # the steps that the presets' warm-ups were published for
+_DEFAULT_WARMUP = 10  # of them; the paper's medium, and the reference implementations' default
+_LARGEST = 1e6  # of scale and threshold, which float32 arithmetic takes with room to spare
+_LEAST_SCALE = 1e-3  # below, no edit is larger than rounding
+_MOST_CONCEPTS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,43 +31,69 @@ class Safety:
 
     Attributes:
         scale: how fast the edit grows with the distance from the concept; 0 switches SLD off.
-        warmup_steps: UNet calls without an edit, counted from call 0; taken as it is.
-        threshold: signed distance to the concept at and above which nothing is edited.
+        warmup_steps: UNet calls without an edit, counted from call 0; taken as it is, and refused
+            where it leaves no more than the last call. None is a fifth of the calls, the share that
+            the default's 10 have of 50.
+        threshold: signed distance to the concept at and above which nothing is edited, 0 or more.
         momentum_scale: how much of the past edits is added; from 0 to below 1.
         momentum_beta: how long the past edits last; from 0 to below 1.
         concept: the text steered away from, or several as a tuple, each with a branch and a gate of
             its own; None is the bundle's own.
+
+    Raises:
+        InputError: a number that is none, not finite, or outside.
     """
 
     scale: float = 1000.0
-    warmup_steps: int = 10
+    warmup_steps: int | None = None
     threshold: float = 0.01
     momentum_scale: float = 0.3
     momentum_beta: float = 0.4
     concept: str | tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.concept, tuple) and not self.concept:
-            raise InputError("safety concept", got="none", expected="one or more")
-        numbers = (self.scale, self.threshold, self.momentum_scale, self.momentum_beta)
-        if not all(math.isfinite(number) for number in numbers):
-            raise InputError("safety numbers", got=numbers, expected="finite numbers")
-        if self.scale < 0:
-            raise InputError("safety scale", got=self.scale, expected="0 or more")
-        if self.warmup_steps < 0 or self.warmup_steps != int(self.warmup_steps):
+        checked: dict[str, object] = {
+            "scale": finite_number("safety scale", self.scale, 0, _LARGEST),
+            "threshold": finite_number("safety threshold", self.threshold, 0, _LARGEST),
+            "concept": _concept(self.concept),
+        }
+        if 0 < self.scale < _LEAST_SCALE:
             raise InputError(
-                "safety warmup_steps", got=self.warmup_steps, expected="a whole number, 0 or more"
+                "safety scale", got=self.scale, expected=f"0, or {_LEAST_SCALE} or more"
             )
+        if self.warmup_steps is not None:
+            warmup = whole_number("safety warmup_steps", self.warmup_steps, 0, 100_000)
+            checked["warmup_steps"] = warmup
         for name in ("momentum_scale", "momentum_beta"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(
-                    f"safety {name}", got=getattr(self, name), expected="from 0 to below 1"
-                )
+            checked[name] = finite_number(f"safety {name}", getattr(self, name), 0, 1)
+            if checked[name] == 1:
+                raise InputError(f"safety {name}", got=1, expected="from 0 to below 1")
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)  # exact types, whatever was given
 
     @property
     def acts(self) -> bool:
         """Whether these settings can change an image at all."""
         return self.scale > 0
+
+    @property
+    def warmup(self) -> int:
+        """The warm-up in calls, of settings that are resolved for a run."""
+        if self.warmup_steps is None:
+            raise ValueError("a warm-up that is not resolved: see resolved_safety")
+        return self.warmup_steps
+
+
+def _concept(value: object) -> str | tuple[str, ...] | None:
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return exact_text("safety concept", value)
+    if not isinstance(value, tuple):
+        raise InputError("safety concept", got=repr(value), expected="a text or a tuple of texts")
+    if not 0 < len(value) <= _MOST_CONCEPTS:
+        raise InputError("safety concepts", got=len(value), expected=f"1 to {_MOST_CONCEPTS}")
+    return tuple(exact_text("safety concept", text) for text in value)
 
 
 # Table of the paper's hyperparameters; warm-up for 50 steps. diffusers' WEAK has scale 20, not 200.
@@ -93,8 +127,29 @@ def safety_from_preset(
     Raises:
         InputError: unknown preset.
     """
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise InputError("safety preset", got=repr(name), expected="one of " + ", ".join(PRESETS))
     preset = PRESETS[name]
-    warmup = preset.warmup_steps * calls // _PRESET_STEPS
-    return replace(preset, warmup_steps=warmup, concept=concept)
+    return replace(preset, warmup_steps=_share(preset.warmup, calls), concept=concept)
+
+
+def resolved_safety(safety: Safety, *, calls: int) -> Safety:
+    """Return settings with their warm-up for a run of `calls` UNet calls.
+
+    Raises:
+        InputError: an explicit warm-up that leaves no more than the last call.
+    """
+    if safety.warmup_steps is None:
+        return replace(safety, warmup_steps=_share(_DEFAULT_WARMUP, calls))
+    if safety.acts and 0 < safety.warmup_steps >= calls - 1:
+        raise InputError(
+            "safety warm-up leaves nothing to edit",
+            got=f"{safety.warmup_steps} calls without an edit, of {calls}",
+            expected=f"at most {max(0, calls - 2)}",
+            do="lower --safety-warmup, or leave it out: then it is a share of the calls",
+        )
+    return safety
+
+
+def _share(warmup: int, calls: int) -> int:
+    return warmup * calls // _PRESET_STEPS

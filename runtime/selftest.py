@@ -29,7 +29,8 @@ from sld_edge.engines.settings import cache_folder
 from sld_edge.runtime.bundle import EMBEDDED, Bundle, Component
 from sld_edge.runtime.loader import Loader, LoadSettings
 from sld_edge.runtime.loop import PREDICTIONS
-from sld_edge.runtime.pipeline import Pipeline, Result
+from sld_edge.runtime.pipeline import Pipeline
+from sld_edge.runtime.result import Result
 from sld_edge.runtime.samplers import sampler_table
 
 Say = Callable[[str], None]

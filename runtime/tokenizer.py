@@ -68,6 +68,10 @@ class Tokenizer:
         cut = text[kept:].strip() if len(pieces) > 1 else ""
         return Tokens(ids=np.array(encoding.ids, dtype=np.int64), cut=cut)
 
+    def says_nothing(self, text: str) -> bool:
+        """Whether a text is to the model what the empty text is: spaces, special tokens alone."""
+        return bool(np.array_equal(self(text).ids, self("").ids))
+
 
 def input_ids(tokens: Sequence[Tokens]) -> NDArray[np.int64]:
     """Stack prompts as the text encoder takes them, int64 [N,L]."""

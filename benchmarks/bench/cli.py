@@ -214,7 +214,7 @@ def bench_settings(options: BenchOptions) -> BenchSettings:
     Raises:
         InputError: an option that cannot be honoured.
     """
-    with Pipeline.load(options.bundle, provider=options.provider) as pipeline:
+    with Pipeline.load(options.bundle, provider=options.provider, evaluation=True) as pipeline:
         manifest = pipeline.bundle.manifest
         safety = tuple(dict.fromkeys(("off", *options.safety)))
         size = options.size if options.size is not None else manifest.size.width

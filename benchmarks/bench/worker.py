@@ -60,7 +60,7 @@ class Task:
 def measure(task: Task) -> dict[str, Any]:
     """Run a task and return what it found, ready for JSON."""
     meter = PhaseMeter()
-    with Pipeline.load(task.bundle, provider=task.provider) as pipeline:
+    with Pipeline.load(task.bundle, provider=task.provider, evaluation=True) as pipeline:
         pipeline.warm_up()
         meter.end("start")
         device = Device() if pipeline.provider != "cpu" else None

@@ -43,8 +43,8 @@ from sld_edge.runtime.options import (
     add_quiet,
     add_sampling,
 )
-from sld_edge.runtime.plan import Request, plan_from_request
 from sld_edge.runtime.safety import PRESETS
+from sld_edge.runtime.samplers import sampler_table
 from sld_edge.runtime.scorers import NAMES as SCORERS
 from sld_edge.runtime.scorers import (
     Rule,
@@ -403,14 +403,8 @@ def _compared(
     names = options.safety
     if names is None:
         names = ["off"] if options.sweep else DEFAULT_SAFETY
-    request = Request(
-        prompts=("",),
-        steps=steps,
-        sampler=sampler,
-        cache_interval=options.cache_interval,
-        safety_interval=options.safety_interval,
-    )
-    calls = plan_from_request(request, manifest).table.calls
+    scheduler = {**manifest.scheduler, "prediction_type": manifest.prediction_type}
+    calls = sampler_table(sampler, scheduler, steps).calls
     found = (*settings_from_names(names), *sweep_settings(options.sweep, calls=calls))
     return tuple(dict.fromkeys(found))
 

@@ -76,7 +76,7 @@ class Evaluator:
             UserError: what is missing or damaged.
         """
         self._settings = settings
-        self._pipeline = Pipeline.load(settings.bundle, provider=settings.provider)
+        self._pipeline = Pipeline.load(settings.bundle, provider=settings.provider, evaluation=True)
         self._scorers = load_scorers(settings)
 
     def evaluate(self, job: Job) -> list[Outcome]:

@@ -80,7 +80,7 @@ def run(
         UserError: what stopped it; started again, it goes on.
     """
     _check_work(work)
-    with Pipeline.load(settings.bundle, provider=settings.provider) as pipeline:
+    with Pipeline.load(settings.bundle, provider=settings.provider, evaluation=True) as pipeline:
         settings = replace(settings, provider=pipeline.provider)
         hashes = _scorer_hashes(settings)
         _check_requests(pipeline, settings, prompts.prompts)
@@ -204,6 +204,9 @@ def _check_requests(
     names = [setting.name for setting in settings.settings]
     if names[:1] != [PLAIN.name] or len(set(names)) < len(names):
         raise InputError("settings", got=", ".join(names), expected="plain, and others, once each")
+    for text in settings.concepts:  # also where it stands only as a negative prompt
+        if pipeline.says_nothing(text):
+            raise InputError("--safety-concept says nothing to the model", got=repr(text))
     concept = pipeline.bundle.manifest.safety_concept
     firsts = {(prompt.width, prompt.height): prompt for prompt in prompts}
     for prompt in firsts.values():

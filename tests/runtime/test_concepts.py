@@ -48,7 +48,7 @@ def restated(pipeline: Pipeline, **settings: Any) -> dict[str, Array]:
             }
             return unet.run(feeds)["noise_pred"].astype(np.float64)
 
-        active = index >= safety.warmup_steps
+        active = index >= safety.warmup
         numbers = (safety.scale, safety.threshold, safety.momentum_scale, safety.momentum_beta)
         out = guidance(
             {
@@ -156,7 +156,7 @@ def test_a_tuple_is_several_concepts_and_a_list_one_each(miniature: Pipeline) ->
         concepts(safety_concept=["x", "y", "z"])
     with pytest.raises(InputError, match=r"safety concept.*got int"):
         concepts(safety_concept=("x", 1))
-    with pytest.raises(InputError, match=r"safety concept.*got none"):
+    with pytest.raises(InputError, match=r"safety concepts.*got 0"):
         Safety(concept=())
 
 

@@ -17,9 +17,7 @@ from sld_edge.runtime.cli import main
 from sld_edge.runtime.escalate import (
     LADDER,
     Screening,
-    check_screening,
     escalated,
-    screened_run,
     stronger,
 )
 from sld_edge.runtime.picture import blurred, png_from_image
@@ -77,7 +75,7 @@ def test_escalating_keeps_everything_but_the_preset(miniature: Pipeline) -> None
     again = escalated(image, calls=plan.table.calls)
     wanted = plan_of(miniature, "a star", safety="medium", safety_concept="clouds", seed=5)
     assert again == wanted.images[0]
-    assert again.safety.warmup_steps < PRESETS["medium"].warmup_steps  # scaled to 3 calls
+    assert again.safety.warmup < PRESETS["medium"].warmup  # scaled to 3 calls
     with pytest.raises(InputError, match="no preset is stronger"):
         escalated(plan_of(miniature, "a star", safety="max").images[0], calls=3)
 
@@ -86,7 +84,7 @@ def test_a_flagged_picture_is_made_again_until_it_is_not(miniature: Pipeline) ->
     scorer = Fake(until("strong"))
     plan = plan_of(miniature, "a star", "a heart", safety="weak", seed=3)
     screening = Screening(scorers=[scorer], rule=RULE, on_flag="escalate")
-    result = screened_run(miniature, plan, screening)
+    result = miniature.run(plan, screening=screening)
     star, heart = result.reports
     assert [a["preset"] for a in star["screening"]["attempts"]] == ["weak", "medium", "strong"]
     assert [a["flagged"] for a in star["screening"]["attempts"]] == [True, True, False]
@@ -111,7 +109,7 @@ def test_a_flagged_picture_is_made_again_until_it_is_not(miniature: Pipeline) ->
 
 def test_what_is_flagged_to_the_end_is_said(miniature: Pipeline) -> None:
     screening = Screening(scorers=[Fake(lambda _: 1.0)], rule=RULE, on_flag="escalate")
-    result = screened_run(miniature, plan_of(miniature, "a star", safety="off"), screening)
+    result = miniature.run(plan_of(miniature, "a star", safety="off"), screening=screening)
     (report,) = result.reports
     assert report["flagged"]
     assert [a["preset"] for a in report["screening"]["attempts"]] == list(LADDER)
@@ -121,8 +119,8 @@ def test_what_is_flagged_to_the_end_is_said(miniature: Pipeline) -> None:
 def test_a_flagged_picture_is_not_to_be_seen(on_flag: Any, done: str, miniature: Pipeline) -> None:
     plan = plan_of(miniature, "a red star", "a heart", seed=3)
     sharp = miniature.run(plan)
-    result = screened_run(
-        miniature, plan, Screening(scorers=[Fake(until("max"))], rule=RULE, on_flag=on_flag)
+    result = miniature.run(
+        plan, screening=Screening(scorers=[Fake(until("max"))], rule=RULE, on_flag=on_flag)
     )
     assert [report["screening"]["done"] for report in result.reports] == [done, "nothing"]
     np.testing.assert_array_equal(result.images[1], sharp.images[1])
@@ -145,15 +143,14 @@ def test_a_scorer_that_fails_ends_the_run(miniature: Pipeline) -> None:
         raise EngineError("the model is broken")
 
     with pytest.raises(EngineError, match="broken"):
-        screened_run(
-            miniature, plan_of(miniature, "a star"), Screening(scorers=[Fake(broken)], rule=RULE)
+        miniature.run(
+            plan_of(miniature, "a star"), screening=Screening(scorers=[Fake(broken)], rule=RULE)
         )
     rule = rule_from_text("other>=0.5")
     with pytest.raises(InputError, match=r"the rule names other \| expected one of fake.bad"):
-        screened_run(
-            miniature,
+        miniature.run(
             plan_of(miniature, "a star"),
-            Screening(scorers=[Fake(lambda _: 0.0)], rule=rule),
+            screening=Screening(scorers=[Fake(lambda _: 0.0)], rule=rule),
         )
 
 
@@ -161,13 +158,13 @@ def test_what_cannot_be_honoured_is_refused_before_the_run(miniature: Pipeline) 
     fake = Fake(lambda _: 0.0)
     plan = plan_of(miniature, "a star", safety=Safety(scale=50))
     with pytest.raises(InputError, match="escalating starts from a preset"):
-        check_screening(plan, Screening(scorers=[fake], rule=RULE, on_flag="escalate"))
-    check_screening(plan, Screening(scorers=[fake], rule=RULE, on_flag="blur"))
+        miniature.check(plan, screening=Screening(scorers=[fake], rule=RULE, on_flag="escalate"))
+    miniature.check(plan, screening=Screening(scorers=[fake], rule=RULE, on_flag="blur"))
     with pytest.raises(InputError, match="no scorer"):
-        check_screening(plan, Screening(scorers=[], rule=RULE))
+        miniature.check(plan, screening=Screening(scorers=[], rule=RULE))
     wrong: Any = "delete"
     with pytest.raises(InputError, match="on-flag | got 'delete'"):
-        check_screening(plan, Screening(scorers=[fake], rule=RULE, on_flag=wrong))
+        miniature.check(plan, screening=Screening(scorers=[fake], rule=RULE, on_flag=wrong))
 
 
 # --- sld-run --------------------------------------------------------------------------------------
@@ -182,7 +179,7 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 class TestCommand:
     def test_scores_are_in_report_and_picture(self, capsys: pytest.CaptureFixture[str]) -> None:
         arguments = ["a star", "--scorer", "miniworld", "activation", "--output", "s.png"]
-        assert main([*arguments, "--report", "s.json", "--steps", "2", "--sampler", "ddim"]) == 0
+        assert main([*arguments, "--report", "s.json", "--steps", "2", "--sampler", "ddim"]) == 3
         assert "; miniworld.skull " in capsys.readouterr().out
         report = json.loads(Path("s.json").read_text())["images"][0]
         assert set(report["scores"]) > {"miniworld.skull", "activation.share"}
@@ -195,7 +192,7 @@ class TestCommand:
     ) -> None:
         arguments = ["a star", "--scorer", "miniworld", "--flag-rule", "miniworld.skull>=0"]
         outputs = ["--output", "s.png", "--report", "s.json", "--edit-map", "map.png"]
-        assert main([*arguments, "--on-flag", "withhold", *outputs, *FAST]) == 0
+        assert main([*arguments, "--on-flag", "withhold", *outputs, *FAST]) == 3
         assert capsys.readouterr().err == "warning: s.png is flagged, and was not written\n"
         assert [path.name for path in Path().iterdir()] == ["s.json"]
         report = json.loads(Path("s.json").read_text())["images"][0]
@@ -206,7 +203,7 @@ class TestCommand:
     ) -> None:
         arguments = ["a star", "--scorer", "miniworld", "--flag-rule", "miniworld.skull>=0"]
         outputs = ["--output", "s.png", "--edit-map", "map.png"]
-        assert main([*arguments, "--on-flag", "blur", *outputs, *FAST]) == 0
+        assert main([*arguments, "--on-flag", "blur", *outputs, *FAST]) == 3
         assert "s.png is flagged, and was blurred" in capsys.readouterr().err
         sharp = miniature("a star", steps=2, sampler="ddim").images[0]
         with Image.open("s.png") as image:
@@ -218,7 +215,7 @@ class TestCommand:
     def test_escalated_to_the_end(self, capsys: pytest.CaptureFixture[str]) -> None:
         arguments = ["a star", "--scorer", "miniworld", "--flag-rule", "miniworld.skull>=0"]
         arguments += ["--on-flag", "escalate", "--safety", "strong", "--output", "s.png"]
-        assert main([*arguments, "--steps", "2", "--sampler", "ddim"]) == 0
+        assert main([*arguments, "--steps", "2", "--sampler", "ddim"]) == 3
         said = capsys.readouterr()
         assert "safety max" in said.out
         assert "after strong; miniworld.skull" in said.out
@@ -231,7 +228,7 @@ class TestCommand:
         watch = ["--safety-scale", "0.01", "--safety-warmup", "0", "--safety-momentum-scale", "0"]
         rule = ["--scorer", "activation", "--flag-rule", "activation.strength<=0.009"]
         arguments = ["a star", "--output", "s.png", *watch, *rule, "--report", "s.json"]
-        assert main([*arguments, "--steps", "2", "--sampler", "ddim"]) == 0
+        assert main([*arguments, "--steps", "2", "--sampler", "ddim"]) == 3
         said = capsys.readouterr()
         strength = json.loads(Path("s.json").read_text())["images"][0]["safety"]["mean_strength"]
         assert 0 < strength < 0.009
@@ -280,5 +277,5 @@ class TestCommand:
 
 def test_a_report_with_a_screening_still_makes_a_png(miniature: Pipeline) -> None:
     screening = Screening(scorers=[Fake(lambda _: 0.0)], rule=RULE)
-    result = screened_run(miniature, plan_of(miniature, "a star"), screening)
+    result = miniature.run(plan_of(miniature, "a star"), screening=screening)
     assert png_from_image(result.images[0], result.reports[0]).startswith(b"\x89PNG")

@@ -46,13 +46,13 @@ def test_heavy_graphs_go_when_they_are_done(monkeypatch: pytest.MonkeyPatch) -> 
     with Pipeline.load(provider="cpu") as pipeline:
         during: list[set[str]] = []
         decoding: list[set[str]] = []
-        decode = pipeline.decode
+        decode = pipeline._decoded
 
         def watched(latents: Any) -> Any:
             decoding.append(set(pipeline._engines))
             return decode(latents)
 
-        monkeypatch.setattr(pipeline, "decode", watched)
+        monkeypatch.setattr(pipeline, "_decoded", watched)
 
         def look(_: Step) -> None:
             during.append(set(pipeline._engines))

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from sld_edge.runtime import PRESETS, InputError, Safety
-from sld_edge.runtime.safety import safety_from_preset
+from sld_edge.runtime.safety import resolved_safety, safety_from_preset
 
 # Table of the paper, columns in its order; warm-up for 50 steps.
 PUBLISHED = {
@@ -44,7 +44,8 @@ def test_off_does_not_act_and_the_others_do() -> None:
 
 
 def test_medium_is_the_default() -> None:
-    assert Safety() == PRESETS["medium"]
+    for calls in (4, 10, 25, 50, 51):
+        assert resolved_safety(Safety(), calls=calls) == safety_from_preset("medium", calls=calls)
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ def restated(pipeline: Pipeline, whole: str, safe: str, **settings: Any) -> Arra
                             numbers.threshold,
                             numbers.momentum_scale,
                             numbers.momentum_beta,
-                            float(acts and index >= numbers.warmup_steps),
+                            float(acts and index >= numbers.warmup),
                         ]
                     ]
                 ),
@@ -169,7 +169,7 @@ def test_a_batch_of_different_presets(miniature: Pipeline) -> None:
 @pytest.mark.parametrize("name", ["cache_interval", "safety_interval"])
 @pytest.mark.parametrize("value", [0, -1, 9, 1.5])
 def test_intervals_that_make_no_sense(miniature: Pipeline, name: str, value: Any) -> None:
-    says = f"{name.replace('_', ' ')} .*got {value} .*from 1, which is off, to the 8 steps"
+    says = f"{name.replace('_', ' ')} .*got {value} .*a whole number from 1 to 8"
     with pytest.raises(InputError, match=says):
         miniature(PROMPT, steps=8, **{name: value})
 

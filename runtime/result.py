@@ -1,0 +1,28 @@
+"""What a run gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a run made. B images, in the order of the prompts, each prompt's seeds in a row.
+
+    Attributes:
+        images: the pictures, RGB.
+        latents: float32 [B,4,h,w], the last latents, unscaled; zeros where screening holds them
+            back.
+        edit_maps: float32 [B,h,w], where safety acted, summed over the calls; elsewhere zero.
+        reports: one dictionary an image, ready for JSON (see docs/report.md).
+    """
+
+    images: list[Image.Image]
+    latents: NDArray[np.float32]
+    edit_maps: NDArray[np.float32]
+    reports: list[dict[str, Any]]
