@@ -16,7 +16,7 @@ from sld_edge.runtime.bundle import Bundle
 
 Floats = NDArray[np.float32]
 
-# Of the norm. Providers differ by the rounding of their arithmetic, other texts by 0.3 and more with
+# Of the norm. Providers differ by rounding, other texts by 0.3 and more with
 # CLIP; the miniature's weakest words differ by 0.003, so its FP32 encoder is held to less.
 _SAME = {"fp32": 0.002, "fp16": 0.02}
 _EMPTY = 1e-4
