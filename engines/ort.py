@@ -106,6 +106,8 @@ class OrtEngine:
                 failed, out of memory for example.
         """
         check_feeds(self.path.name, self.inputs, feeds)
+        if self.session is None:
+            raise EngineError(f"{self.path.name} was closed")
         try:
             values = self.session.run(self._output_names, dict(feeds))
         except Exception as error:  # ONNX Runtime's errors share no base class

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from sld_edge.engines.base import Array
 from sld_edge.engines.device import Arena, Bound, DeviceEngine, DeviceTensor, Event, Graph
+from sld_edge.engines.errors import InputError
 from sld_edge.runtime.bundle import KEPT_SAFETY, SHALLOW
 from sld_edge.runtime.cadence import Call
 from sld_edge.runtime.loop import PREDICTIONS, Figures, Floats, Job
@@ -92,6 +93,7 @@ class DeviceStage:
         self._settled: dict[_Key, int] = {}  # workspace that a key has run with
         self._job_memory: Arena | None = None
         self._marks: list[Event] = []
+        self.owner: DeviceStepper | None = None  # whose job the buffers hold
 
     def job_memory(self, calls: int, *, noisy: bool) -> Arena:
         """Return memory for every call's numbers, figures and, where `noisy`, fresh noise."""
@@ -132,6 +134,7 @@ class DeviceStage:
 
     def close(self) -> None:
         """Give everything back."""
+        self.owner = None
         for key in list(self._graphs):
             self._drop_graph(key)
         self._bounds.clear()
@@ -221,10 +224,15 @@ def _components(call: Call) -> tuple[str, ...]:
 
 
 class DeviceStepper:
-    """Runs a job on a stage; what it is asked for is copied to the host then, and only then."""
+    """Runs a job on a stage; what it is asked for is copied to the host then, and only then.
+
+    A stage belongs to the job that began last. An older one that goes on is refused: the buffers
+    hold the newer job's latents.
+    """
 
     def __init__(self, stage: DeviceStage, job: Job) -> None:
-        """Queue what a job starts from."""
+        """Take the stage over and queue what a job starts from."""
+        stage.owner = self
         self._stage, self._job = stage, job
         self._device = device = stage.device
         self._calls = 0
@@ -253,8 +261,18 @@ class DeviceStepper:
         self._marks = stage.marks(table.calls + 1)
         self._marks[0].record()
 
+    @property
+    def calls(self) -> int:
+        """How many calls it has queued."""
+        return self._calls
+
     def call(self, index: int, call: Call) -> None:
-        """Queue what a call has of the UNet, then guidance."""
+        """Queue what a call has of the UNet, then guidance.
+
+        Raises:
+            InputError: another run has begun on the stage since.
+        """
+        self._require_stage()
         stage, memory = self._stage, self._memory
         self._move(stage.numbers, memory["numbers"].part(index, 1))
         if self._noisy:
@@ -271,8 +289,10 @@ class DeviceStepper:
         """Wait, and return the latents [B,4,h,w] or the edit map [B,h,w] after the last call.
 
         Raises:
+            InputError: another run has begun on the stage since.
             NumericsError: NaN or infinity in one of the calls so far.
         """
+        self._require_stage()
         array = self._device.download(self._stage.arena[f"{name}/{self._calls % 2}"])
         self._figures()
         return array
@@ -281,8 +301,10 @@ class DeviceStepper:
         """Wait, and return the figures of all calls so far.
 
         Raises:
+            InputError: another run has begun on the stage since.
             NumericsError: NaN or infinity in one of them.
         """
+        self._require_stage()
         found = self._figures()
         marks = self._marks[: self._calls + 1]
         return Figures(
@@ -291,6 +313,13 @@ class DeviceStepper:
             concept_strength=found["concept_strength"],
             seconds=[later.seconds_since(mark) for mark, later in pairwise(marks)],
         )
+
+    def _require_stage(self) -> None:
+        if self._stage.owner is not self:
+            raise InputError(
+                "another run has begun on this pipeline since, and a device holds one at a time",
+                do="finish a run before the next, or load a pipeline for each",
+            )
 
     def _figures(self) -> dict[str, Floats]:
         raw = self._device.download(self._memory["figures"].part(0, self._calls))

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sld_edge.engines.base import Engine
+from sld_edge.engines.errors import InputError
 from sld_edge.runtime.bundle import KEPT_SAFETY, SHALLOW
 from sld_edge.runtime.cadence import Call, schedule
 from sld_edge.runtime.numerics import not_finite
@@ -51,6 +52,10 @@ class Figures:
 class Stepper(Protocol):
     """Runs the calls of one job, in order, and can be asked how it stands."""
 
+    @property
+    def calls(self) -> int:
+        """How many calls it has run."""
+
     def call(self, index: int, call: Call) -> None:
         """Run what a call has of the UNet, then guidance."""
 
@@ -65,7 +70,8 @@ class Stepper(Protocol):
 class Step:
     """What one UNet call did. B images.
 
-    The arrays are fetched when asked for, which on a device waits for it; ask before the next step.
+    Latents and edit map are fetched when asked for, which on a device waits for it. Ask before the
+    next step: a stepper keeps only the latest, and older ones are refused.
 
     Attributes:
         index: the call, from 0.
@@ -84,18 +90,32 @@ class Step:
 
     @property
     def latents(self) -> Floats:
-        """float32 [B,4,h,w], after the call, unscaled."""
-        return self.stepper.read("latents")
+        """float32 [B,4,h,w], after the call, unscaled.
+
+        Raises:
+            InputError: a later call was made since.
+        """
+        return self._read("latents")
 
     @property
     def edit_map(self) -> Floats:
-        """float32 [B,h,w], where safety acted, summed over the calls so far."""
-        return self.stepper.read("edit_map")
+        """float32 [B,h,w], where safety acted, summed over the calls so far.
+
+        Raises:
+            InputError: a later call was made since.
+        """
+        return self._read("edit_map")
 
     @property
     def figures(self) -> Figures:
-        """What safety did in each of the calls so far."""
-        return self.stepper.figures()
+        """What safety did in each of the calls up to this one."""
+        count, figures = self.index + 1, self.stepper.figures()
+        return Figures(
+            share=figures.share[:count],
+            strength=figures.strength[:count],
+            concept_strength=figures.concept_strength[:count],
+            seconds=figures.seconds[:count],
+        )
 
     @property
     def share(self) -> Floats:
@@ -108,6 +128,15 @@ class Step:
         """float32 [B], norm of this call's edit relative to the plainly guided noise_pred."""
         own: Floats = self.figures.strength[self.index]
         return own
+
+    def _read(self, name: Literal["latents", "edit_map"]) -> Floats:
+        if self.stepper.calls != self.index + 1:
+            raise InputError(
+                f"the {name} of call {self.index + 1} are gone: call {self.stepper.calls} was made "
+                "since",
+                do="read or copy them before the next step",
+            )
+        return self.stepper.read(name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,6 +298,11 @@ class HostStepper:
         self._strength: list[Floats] = []
         self._concept_strength: list[Floats] = []
         self._seconds: list[float] = []
+
+    @property
+    def calls(self) -> int:
+        """How many calls it has run."""
+        return len(self._seconds)
 
     def call(self, index: int, call: Call) -> None:
         """Run what a call has of the UNet, then guidance.

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
+import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
@@ -51,6 +54,10 @@ _CACHED_TEXTS = 256
 class Pipeline:
     """A loaded bundle. Graphs are loaded when first needed and kept.
 
+    Threads may share it: runs wait for each other, on every provider. A generator from `steps`
+    waits for one call at a time, so one that is left alone blocks nobody; on a device a newer run
+    takes the buffers over, and the older generator is refused if it goes on.
+
     Attributes:
         bundle: whose graphs.
         provider: what runs them.
@@ -69,7 +76,10 @@ class Pipeline:
         self._stage: DeviceStage | None = None
         text = self.bundle.manifest.text
         self._tokenizer = Tokenizer(self.bundle.tokenizer_json(), length=text.length)
-        self._embeddings: dict[str, Floats] = self.bundle.embeddings()
+        self._lock = threading.RLock()
+        self._walking: set[object] = set()  # generators of `steps` that may still run the UNet
+        self._stored: dict[str, Floats] = self.bundle.embeddings()
+        self._texts: OrderedDict[str, Floats] = OrderedDict()  # the last used one last
         self._constants_checked = False
 
     @classmethod
@@ -252,6 +262,18 @@ class Pipeline:
             PolicyError: what this device's policy does not allow.
             NumericsError: NaN or infinity in what a graph gave.
         """
+        with self._lock:
+            return self._run(plan, screening, latents, batch_size, callback, progress)
+
+    def _run(
+        self,
+        plan: RunPlan,
+        screening: Screening | None,
+        latents: NDArray[np.float32] | None,
+        batch_size: int | None,
+        callback: Callback | None,
+        progress: Progress | None,
+    ) -> Result:
         plan = replace(plan, images=_copied(plan.images))
         screening = self.check(plan, screening=screening)
         rules, safe = self.policy.screening, self.policy.safety
@@ -298,7 +320,8 @@ class Pipeline:
             expected="none",
         )
         own = _copied(plan.images if images is None else images)
-        return self._steps(plan, own, latents)
+        with self._lock:
+            return self._steps(plan, own, latents)
 
     def _steps(
         self,
@@ -321,7 +344,11 @@ class Pipeline:
             cache_interval=plan.cache_interval,
             safety_interval=plan.safety_interval,
         )
-        return self._ended(denoise(self._stepper(job), job), cells=latents[0, 0].size)
+        mark = object()
+        self._walking.add(mark)
+        steps = self._walked(denoise(self._stepper(job), job), mark, cells=latents[0, 0].size)
+        weakref.finalize(steps, self._walking.discard, mark)
+        return steps
 
     def _made(
         self,
@@ -374,7 +401,8 @@ class Pipeline:
             "pictures that are not screened",
             expected="run()",
         )
-        return self._decoded(latents)
+        with self._lock:
+            return self._decoded(latents)
 
     def _decoded(self, latents: Floats) -> NDArray[np.uint8]:
         decoder = self.engine("vae_decoder")
@@ -391,7 +419,7 @@ class Pipeline:
         for one in latents:  # one at a time: the decoder's activations are the largest of all
             whole = one[None]
             parts.append(decoded(whole) if tiling is None else tiling.decoded(decoded, whole))
-        self._unneeded("vae_decoder")
+        self._release("vae_decoder")
         return np.concatenate(parts)
 
     def encode_text(self, text: str) -> Floats:
@@ -400,12 +428,15 @@ class Pipeline:
         Raises:
             NumericsError: the text encoder overflowed.
         """
-        if text not in self._embeddings:
-            encoded = self._encoded(text)
-            if len(self._embeddings) >= _CACHED_TEXTS:
-                self._embeddings.pop(next(reversed(self._embeddings)))
-            self._embeddings[text] = encoded
-        return self._embeddings[text]
+        with self._lock:
+            if text in self._stored:
+                return self._stored[text]
+            if text not in self._texts:
+                self._texts[text] = self._encoded(text)
+                if len(self._texts) > _CACHED_TEXTS:
+                    self._texts.popitem(last=False)
+            self._texts.move_to_end(text)
+            return self._texts[text]
 
     def _encoded(self, text: str) -> Floats:
         ids = input_ids([self._tokenizer(text)])
@@ -425,15 +456,16 @@ class Pipeline:
 
     def engine(self, name: str) -> Engine:
         """Return a component's engine, loaded and checked against the manifest when first asked."""
-        if name not in self._engines:
-            components = self.bundle.manifest.components
-            if name not in components:
-                raise BundleError(f"this bundle has no {name}", do="export it again")
-            engine = self._loader.load(name, components[name])
-            _check_tensors(name, components[name].inputs, engine.inputs)
-            _check_tensors(name, components[name].outputs, engine.outputs)
-            self._engines[name] = engine
-        return self._engines[name]
+        with self._lock:
+            if name not in self._engines:
+                components = self.bundle.manifest.components
+                if name not in components:
+                    raise BundleError(f"this bundle has no {name}", do="export it again")
+                engine = self._loader.load(name, components[name])
+                _check_tensors(name, components[name].inputs, engine.inputs)
+                _check_tensors(name, components[name].outputs, engine.outputs)
+                self._engines[name] = engine
+            return self._engines[name]
 
     def warm_up(self) -> None:
         """Load every graph that a run needs now, not at its first use."""
@@ -442,13 +474,14 @@ class Pipeline:
 
     def close(self) -> None:
         """Give back graphs, buffers and device; what was compiled for the device is kept."""
-        if self._stage is not None:
-            self._stage.close()
-            self._stage = None
-        for engine in self._engines.values():
-            engine.close()
-        self._engines.clear()
-        self._loader.close()
+        with self._lock:
+            if self._stage is not None:
+                self._stage.close()
+                self._stage = None
+            for engine in self._engines.values():
+                engine.close()
+            self._engines.clear()
+            self._loader.close()
 
     def __enter__(self) -> Self:
         return self
@@ -472,16 +505,28 @@ class Pipeline:
         self._stage.engines.update(on_device)
         return DeviceStepper(self._stage, job)
 
-    def _ended(
-        self, steps: Generator[Step, None, None], *, cells: int
+    def _walked(
+        self, steps: Generator[Step, None, None], mark: object, *, cells: int
     ) -> Generator[Step, None, None]:
-        """Pass the steps on; after the last the UNet may go."""
-        yield from steps
-        unet = self._engines.get("unet")
-        if unet is not None and cells >= _CELLS and self._loader.may_go("unet", unet):
-            self._unneeded("unet")  # its mapped weights beside the decoder's work are the peak
+        """Pass the steps on, each made under the lock; after the last, free the UNet."""
+        while True:
+            with self._lock:
+                step = next(steps, None)
+            if step is None:
+                break
+            yield step
+        self._walking.discard(mark)
+        with self._lock:
+            unet = self._engines.get("unet")
+            if (
+                unet is not None
+                and cells >= _CELLS
+                and not self._walking
+                and self._loader.may_go("unet", unet)
+            ):
+                self._release("unet")  # its mapped weights beside the decoder's work are the peak
 
-    def _unneeded(self, name: str) -> None:
+    def _release(self, name: str) -> None:
         """Drop an engine that has done its part, where memory is short or nothing is lost."""
         engine = self._engines.get(name)
         if engine is None:
@@ -573,7 +618,7 @@ class Pipeline:
                 # One that has fewer repeats its first: the guidance takes it once.
                 concept = own[k if k < len(own) else 0] if own else None
                 concepts.append(uncond[index] if concept is None else self.encode_text(concept))
-        self._unneeded("text_encoder")
+        self._release("text_encoder")
         return np.stack([*uncond, *text, *concepts])
 
     def _cut_texts(self, image: ImagePlan) -> dict[str, str]:

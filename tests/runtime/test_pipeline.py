@@ -148,8 +148,8 @@ def test_texts_are_encoded_once_and_constant_ones_never(miniature: Pipeline) -> 
 
 def test_stored_embeddings_are_what_the_text_encoder_gives(miniature: Pipeline) -> None:
     fresh = Pipeline.load(miniature.bundle.path, provider="cpu")
-    stored = dict(fresh._embeddings)
-    fresh._embeddings.clear()
+    stored = dict(fresh._stored)
+    fresh._stored.clear()
     for text, embedding in stored.items():
         assert np.abs(fresh.encode_text(text) - embedding).max() < 1e-5, repr(text)
 
