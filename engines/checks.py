@@ -22,11 +22,11 @@ def whole_number(name: str, value: object, least: int, most: int) -> int:
     """
     expected = f"a whole number from {least} to {most}"
     if isinstance(value, bool | np.bool_):
-        raise InputError(name, got=repr(value), expected=expected)
+        raise InputError(name, got=shown(value), expected=expected)
     try:
         number = operator.index(value)  # type: ignore[arg-type]  # a TypeError is caught
     except TypeError:
-        raise InputError(name, got=repr(value), expected=expected) from None
+        raise InputError(name, got=shown(value), expected=expected) from None
     if not least <= number <= most:
         raise InputError(name, got=_digits(number), expected=expected)
     return number
@@ -46,7 +46,7 @@ def finite_number(name: str, value: object, least: float, most: float) -> float:
         except OverflowError:
             number = math.inf
     if not least <= number <= most:  # NaN neither
-        raise InputError(name, got=repr(value), expected=expected)
+        raise InputError(name, got=shown(value), expected=expected)
     return number
 
 
@@ -64,6 +64,14 @@ def exact_text(name: str, value: object) -> str:
     except UnicodeEncodeError as error:
         raise InputError(f"{name} is not valid Unicode text", got=error.reason) from error
     return text
+
+
+def shown(value: object) -> str:
+    """Return a value as Python writes it, or its type where it cannot be written."""
+    try:
+        return repr(value)
+    except Exception:  # an int of thousands of digits inside, or a class of the caller's own
+        return type(value).__name__
 
 
 def _digits(number: int) -> str:

@@ -102,8 +102,9 @@ def json_from_bytes(
 ) -> dict[str, Any]:
     """Return the JSON object that `data` holds.
 
-    Refused beside what is no JSON: other than an object, a key given twice, numbers that are not
-    finite or of thousands of digits, nesting beyond Python's depth, text that is not Unicode.
+    Refused beside what is no JSON: other than an object, a key given twice, NaN, numbers too large
+    or of thousands of digits, nesting beyond Python's depth, text that is not Unicode. Infinity by
+    name is taken: diffusers writes it into scheduler configurations.
 
     Args:
         data: UTF-8 text.
@@ -119,7 +120,7 @@ def json_from_bytes(
             data.decode("utf-8"),
             object_pairs_hook=_object,
             parse_float=_finite,
-            parse_constant=_finite,
+            parse_constant=_infinity,
         )
         json.dumps(body, ensure_ascii=False).encode("utf-8")  # half of a surrogate pair fails
     except (ValueError, RecursionError, OverflowError) as problem:
@@ -254,3 +255,9 @@ def _finite(text: str) -> float:
     if not math.isfinite(number):
         raise ValueError(f"{text} is not a finite number")
     return number
+
+
+def _infinity(text: str) -> float:
+    if text == "NaN":
+        raise ValueError("NaN is no number")
+    return float(text)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sld_edge.engines.base import Engine, TensorSpec
-from sld_edge.engines.checks import whole_number
+from sld_edge.engines.checks import shown, whole_number
 from sld_edge.engines.errors import BundleError, InputError
 from sld_edge.runtime.constants import check_constants, refuse_empty
 from sld_edge.runtime.device_loop import DeviceStage, DeviceStepper, device_engine
@@ -199,7 +199,7 @@ class Pipeline:
             NumericsError: NaN or infinity in what a graph gave.
         """
         if not isinstance(prompt, str | Sequence):
-            raise InputError("prompt", got=repr(prompt), expected="a text, or a list of texts")
+            raise InputError("prompt", got=shown(prompt), expected="a text, or a list of texts")
         request = Request(
             prompts=(prompt,) if isinstance(prompt, str) else tuple(prompt),
             negative_prompt=negative_prompt,
@@ -234,7 +234,7 @@ class Pipeline:
             InputError: a plan or screening that cannot be honoured.
             PolicyError: what this device's policy does not allow.
         """
-        require_admitted(plan, plan.images, tokenizer=self._tokenizer, policy=self.policy)
+        self._require_admitted(plan, plan.images)
         return screening_under(self.policy, screening, plan, self._policy_scorers)
 
     def run(
@@ -329,7 +329,7 @@ class Pipeline:
         images: Sequence[ImagePlan],
         latents: NDArray[np.float32] | None,
     ) -> Generator[Step, None, None]:
-        require_admitted(plan, images, tokenizer=self._tokenizer, policy=self.policy)
+        self._require_admitted(plan, images)
         noise = [noise_source(plan.rng, image.seed) for image in images]
         if latents is None:
             latents = np.concatenate([n.normal((1, *self._latent_shape(plan))) for n in noise])
@@ -534,6 +534,15 @@ class Pipeline:
         if self._loader.settings.low_memory or self._loader.may_go(name, engine):
             del self._engines[name]
             engine.close()
+
+    def _require_admitted(self, plan: RunPlan, images: Sequence[ImagePlan]) -> None:
+        require_admitted(
+            plan,
+            images,
+            manifest=self.bundle.manifest,
+            tokenizer=self._tokenizer,
+            policy=self.policy,
+        )
 
     def _precision(self, name: str) -> str:
         return self.bundle.manifest.components[name].precision

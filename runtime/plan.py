@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar, get_args
 
-from sld_edge.engines.checks import exact_text, finite_number, whole_number
+from sld_edge.engines.checks import exact_text, finite_number, shown, whole_number
 from sld_edge.engines.errors import InputError
 from sld_edge.runtime.bundle import KEPT_SAFETY, SHALLOW, Manifest
 from sld_edge.runtime.policy import Policy
@@ -102,7 +102,7 @@ def plan_from_request(
     steps = whole_number("steps", steps, 1, 1000)
     count = whole_number("count", request.count, 1, _MOST_IMAGES)
     if request.rng not in get_args(Rng):
-        raise InputError("rng", got=repr(request.rng), expected="one of torch, philox")
+        raise InputError("rng", got=shown(request.rng), expected="one of torch, philox")
     sampler = request.sampler if request.sampler is not None else defaults.sampler
     scheduler = {**manifest.scheduler, "prediction_type": manifest.prediction_type}
     eta = finite_number("eta", request.eta, 0, 1)
@@ -154,12 +154,17 @@ def plan_from_request(
         policy=policy.digest,
         raised=tuple(name for name, was in raised.items() if was),
     )
-    require_admitted(run, run.images, tokenizer=tokenizer, policy=policy)
+    require_admitted(run, run.images, manifest=manifest, tokenizer=tokenizer, policy=policy)
     return run
 
 
 def require_admitted(
-    run: RunPlan, images: Sequence[ImagePlan], *, tokenizer: Tokenizer, policy: Policy
+    run: RunPlan,
+    images: Sequence[ImagePlan],
+    *,
+    manifest: Manifest,
+    tokenizer: Tokenizer,
+    policy: Policy,
 ) -> None:
     """Refuse images of a run that would be made less safe than they say, or than the policy says.
 
@@ -176,7 +181,7 @@ def require_admitted(
         )
     for value, kind in _typed(run, images):
         if type(value) is not kind:
-            raise InputError("a resolved run was changed", got=repr(value), expected=kind.__name__)
+            raise InputError("a resolved run was changed", got=shown(value), expected=kind.__name__)
     rules = policy.safety
     if rules is not None:
         intervals = (run.safety_interval, run.cache_interval)
@@ -203,8 +208,15 @@ def require_admitted(
         if rules is None:
             continue
         policy.require_safety(image.safety, calls=run.table.calls)
+        if rules.concepts_always:  # one of a caller's own could push harder the other way
+            wanted = _different(rules.concepts_always, None, manifest.safety_concepts)
+            policy.require(
+                image.concepts == wanted,
+                "a safety concept of your own",
+                got=" | ".join(image.concepts),
+                expected="none: the policy names them",
+            )
         for concept in rules.concepts_always:
-            policy.require(concept in image.concepts, "a concept is missing", expected=concept)
             cut = tokenizer(concept).cut
             policy.require(not cut, "a concept is too long for the model", got=cut, expected="less")
         least, most_scale = rules.guidance_scale
@@ -292,7 +304,7 @@ def _safety(
     elif isinstance(value, str):
         preset, numbers = value, safety_from_preset(value, calls=calls)
     else:
-        raise InputError("safety", got=repr(value), expected="a preset's name or a Safety")
+        raise InputError("safety", got=shown(value), expected="a preset's name or a Safety")
     off = not numbers.acts
     if off and (changed or concept is not None):
         what = "a safety concept does" if concept is not None else "safety numbers do"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from sld_edge.engines.checks import exact_text, finite_number, whole_number
+from sld_edge.engines.checks import exact_text, finite_number, shown, whole_number
 from sld_edge.engines.errors import InputError
 
 # The paper's safety concept, its 20 items in its order (section 4; ml-research repository).
@@ -90,7 +90,7 @@ def _concept(value: object) -> str | tuple[str, ...] | None:
     if isinstance(value, str):
         return exact_text("safety concept", value)
     if not isinstance(value, tuple):
-        raise InputError("safety concept", got=repr(value), expected="a text or a tuple of texts")
+        raise InputError("safety concept", got=shown(value), expected="a text or a tuple of texts")
     if not 0 < len(value) <= _MOST_CONCEPTS:
         raise InputError("safety concepts", got=len(value), expected=f"1 to {_MOST_CONCEPTS}")
     return tuple(exact_text("safety concept", text) for text in value)
@@ -128,7 +128,7 @@ def safety_from_preset(
         InputError: unknown preset.
     """
     if not isinstance(name, str) or name not in PRESETS:
-        raise InputError("safety preset", got=repr(name), expected="one of " + ", ".join(PRESETS))
+        raise InputError("safety preset", got=shown(name), expected="one of " + ", ".join(PRESETS))
     preset = PRESETS[name]
     return replace(preset, warmup_steps=_share(preset.warmup, calls), concept=concept)
 

@@ -67,7 +67,7 @@ def sampler_table(
                 table = ddim_table(name, config, steps, eta)
             else:
                 table = _TABLES[name](name, config, steps)
-    except (ZeroDivisionError, np.linalg.LinAlgError):
+    except (ArithmeticError, ValueError, IndexError, np.linalg.LinAlgError):
         table = None
     if table is None or not table.finite:
         raise InputError(

@@ -120,6 +120,8 @@ _CHOICES = {
     "final_sigmas_type": ("zero", "sigma_min"),
     "solver_type": ("midpoint", "heun", "logrho", "bh1", "bh2"),
 }
+_MOST = 100_000  # training timesteps, or any other count
+_ENDLESS = (("lambda_min_clipped", -math.inf),)  # the one number that diffusers has as infinity
 _NOT_LINEAR = "it is not linear in the latents, which every sampler here is; choose another sampler"
 
 
@@ -146,20 +148,26 @@ def config_from_scheduler(name: str, scheduler: Mapping[str, Any]) -> SchedulerC
     for key in (*_EVERY, *reads.keys):
         if key in scheduler:
             values[key] = _checked(key, scheduler[key], kinds[key])
+    for key in ("sigma_min", "sigma_max"):
+        if values.get(key) is not None and not values[key] > 0:
+            raise InputError(
+                f"{key} in the scheduler's configuration", got=values[key], expected="above 0"
+            )
+    if values.get("num_train_timesteps", 1) < 1:
+        raise InputError("num_train_timesteps in the scheduler's configuration", got=0)
     return SchedulerConfig(**values)
 
 
 def _checked(key: str, value: Any, kind: str) -> Any:
     if value is None and "None" in kind:
         return None
-    number = isinstance(value, int | float) and not isinstance(value, bool)
     if kind.startswith("tuple") and isinstance(value, list | tuple):
-        if all(isinstance(item, int | float) for item in value):
+        if len(value) <= _MOST and all(map(_is_number, value)):
             return tuple(value)
-    elif kind.startswith("float") and number:
+    elif kind.startswith("float") and (_is_number(value) or (key, value) in _ENDLESS):
         return float(value)
     elif (
-        (kind == "int" and number and value == int(value) and value >= 0)
+        (kind == "int" and _is_number(value) and value == int(value) and 0 <= value <= _MOST)
         or (kind == "bool" and isinstance(value, bool))
         or (kind == "str" and value in _CHOICES[key])
     ):
@@ -168,4 +176,13 @@ def _checked(key: str, value: Any, kind: str) -> Any:
         f"{key} in the scheduler's configuration",
         got=repr(value),
         expected=f"one of {', '.join(_CHOICES[key])}" if key in _CHOICES else kind,
+    )
+
+
+def _is_number(value: object) -> bool:
+    """Whether a value is a number of a size that float64 can reckon with."""
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and -1e9 <= value <= 1e9  # NaN neither
     )

@@ -43,7 +43,10 @@ class SamplerTable:
     @property
     def finite(self) -> bool:
         """Whether every number can be used."""
-        columns = (self.c_in, self.p, self.q, self.a, self.b, self.s, self.init_noise_sigma)
+        columns = (
+            *(self.timesteps, self.c_in, self.p, self.q, self.a, self.b, self.s),
+            self.init_noise_sigma,
+        )
         return all(bool(np.isfinite(column).all()) for column in columns)
 
     def rows(self) -> NDArray[np.float32]:
