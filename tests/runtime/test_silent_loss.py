@@ -270,7 +270,8 @@ def test_odd_safety_numbers(numbers: dict[str, Any]) -> None:
 
 
 def test_numpys_numbers_are_numbers(miniature: Pipeline) -> None:
-    numpys = miniature("a star", seed=np.int64(3), steps=np.int32(2), guidance_scale=np.float32(7))
+    given: dict[str, Any] = {"seed": np.int64(3), "steps": np.int32(2)}
+    numpys = miniature("a star", guidance_scale=np.float64(7), **given)
     plain = miniature("a star", seed=3, steps=2, guidance_scale=7.0)
     np.testing.assert_array_equal(numpys.latents, plain.latents)
 
