@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -11,9 +12,10 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from sld_edge.engines.base import Array, TensorSpec, check_feeds
+from sld_edge.engines.cache import private_folder
 from sld_edge.engines.device import Device
 from sld_edge.engines.errors import EngineError, MissingPackageError, one_line
-from sld_edge.engines.settings import cache_folder, thread_count
+from sld_edge.engines.settings import thread_count
 
 OrtProvider = Literal["cpu", "cuda", "ort-tensorrt", "ort-tensorrt-rtx"]
 PROVIDERS: Mapping[str, str] = {
@@ -48,16 +50,16 @@ def provider_options(provider: OrtProvider, device: Device | None) -> dict[str, 
     if device is None:
         return {}
     options = {"user_compute_stream": str(device.stream)}
-    root = cache_folder()
+    root = private_folder(provider) if provider.startswith("ort-") else None
     if provider == "cuda":
         # Convolutions are chosen by rule, not by minutes of trying; TF32 would cost digits.
         options |= {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"}
     elif provider == "ort-tensorrt" and root is not None:
-        folder = str(root / provider)
+        folder = str(root)
         options |= {"trt_engine_cache_enable": "1", "trt_engine_cache_path": folder}
         options |= {"trt_timing_cache_enable": "1", "trt_timing_cache_path": folder}
     elif provider == "ort-tensorrt-rtx" and root is not None:
-        options |= {"has_user_compute_stream": "1", "nv_runtime_cache_path": str(root / provider)}
+        options |= {"has_user_compute_stream": "1", "nv_runtime_cache_path": str(root)}
     return options
 
 
@@ -72,13 +74,15 @@ class OrtEngine:
         as_is: bool = False,
         prepared: bool = False,
         device: Device | None = None,
+        held: int | None = None,
     ) -> None:
         """Load the graph at `path`, for a provider other than the CPU on `device`.
 
         With `as_is` nothing is optimized and the weights stay mapped from the file: ready at once,
         in little memory. It is for graphs that run only once. `prepared` is for those that
         `sessions` optimized before, and stays readable: such an engine costs nothing to close and
-        load again.
+        load again. `held` is a handle that keeps others from removing the files; it is closed with
+        the engine.
 
         Raises:
             EngineError: ONNX Runtime cannot load the graph here.
@@ -93,6 +97,7 @@ class OrtEngine:
         options.enable_cpu_mem_arena = prepared
         self.path = path
         self.prepared = prepared
+        self._hold = weakref.finalize(self, os.close, held) if held is not None else _nothing
         self.session = create_session(path, options, provider, device)
         self.inputs = tuple(map(_spec, self.session.get_inputs()))
         self.outputs = tuple(map(_spec, self.session.get_outputs()))
@@ -117,12 +122,17 @@ class OrtEngine:
     def close(self) -> None:
         """Give back the session's memory."""
         self.session = None
+        self._hold()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _nothing() -> None:
+    pass
 
 
 def session_options() -> Any:

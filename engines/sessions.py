@@ -9,6 +9,12 @@ where it is used and dropped after. That is half the memory and costs some time 
 A prepared file holds weight layouts for one processor and one ONNX Runtime, so its place in the
 cache is named by both, and by the hash of the graph and weights it was made from. It is made on the
 machine that runs it and never travels with a bundle.
+
+Every prepared file is checked by SHA-256 before it runs. Hashing gigabytes takes seconds, so a
+large file is hashed again only where its identity (device, inode, size, times) is not the one that
+it had when it was last hashed. That trusts two things: that only this user can write to the cache,
+which `cache.private_folder` sees to, and that the system sets a file's time of change at every
+write.
 """
 
 from __future__ import annotations
@@ -16,26 +22,41 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import platform
-import shutil
-import tempfile
-from collections.abc import Callable
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
-from sld_edge.engines.errors import UserError
+from tqdm import tqdm
+
+from sld_edge.engines.cache import SESSIONS, STAMP, make_room, private_folder
+from sld_edge.engines.errors import EngineError, UserError
+from sld_edge.engines.files import Identity, identity, json_from_file, sha256_of_file, write_whole
 from sld_edge.engines.onnx_edit import flash_attention, weights_first
 from sld_edge.engines.ort import OrtEngine, create_session, onnxruntime, session_options
-from sld_edge.engines.settings import cache_folder
+from sld_edge.engines.settings import announces
+from sld_edge.engines.staging import hold, part_folder
 
-_LAYOUT = 3  # raise when what is prepared, or how, changes
-_GRAPH, _WEIGHTS, _STAMP = "model.onnx", "model.onnx.data", "prepared.json"
+_LAYOUT = 4  # raise when what is prepared, or how, changes
+_GRAPH, _WEIGHTS = "model.onnx", "model.onnx.data"
+_SMALL = 64_000_000  # bytes that are hashed at every load, in 40 ms
+_LARGE = 256_000_000  # bytes whose preparation takes long enough to be announced
 # What computes casts of weights beforehand.
 _FOLDING = "ConstantFolding;FuseFp16InitializerToFp32NodeTransformer"
 
 
 def prepared_engine(
-    sha256: str, source: Callable[[], Path], *, keep_fp16: bool = False
+    sha256: str,
+    source: Callable[[], Path],
+    *,
+    keep_fp16: bool = False,
+    confirm: Callable[[], None] | None = None,
+    what: str = "a graph",
 ) -> OrtEngine:
     """Return the CPU engine of a graph, from the cache, or prepared and cached now.
 
@@ -43,28 +64,84 @@ def prepared_engine(
         sha256: hash of the graph's files together; what the cache is keyed by.
         source: checks the graph's files and gives the graph's path; called only where needed.
         keep_fp16: leave FP16 weights as they are, to be cast at every use.
+        confirm: raises where the files changed since `source` checked them; called after they were
+            read, before anything made from them is kept.
+        what: the graph's name, for people.
 
-    Without a usable cache (switched off, read-only, disk full) the graph is loaded as it is, its
-    weights in the arithmetic's precision.
+    Without a usable cache (switched off, not private, read-only, disk full) the graph is loaded as
+    it is, its weights in the arithmetic's precision.
     """
     folder = _folder(sha256, keep_fp16)
-    if folder is not None and _is_whole(folder):
-        try:
-            return OrtEngine(folder / _GRAPH, prepared=True)
-        except UserError:  # damaged since: prepare it again below
-            shutil.rmtree(folder, ignore_errors=True)
+    if folder is not None:
+        engine = _loaded(folder)
+        if engine is not None:
+            return engine
     path = source()
-    if folder is None or not _prepare(path, folder, keep_fp16):
-        return OrtEngine(path)
-    return OrtEngine(folder / _GRAPH, prepared=True)
+    if folder is not None and _prepare(path, folder, keep_fp16, confirm, what):
+        engine = _loaded(folder)
+        if engine is not None:
+            return engine
+    engine = OrtEngine(path)
+    if confirm is not None:
+        confirm()
+    return engine
 
 
 def _folder(sha256: str, keep_fp16: bool) -> Path | None:
-    root = cache_folder()
+    root = private_folder(SESSIONS)
     if root is None:
         return None
-    identity = json.dumps([_LAYOUT, sha256, keep_fp16, _processor(), onnxruntime().__version__])
-    return root / "sessions" / hashlib.sha256(identity.encode()).hexdigest()[:32]
+    parts = [_LAYOUT, sha256, keep_fp16, _processor(), onnxruntime().__version__]
+    return root / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _loaded(folder: Path) -> OrtEngine | None:
+    """Return the engine of a prepared graph that is whole and unchanged; None otherwise."""
+    try:
+        held = hold(folder / STAMP, shared=True)
+    except OSError:  # not there, or being removed
+        return None
+    try:
+        seen = _checked(folder)
+        engine = OrtEngine(folder / _GRAPH, prepared=True, held=held)
+        held = -1  # the engine's now
+        if any(identity((folder / name).stat()) != known for name, known in seen.items()):
+            raise EngineError(f"{folder} was changed while it was loaded")
+        os.utime(folder / STAMP)
+    except (UserError, OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None  # forged, rotten or half there: prepared anew, over it
+    finally:
+        if held >= 0:
+            os.close(held)
+    return engine
+
+
+def _checked(folder: Path) -> dict[str, Identity]:
+    """Compare a prepared graph's files with what was written down of them.
+
+    Raises:
+        UserError, OSError, ValueError, TypeError, KeyError: one differs, or nothing was written.
+    """
+    stamp = json_from_file(folder / STAMP, error=EngineError)
+    files: dict[str, Any] = stamp["files"]
+    if not {_GRAPH} <= files.keys() <= {_GRAPH, _WEIGHTS}:
+        raise ValueError("other files than a prepared graph has")
+    small = sum((folder / name).lstat().st_size for name in files) <= _SMALL
+    seen, changed = {}, False
+    for name, entry in files.items():
+        now = identity((folder / name).lstat())
+        known = Identity(*entry["identity"])
+        if small or now != known:
+            digest, now = sha256_of_file(folder / name)
+            if digest != entry["sha256"]:
+                raise ValueError(f"{name} was altered")
+            changed = changed or now != known
+            entry["identity"] = list(now)
+        seen[name] = now
+    if changed:  # copied or restored, its content the same: known by its new identity
+        with contextlib.suppress(UserError):
+            write_whole(folder / STAMP, json.dumps(stamp).encode())
+    return seen
 
 
 @cache
@@ -80,46 +157,93 @@ def _processor() -> str:
     return "\n".join([platform.system(), platform.machine(), platform.processor(), *lines])
 
 
-def _is_whole(folder: Path) -> bool:
+def _prepare(
+    path: Path, folder: Path, keep_fp16: bool, confirm: Callable[[], None] | None, what: str
+) -> bool:
+    """Optimize the graph into `folder`; whole or not at all. Say whether it may be there now.
+
+    Raises:
+        UserError: the source files changed meanwhile.
+    """
+    beside = (path, path.with_name(f"{path.name}.data"))
+    size = sum(file.stat().st_size for file in beside if file.exists())
     try:
-        sizes = json.loads((folder / _STAMP).read_text(encoding="utf-8"))
-        return bool(sizes) and all(
-            (folder / name).stat().st_size == size for name, size in sizes.items()
-        )
-    except (OSError, ValueError, AttributeError):
+        make_room(size)
+        with part_folder(folder) as part, _announced(what, size, part):
+            _optimize(path, part, keep_fp16)
+            if confirm is not None:
+                confirm()
+            files = {}
+            for file in sorted(part.iterdir()):
+                digest, seen = sha256_of_file(file)
+                files[file.name] = {"sha256": digest, "identity": list(seen)}
+            write_whole(part / STAMP, json.dumps({"what": what, "files": files}).encode())
+            _move(part, folder)
+    except EngineError:  # ONNX Runtime does not take it: the caller's own load says why
         return False
-
-
-def _prepare(path: Path, folder: Path, keep_fp16: bool) -> bool:
-    """Optimize the graph into `folder`; whole or not at all. Say whether it is there now."""
-    ort = onnxruntime()
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=folder.name, suffix=".part", dir=folder.parent))
     except OSError:
-        return False
-    try:
-        options = session_options()
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-        options.optimized_model_filepath = str(part / _GRAPH)
-        options.add_session_config_entry(
-            "session.optimized_model_external_initializers_file_name", _WEIGHTS
-        )
-        # The prepared session keeps the weights as they lie in the file, so none is packed here.
-        options.add_session_config_entry("session.disable_prepacking", "1")
-        if keep_fp16:
-            options.add_session_config_entry("optimization.disable_specified_optimizers", _FOLDING)
-        create_session(path, options, "cpu")
-        graph = part / _GRAPH
-        content = flash_attention(graph.read_bytes())
-        graph.write_bytes(weights_first(content) if keep_fp16 else content)
-        sizes = {file.name: file.stat().st_size for file in part.iterdir()}
-        (part / _STAMP).write_text(json.dumps(sizes), encoding="utf-8")
-        if not _is_whole(folder):  # else another process was first, and may be loading it now
-            shutil.rmtree(folder, ignore_errors=True)
-            part.rename(folder)
-    except (OSError, UserError):
-        return _is_whole(folder)  # another process may have been first
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        return folder.exists()  # another process may have been first
     return True
+
+
+def _optimize(path: Path, part: Path, keep_fp16: bool) -> None:
+    ort = onnxruntime()
+    options = session_options()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.optimized_model_filepath = str(part / _GRAPH)
+    options.add_session_config_entry(
+        "session.optimized_model_external_initializers_file_name", _WEIGHTS
+    )
+    # The prepared session keeps the weights as they lie in the file, so none is packed here.
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    if keep_fp16:
+        options.add_session_config_entry("optimization.disable_specified_optimizers", _FOLDING)
+    create_session(path, options, "cpu")
+    graph = part / _GRAPH
+    content = flash_attention(graph.read_bytes())
+    graph.write_bytes(weights_first(content) if keep_fp16 else content)
+
+
+def _move(part: Path, folder: Path) -> None:
+    """Give a prepared graph its place unless a good one of another process is there."""
+    if folder.exists():
+        engine = _loaded(folder)
+        if engine is not None:
+            engine.close()
+            return
+        with part_folder(folder) as aside:  # and away with it, in the end
+            folder.rename(aside / "old")
+            part.rename(folder)
+        return
+    part.rename(folder)
+
+
+@contextmanager
+def _announced(what: str, size: int, part: Path) -> Iterator[None]:
+    """Say what takes so long, where it does, and show the bytes written so far."""
+    if size < _LARGE or not announces():
+        yield
+        return
+    root = part.parent
+    print(
+        f"note: preparing {what} for this processor, once: about {size / 1e9:.1f} GB in {root}, "
+        "which sld-run --cache shows",
+        file=sys.stderr,
+    )
+    done = threading.Event()
+
+    def watch(bar: tqdm[Any]) -> None:
+        while not done.wait(0.5):
+            with contextlib.suppress(OSError):
+                bar.update(sum(file.stat().st_size for file in part.iterdir()) - bar.n)
+
+    with tqdm(
+        total=size, unit="B", unit_scale=True, leave=False, file=sys.stderr, desc="preparing"
+    ) as bar:
+        thread = threading.Thread(target=watch, args=(bar,), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()

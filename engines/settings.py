@@ -1,6 +1,8 @@
 """Every environment variable that sld-edge reads, parsed in one place.
 
 SLD_EDGE_CACHE: where prepared session files are kept; "0" or "off" keeps none.
+SLD_EDGE_CACHE_LIMIT: GB that may be kept there, 20 where unset; "0" is no limit.
+SLD_EDGE_QUIET: "1" says nothing of what takes long.
 SLD_EDGE_THREADS: threads of the CPU engines; unset or "0" means one a core.
 """
 
@@ -12,6 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from sld_edge.engines.errors import InputError
+
+_CACHE_GB = 20.0
 
 
 def cache_folder(environment: Mapping[str, str] = os.environ) -> Path | None:
@@ -28,6 +32,23 @@ def cache_folder(environment: Mapping[str, str] = os.environ) -> Path | None:
         return (Path(base) if base else Path.home() / ".cache") / "sld-edge"
     except RuntimeError:  # no home directory, as in some services
         return None
+
+
+def cache_limit(environment: Mapping[str, str] = os.environ) -> int:
+    """Return the bytes that the cache may hold; 0 is no limit."""
+    named = environment.get("SLD_EDGE_CACHE_LIMIT", "")
+    try:
+        size = float(named) if named else _CACHE_GB
+    except ValueError:
+        size = -1.0
+    if not 0 <= size < 1e9:
+        raise InputError("SLD_EDGE_CACHE_LIMIT", got=repr(named), expected="a number of GB")
+    return int(size * 1e9)
+
+
+def announces(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether what takes long is said on standard error; a command's --quiet ends it."""
+    return environment.get("SLD_EDGE_QUIET", "") not in ("1", "on")
 
 
 def thread_count(environment: Mapping[str, str] = os.environ) -> int:

@@ -72,6 +72,32 @@ def sweep(folder: Path) -> None:
                 _sweep_one(folder / name)
 
 
+@contextmanager
+def locked(path: Path, *, shared: bool) -> Iterator[None]:
+    """Hold a lock on a file, with others (`shared`) or alone.
+
+    Raises:
+        OSError: the file is not there, or another process holds a lock that excludes this one.
+    """
+    handle = hold(path, shared=shared)
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+def hold(path: Path, *, shared: bool) -> int:
+    """Lock a file until the handle that is returned is closed; see `locked`."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        if fcntl is not None:
+            fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BaseException:
+        os.close(handle)
+        raise
+    return handle
+
+
 def part_path(path: Path) -> Path:
     """Return a new name for what will be `path`, beside it."""
     name = path.name.encode()[:_LONGEST].decode(errors="ignore")

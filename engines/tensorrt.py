@@ -17,17 +17,18 @@ from typing import Any, Self, cast
 import numpy as np
 
 from sld_edge.engines.base import Array, TensorSpec, check_feeds
+from sld_edge.engines.cache import JIT, private_folder
 from sld_edge.engines.device import ALIGNMENT, Arena, Device, DeviceTensor
 from sld_edge.engines.errors import EngineError, MissingPackageError, OutputError, one_line
-from sld_edge.engines.files import write_whole
+from sld_edge.engines.files import read_limited, write_whole
 from sld_edge.engines.plan_info import Flavour, PlanInfo
-from sld_edge.engines.settings import cache_folder
 from sld_edge.engines.trt_api import CudaEngine, ExecutionContext, RtxCudaEngine, TensorRT
 
 _MODULES: dict[Flavour, tuple[str, str]] = {
     "tensorrt": ("tensorrt", "tensorrt"),
     "tensorrt-rtx": ("tensorrt_rtx", "rtx"),
 }
+_JIT_LIMIT = 1 << 30  # bytes of compiled kernels
 _KEPT_SHAPES = 4  # input shapes whose buffers `run` keeps
 
 
@@ -354,14 +355,14 @@ class _JitCache:
         if cuda_graph:
             self.config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         self._cache = self.config.create_runtime_cache()
-        root = cache_folder()
+        root = private_folder(JIT)
         identity = "\n".join((info.sha256, trt.__version__, device.name, device.driver))
         name = hashlib.sha256(identity.encode()).hexdigest()[:32]
-        self._path = root / "jit" / f"{name}.cache" if root is not None else None
+        self._path = root / f"{name}.cache" if root is not None else None
         self._kept = b""
         if self._path is not None:
-            with contextlib.suppress(OSError):
-                self._kept = self._path.read_bytes()
+            with contextlib.suppress(EngineError):
+                self._kept = read_limited(self._path, _JIT_LIMIT, error=EngineError)
                 self._cache.deserialize(self._kept)  # what it refuses is compiled anew
         self.config.set_runtime_cache(self._cache)
 
@@ -370,5 +371,4 @@ class _JitCache:
         blob = bytes(self._cache.serialize())
         if self._path is not None and blob and blob != self._kept:
             with contextlib.suppress(OSError, OutputError):
-                self._path.parent.mkdir(parents=True, exist_ok=True)
                 write_whole(self._path, blob)

@@ -15,6 +15,7 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
+from sld_edge.engines import cache
 from sld_edge.engines.errors import EngineError, InputError, OutputError
 from sld_edge.engines.files import check_writable, write_whole
 from sld_edge.engines.providers import choose, survey, survey_table
@@ -42,6 +43,13 @@ def _run(settings: RunSettings) -> int:
     if settings.providers:
         print(survey_table(survey()))
         return EXIT_OK
+    if settings.cache:
+        print(cache.text())
+        return EXIT_OK
+    if settings.clear_cache:
+        count, freed = cache.clear()
+        print(f"{count} entries removed, {freed / 1e6:.1f} MB freed")
+        return EXIT_OK
     if settings.policy:
         print(machine_policy().text())
         return EXIT_OK
@@ -49,6 +57,8 @@ def _run(settings: RunSettings) -> int:
         return _self_test(settings)
     if not settings.prompt:
         raise InputError("no prompt given", do="see sld-run --help")
+    if settings.quiet:
+        os.environ["SLD_EDGE_QUIET"] = "1"
     pipeline = Pipeline.load(
         settings.bundle,
         provider=settings.provider,

@@ -147,10 +147,12 @@ class Loader:
                 source_digest(component),
                 source.path,
                 keep_fp16=_is_stored_small(component) and _is_heavy(component),
+                confirm=source.confirm,
+                what=f"{name} of {self.bundle.manifest.model.id}",
             )
         else:
             engine = OrtDeviceEngine(source.path(), self.device, provider=provider)
-        source.confirm()
+            source.confirm()
         return engine
 
     def provider_of(self, name: str) -> str:

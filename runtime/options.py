@@ -49,6 +49,8 @@ class RunSettings:
     provider: str
     providers: bool
     policy: bool
+    cache: bool
+    clear_cache: bool
     self_test: bool
     trust_plan: bool
     no_cuda_graph: bool
@@ -243,6 +245,13 @@ def parser() -> Parser:
     machine.add_argument(
         "--providers", action="store_true", help="show which providers work here, or why not"
     )
+    machine.add_argument(
+        "--cache",
+        action="store_true",
+        help="show what is kept for this processor, where, and how large; SLD_EDGE_CACHE moves it, "
+        "SLD_EDGE_CACHE_LIMIT is the most GB that it takes (default: 20), the least used go first",
+    )
+    machine.add_argument("--clear-cache", action="store_true", help="remove all of it")
     machine.add_argument(
         "--policy",
         action="store_true",

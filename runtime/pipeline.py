@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sld_edge.engines.base import Engine, TensorSpec
+from sld_edge.engines.cache import remember, remembered
 from sld_edge.engines.checks import shown, whole_number
 from sld_edge.engines.errors import BundleError, InputError
 from sld_edge.runtime.constants import check_constants, refuse_empty
@@ -614,7 +615,10 @@ class Pipeline:
             InputError: a safety concept that the text encoder takes for the empty text.
         """
         if not self._constants_checked:
-            check_constants(self.bundle, self._encoded)
+            known = f"{self.bundle.sha256} {self._loader.provider_of('text_encoder')}"
+            if not remembered("embeddings", known):
+                check_constants(self.bundle, self._encoded)
+                remember("embeddings", known)
             self._constants_checked = True
         for acting in {concept for image in images for concept in image.acting_concepts}:
             refuse_empty(acting, self.encode_text(acting), self.encode_text(""))

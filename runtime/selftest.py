@@ -21,11 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sld_edge.engines.base import Array, Engine, TensorSpec
+from sld_edge.engines.cache import SELF_TEST, private_folder
 from sld_edge.engines.errors import BundleError, EngineError, InputError, OutputError, UserError
 from sld_edge.engines.ort import OrtEngine
 from sld_edge.engines.plan_info import FLAVOURS
 from sld_edge.engines.providers import status
-from sld_edge.engines.settings import cache_folder
 from sld_edge.runtime.bundle import EMBEDDED, Bundle, Component
 from sld_edge.runtime.loader import Loader, LoadSettings
 from sld_edge.runtime.loop import PREDICTIONS
@@ -141,9 +141,9 @@ def _planned(bundle: Path, flavour: str, say: Say, build: Build | None) -> Pipel
 @contextmanager
 def _folder() -> Iterator[Path]:
     """Give the folder for plans: in the cache, where they stay, or else one that goes again."""
-    root = cache_folder()
+    root = private_folder(SELF_TEST)
     if root is not None:
-        yield root / "self-test"
+        yield root
         return
     with tempfile.TemporaryDirectory(prefix="sld-edge-") as folder:
         yield Path(folder)

@@ -1,0 +1,199 @@
+"""The cache: a folder of this user's alone, its entries, and how much of it there may be.
+
+What lies in it runs with the user's rights and decides what pictures look like. So it is used only
+where it belongs to this user and no one else can write to it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import stat
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from sld_edge.engines.errors import BundleError, UserError
+from sld_edge.engines.files import json_from_file
+from sld_edge.engines.settings import cache_folder, cache_limit
+from sld_edge.engines.staging import locked, sweep
+
+STAMP = "prepared.json"  # in an entry of `sessions`: what it is, and the hash of each of its files
+SESSIONS, JIT, FACTS, SELF_TEST = "sessions", "jit", "checked", "self-test"
+OURS = (SESSIONS, JIT, FACTS, SELF_TEST, "ort-tensorrt", "ort-tensorrt-rtx")
+_told: set[str] = set()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One thing in the cache: its path, what it is, bytes, and when it was last used."""
+
+    path: Path
+    what: str
+    bytes: int
+    used: float
+
+
+def private_folder(name: str) -> Path | None:
+    """Return a folder of the cache, made if need be, or None where the cache cannot be trusted.
+
+    A cache that is switched off, or cannot be made, is None in silence. One that others could write
+    to is None, too, and that is said once on standard error.
+    """
+    root = cache_folder()
+    if root is None:
+        return None
+    try:
+        for folder in (root, root / name):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            why = _why_not_private(folder)
+            if why is not None:
+                _say_once(f"the cache is not used: {folder} {why}")
+                return None
+    except OSError:
+        return None
+    return root / name
+
+
+def _why_not_private(folder: Path) -> str | None:
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode):
+        return "is not a folder"
+    if sys.platform == "win32":
+        return None  # a profile's folder is private by Windows' own rules
+    if status.st_uid != os.geteuid():
+        return "belongs to another user"
+    if status.st_mode & 0o022:
+        return f"can be written by others (chmod go-w {folder})"
+    return None
+
+
+def _say_once(line: str) -> None:
+    if line not in _told:
+        _told.add(line)
+        print(f"note: {line}", file=sys.stderr)
+
+
+def remembered(kind: str, key: str) -> bool:
+    """Whether a fact was written down by `remember`; never where the cache is not private."""
+    folder = private_folder(FACTS)
+    return folder is not None and (folder / _fact(kind, key)).is_file()
+
+
+def remember(kind: str, key: str) -> None:
+    """Write down a fact that took time to find out."""
+    folder = private_folder(FACTS)
+    if folder is not None:
+        with suppress(OSError):
+            (folder / _fact(kind, key)).touch()
+
+
+def _fact(kind: str, key: str) -> str:
+    return f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:32]}"
+
+
+def entries() -> list[Entry]:
+    """Return what is in the cache, the least recently used first."""
+    root = cache_folder()
+    if root is None:
+        return []
+    found = [
+        _entry(path) for kind in OURS for path in _listed(root / kind) if not path.is_symlink()
+    ]
+    return sorted(found, key=lambda entry: entry.used)
+
+
+def make_room(needed: int) -> None:
+    """Drop the least recently used prepared graphs until `needed` more bytes fit into the limit.
+
+    A graph that a process has loaded stays.
+    """
+    limit = cache_limit()
+    everything = entries()
+    total = sum(entry.bytes for entry in everything) + needed
+    for entry in everything:
+        if not limit or total <= limit:
+            return
+        if entry.path.parent.name == SESSIONS and _drop_unused(entry.path):
+            total -= entry.bytes
+
+
+def clear() -> tuple[int, int]:
+    """Empty the cache; return how many entries and bytes went. Other files there are left alone."""
+    count = freed = 0
+    for entry in entries():
+        shutil.rmtree(entry.path, ignore_errors=True)
+        with suppress(OSError):
+            entry.path.unlink()
+        if not entry.path.exists():
+            count, freed = count + 1, freed + entry.bytes
+    root = cache_folder()
+    for folder in [root / kind for kind in OURS] if root is not None else []:
+        sweep(folder)
+        with suppress(OSError):
+            folder.rmdir()
+    return count, freed
+
+
+def text() -> str:
+    """Return where the cache is and what is in it, as lines for a person."""
+    root = cache_folder()
+    if root is None:
+        return "no cache: SLD_EDGE_CACHE is off, or there is no home folder"
+    found = entries()
+    facts = [entry for entry in found if entry.path.parent.name == FACTS]
+    lines = [f"cache: {root}"]
+    lines += [
+        f"  {entry.bytes / 1e6:9.1f} MB  last used {_day(entry.used)}  {entry.what}"
+        for entry in reversed(found)
+        if entry not in facts
+    ]
+    total, limit = sum(entry.bytes for entry in found), cache_limit()
+    most = f"at most {limit / 1e9:g} GB (SLD_EDGE_CACHE_LIMIT)" if limit else "no limit"
+    lines.append(f"in all {total / 1e6:.1f} MB; {most}; {len(facts)} checked bundles are known")
+    return "\n".join(lines)
+
+
+def _listed(folder: Path) -> Iterator[Path]:
+    with suppress(OSError):
+        yield from (path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def _entry(path: Path) -> Entry:
+    what, used = f"{path.parent.name}: {path.name}", 0.0
+    with suppress(OSError):
+        used = path.stat().st_mtime
+    if path.parent.name == SESSIONS:
+        with suppress(OSError, UserError):
+            used = (path / STAMP).stat().st_mtime
+            stamp = json_from_file(path / STAMP, error=BundleError)
+            what = f"prepared graph: {stamp.get('what', path.name)}"
+    return Entry(path=path, what=what, bytes=_bytes(path), used=used)
+
+
+def _bytes(path: Path) -> int:
+    total = 0
+    with suppress(OSError):
+        if not path.is_dir():
+            return path.lstat().st_size
+        for folder, _, names in os.walk(path):
+            total += sum((Path(folder) / name).lstat().st_size for name in names)
+    return total
+
+
+def _drop_unused(entry: Path) -> bool:
+    """Remove a prepared graph unless a process holds its stamp (see `sessions`)."""
+    try:
+        with locked(entry / STAMP, shared=False):
+            shutil.rmtree(entry, ignore_errors=True)
+    except OSError:
+        return False
+    return not entry.exists()
+
+
+def _day(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
