@@ -39,7 +39,6 @@ from sld_edge.engines.errors import EngineError, UserError
 from sld_edge.engines.files import Identity, identity, json_from_file, sha256_of_file, write_whole
 from sld_edge.engines.onnx_edit import flash_attention, weights_first
 from sld_edge.engines.ort import OrtEngine, create_session, onnxruntime, session_options
-from sld_edge.engines.settings import announces
 from sld_edge.engines.staging import hold, part_folder
 
 _LAYOUT = 4  # raise when what is prepared, or how, changes
@@ -57,6 +56,7 @@ def prepared_engine(
     keep_fp16: bool = False,
     confirm: Callable[[], None] | None = None,
     what: str = "a graph",
+    quiet: bool = False,
 ) -> OrtEngine:
     """Return the CPU engine of a graph, from the cache, or prepared and cached now.
 
@@ -67,6 +67,7 @@ def prepared_engine(
         confirm: raises where the files changed since `source` checked them; called after they were
             read, before anything made from them is kept.
         what: the graph's name, for people.
+        quiet: do not say on standard error that a large graph is being prepared.
 
     Without a usable cache (switched off, not private, read-only, disk full) the graph is loaded as
     it is, its weights in the arithmetic's precision.
@@ -77,7 +78,7 @@ def prepared_engine(
         if engine is not None:
             return engine
     path = source()
-    if folder is not None and _prepare(path, folder, keep_fp16, confirm, what):
+    if folder is not None and _prepare(path, folder, keep_fp16, confirm, what, quiet=quiet):
         engine = _loaded(folder)
         if engine is not None:
             return engine
@@ -158,7 +159,13 @@ def _processor() -> str:
 
 
 def _prepare(
-    path: Path, folder: Path, keep_fp16: bool, confirm: Callable[[], None] | None, what: str
+    path: Path,
+    folder: Path,
+    keep_fp16: bool,
+    confirm: Callable[[], None] | None,
+    what: str,
+    *,
+    quiet: bool,
 ) -> bool:
     """Optimize the graph into `folder`; whole or not at all. Say whether it may be there now.
 
@@ -169,7 +176,7 @@ def _prepare(
     size = sum(file.stat().st_size for file in beside if file.exists())
     try:
         make_room(size)
-        with part_folder(folder) as part, _announced(what, size, part):
+        with part_folder(folder) as part, _announced(what, size, part, quiet=quiet):
             _optimize(path, part, keep_fp16)
             if confirm is not None:
                 confirm()
@@ -219,9 +226,9 @@ def _move(part: Path, folder: Path) -> None:
 
 
 @contextmanager
-def _announced(what: str, size: int, part: Path) -> Iterator[None]:
+def _announced(what: str, size: int, part: Path, *, quiet: bool) -> Iterator[None]:
     """Say what takes so long, where it does, and show the bytes written so far."""
-    if size < _LARGE or not announces():
+    if size < _LARGE or quiet:
         yield
         return
     root = part.parent

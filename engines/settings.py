@@ -2,7 +2,6 @@
 
 SLD_EDGE_CACHE: where prepared session files are kept; "0" or "off" keeps none.
 SLD_EDGE_CACHE_LIMIT: GB that may be kept there, 20 where unset; "0" is no limit.
-SLD_EDGE_QUIET: "1" says nothing of what takes long.
 SLD_EDGE_THREADS: threads of the CPU engines; unset or "0" means one a core.
 """
 
@@ -44,11 +43,6 @@ def cache_limit(environment: Mapping[str, str] = os.environ) -> int:
     if not 0 <= size < 1e9:
         raise InputError("SLD_EDGE_CACHE_LIMIT", got=repr(named), expected="a number of GB")
     return int(size * 1e9)
-
-
-def announces(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether what takes long is said on standard error; a command's --quiet ends it."""
-    return environment.get("SLD_EDGE_QUIET", "") not in ("1", "on")
 
 
 def thread_count(environment: Mapping[str, str] = os.environ) -> int:

@@ -57,8 +57,6 @@ def _run(settings: RunSettings) -> int:
         return _self_test(settings)
     if not settings.prompt:
         raise InputError("no prompt given", do="see sld-run --help")
-    if settings.quiet:
-        os.environ["SLD_EDGE_QUIET"] = "1"
     pipeline = Pipeline.load(
         settings.bundle,
         provider=settings.provider,
@@ -67,6 +65,7 @@ def _run(settings: RunSettings) -> int:
         cuda_graph=not settings.no_cuda_graph,
         low_memory=settings.low_memory,
         vae_tiling=settings.vae_tiling,
+        quiet=settings.quiet,
     )
     with pipeline:
         flagged = _make(pipeline, settings)

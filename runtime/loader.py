@@ -47,6 +47,7 @@ class LoadSettings:
         low_memory: hold text encoder and decoder only while they are needed.
         vae_tiling: decode in tiles: "auto", on the CPU above 768x768 pixels; "on"; or "off".
         evaluation: for measuring safety, which a policy may allow to be off then.
+        quiet: do not say that a large graph is being prepared.
     """
 
     provider: str = "auto"
@@ -56,6 +57,7 @@ class LoadSettings:
     low_memory: bool = False
     vae_tiling: VaeTiling = "auto"
     evaluation: bool = False
+    quiet: bool = False
 
 
 @dataclass(kw_only=True)
@@ -148,6 +150,7 @@ class Loader:
                 source.path,
                 keep_fp16=_is_stored_small(component) and _is_heavy(component),
                 confirm=source.confirm,
+                quiet=self.settings.quiet,
                 what=f"{name} of {self.bundle.manifest.model.id}",
             )
         else:

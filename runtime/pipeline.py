@@ -95,6 +95,7 @@ class Pipeline:
         low_memory: bool = False,
         vae_tiling: VaeTiling = "auto",
         evaluation: bool = False,
+        quiet: bool = False,
     ) -> Pipeline:
         """Load the bundle at a path; None is the embedded miniature bundle.
 
@@ -110,6 +111,7 @@ class Pipeline:
             vae_tiling: decode in overlapping tiles: "on" or "off"; "auto" does on the CPU, where a
                 picture is larger than 768x768 pixels.
             evaluation: the pictures measure safety, which a policy may allow to be off for that.
+            quiet: do not say on standard error that a large graph is being prepared, once.
 
         Raises:
             BundleError: no bundle there, or a damaged one.
@@ -125,6 +127,7 @@ class Pipeline:
             low_memory=low_memory,
             vae_tiling=checked_tiling(vae_tiling),
             evaluation=evaluation,
+            quiet=quiet,
         )
         return cls(Loader.open(bundle, settings))
 

@@ -224,8 +224,7 @@ def test_a_long_preparation_is_announced(
     assert "note: preparing vae_decoder of mini for this processor, once" in (
         capsys.readouterr().err
     )
-    monkeypatch.setenv("SLD_EDGE_QUIET", "1")
-    prepared_engine("ef" * 32, lambda: GRAPH)
+    prepared_engine("ef" * 32, lambda: GRAPH, quiet=True)
     assert capsys.readouterr().err == ""
 
 
