@@ -45,6 +45,7 @@ from sld_edge.runtime.bundle import (
     Size,
     TextInfo,
 )
+from sld_edge.runtime.policy import machine_policy
 from sld_edge.runtime.safety import PAPER_CONCEPT, PRESETS
 from sld_edge.runtime.tokenizer import Tokenizer, input_ids
 
@@ -174,6 +175,7 @@ def export_bundle(
         prediction_type=settings.prediction_type,
     )
     shape = _shape(checkpoint, settings)
+    _check_safety(checkpoint, settings, shape)
     sampler, notes = sampler_from_scheduler(checkpoint.scheduler)
     for note in notes:
         say(f"note: {note}")
@@ -206,6 +208,30 @@ def export_bundle(
         )
         _write(folder / MANIFEST, manifest.to_json().encode())
     return Path(settings.output)
+
+
+def _check_safety(checkpoint: Checkpoint, settings: ExportSettings, shape: _Shape) -> None:
+    """Refuse defaults with which a run could not be safe.
+
+    Raises:
+        InputError: a safety concept that says nothing to the model.
+        PolicyError: a preset below this device's minimum.
+    """
+    tokenizer = Tokenizer(checkpoint.tokenizer_json, length=shape.text.length)
+    for concept in settings.safety_concepts:
+        if tokenizer.says_nothing(concept):
+            raise InputError(
+                "the safety concept says nothing to the model, so safety could not act",
+                got=repr(concept),
+                do="give words, or leave --safety-concept out",
+            )
+    policy = machine_policy()
+    policy.require(
+        policy.default_preset(settings.preset) == settings.preset,
+        "the bundle's preset",
+        got=settings.preset,
+        expected=f"{policy.minimum} or stronger",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from sld_edge.export.build import require_buildable
 from sld_edge.export.build_cli import add_build_arguments, build_and_show, take_build_options
 from sld_edge.export.bundle import ExportSettings, Watch, export_bundle
 from sld_edge.export.scorers import SCORERS, ScorerSettings, export_scorer
+from sld_edge.export.sign import sign_bundle, signing_key
 from sld_edge.export.sources import ALIASES, PREDICTION_TYPES
 from sld_edge.runtime.console import Parser, peak_memory, run_command
 from sld_edge.runtime.safety import PAPER_CONCEPT, PRESETS
@@ -42,7 +43,6 @@ def parser() -> Parser:
     )
     cli.add_argument(
         "--model",
-        required=True,
         metavar="MODEL",
         help=f"{', '.join(ALIASES)}; a Hub id (owner/name or owner/name@revision); a diffusers "
         "directory; or a .safetensors file in the original layout",
@@ -52,6 +52,13 @@ def parser() -> Parser:
     )
     cli.add_argument("--name", metavar="TEXT", help="what the bundle calls the model")
     cli.add_argument("--force", action="store_true", help="replace an existing bundle")
+    cli.add_argument(
+        "--sign",
+        type=Path,
+        metavar="KEY.pem",
+        help="sign the bundle with an Ed25519 key, for devices whose policy names its signers; "
+        "without --model, sign the bundle at --output (docs/policy.md)",
+    )
 
     graphs = cli.add_argument_group("graphs")
     graphs.add_argument(
@@ -152,11 +159,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str] | None) -> None:
     options = vars(parser().parse_args(arguments))
+    key = signing_key(options["sign"]) if options["sign"] is not None else None
+    if options["model"] is None:
+        _sign_only(options, key)
+        return
     if options["scorer"] is not None:
         _export_scorer(options)
         return
     quiet = options.pop("quiet")
-    del options["scorer"]
+    del options["scorer"], options["sign"]
     if options.pop("q16_prompts") is not None:
         raise InputError("--q16-prompts is for --scorer q16")
     if options["precision"] is None:
@@ -174,15 +185,26 @@ def _run(arguments: Sequence[str] | None) -> None:
         )
     if not quiet:
         _show(path, time.perf_counter() - start)
+    if key is not None:
+        print(f"signed by {sign_bundle(path, key)}")
     if plans is not None:
         build_and_show(path, plans, force=False, quiet=quiet)
+
+
+def _sign_only(options: dict[str, Any], key: object | None) -> None:
+    """Sign a bundle that is there."""
+    unset = vars(parser().parse_args(["--output", ""]))
+    given = [name for name, value in options.items() if value != unset[name]]
+    if key is None or set(given) - {"output", "sign", "quiet"}:
+        raise InputError("no --model given", do="see sld-export --help")
+    print(f"signed by {sign_bundle(options['output'], key)}")
 
 
 def _export_scorer(options: dict[str, Any]) -> None:
     """Write a scorer; what only a bundle has is refused."""
     quiet = options.pop("quiet")
     names = ScorerSettings.__dataclass_fields__
-    unset = vars(parser().parse_args(["--model", "", "--output", ""]))
+    unset = vars(parser().parse_args(["--output", ""]))
     for name, value in options.items():
         if name not in names and value != unset[name]:
             raise InputError(f"--{name.replace('_', '-')} does not apply to --scorer")

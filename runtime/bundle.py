@@ -30,6 +30,8 @@ from sld_edge.engines.files import (
     sha256_of_file,
 )
 from sld_edge.engines.onnx_files import GRAPH_LIMIT, externals
+from sld_edge.runtime.policy import NO_POLICY, Policy
+from sld_edge.runtime.signatures import require_signed
 
 FORMAT = "sld-edge-bundle"
 FORMAT_VERSION = 2
@@ -360,13 +362,17 @@ class Bundle:
         self.sha256 = manifest_sha256  # of bundle.json, which holds the hash of everything else
 
     @classmethod
-    def open(cls, path: str | Path | None = None) -> Bundle:
+    def open(cls, path: str | Path | None = None, *, policy: Policy = NO_POLICY) -> Bundle:
         """Open the bundle at `path`; None is the embedded miniature one.
 
-        Only sizes are checked here; `check` hashes a file when it is first used.
+        Only sizes are checked here; `check` hashes a file when it is first used. Where the policy
+        names signers or bundles, others are refused before their manifest is parsed; the miniature
+        is part of the package and so as trusted as its code.
 
         Raises:
-            BundleError: no bundle there, or one that is cut short or not what it says.
+            BundleError: no bundle there, or one that is cut short or not what it says, or signed by
+                nobody whom the policy names.
+            PolicyError: a bundle that the policy does not name.
         """
         root = EMBEDDED if path is None else Path(path)
         file = root / MANIFEST
@@ -380,9 +386,14 @@ class Bundle:
                 do="make one with: sld-export --model sd-1.5 --output DIR",
             ) from error
         raw = read_limited(file, JSON_LIMIT, error=BundleError, do=_AGAIN)
-        manifest = manifest_from_json(raw, origin=str(file))
-        bundle = cls(root, manifest, hashlib.sha256(raw).hexdigest())
-        for entry in manifest.files():
+        digest = hashlib.sha256(raw).hexdigest()
+        if (policy.signers or policy.bundles) and path is not None and digest not in policy.bundles:
+            policy.require(
+                bool(policy.signers), "this bundle", got=digest, expected="one that it names"
+            )
+            require_signed(root, raw, policy.signers)
+        bundle = cls(root, manifest_from_json(raw, origin=str(file)), digest)
+        for entry in bundle.manifest.files():
             bundle._check_size(entry)
         return bundle
 

@@ -99,7 +99,7 @@ class Loader:
             policy = replace(policy, safety=None, screening=None)
         if bundle is None and settings.plan is not None:
             bundle = bundle_of_plan(settings.plan)
-        opened = Bundle.open(bundle)
+        opened = Bundle.open(bundle, policy=policy)
         provider, why = _resolved(opened, settings)
         loader = cls(bundle=opened, provider=provider, why=why, settings=settings, policy=policy)
         if provider in FLAVOURS:

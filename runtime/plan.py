@@ -179,6 +179,8 @@ def require_admitted(
         raise policy.error(
             "a run that was resolved under another policy", expected="this one", do="plan it again"
         )
+    if not images:
+        raise InputError("a run without pictures", do="give a prompt")
     for value, kind in _typed(run, images):
         if type(value) is not kind:
             raise InputError("a resolved run was changed", got=shown(value), expected=kind.__name__)
