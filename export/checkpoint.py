@@ -18,10 +18,7 @@ WEIGHT_STEMS = {
     "text_encoder": "model",
 }
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
-_SAFE_COPY = (
-    "where you trust it, make a safe copy: load it with diffusers and "
-    "save_pretrained(DIR, safe_serialization=True)"
-)
+_SAFE_COPY = "make a safe copy with diffusers: save_pretrained(DIR, safe_serialization=True)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +131,7 @@ def refuse_pickle(path: Path) -> None:
     """Raise a CheckpointError for a file whose format runs code when it is opened."""
     if path.suffix.lower() in PICKLES:
         raise CheckpointError(
-            f"{path} is a pickle: opening one can run any code, so nothing is unpickled here",
+            f"{path} is a pickle, which can run any code",
             expected="safetensors",
             do=_SAFE_COPY,
         )

@@ -22,6 +22,9 @@ from tokenizers import (
 )
 
 from sld_edge.engines.errors import CheckpointError
+from sld_edge.engines.files import JSON_LIMIT, read_limited
+from sld_edge.runtime.tokenizer import backend_from_text
+from sld_edge.runtime.tokenizer_file import checked_tokenizer
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 OPENCLIP_PAD = "!"  # id 0, which OpenCLIP's text encoder (SD 2.x) was trained with
@@ -74,11 +77,9 @@ def tokenizer_json_from_path(
 
 
 def _tokenizer_from_json(file: Path, config: dict[str, Any]) -> Tokenizer:
-    text = _text(file)
-    try:
-        tokenizer = Tokenizer.from_str(text)
-    except Exception as error:  # the library raises bare Exception
-        raise CheckpointError(f"{file} is not a tokenizer", got=error) from error
+    data = read_limited(file, JSON_LIMIT, error=CheckpointError)
+    text = checked_tokenizer(data, origin=str(file), error=CheckpointError)
+    tokenizer = backend_from_text(text, origin=str(file), error=CheckpointError)
     padding = tokenizer.padding or {}
     config.setdefault("pad_token", padding.get("pad_token", END))
     pad = config["pad_token"]

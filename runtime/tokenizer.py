@@ -9,8 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer as Backend
 
-from sld_edge.engines.errors import BundleError, InputError
+from sld_edge.engines.errors import BundleError, InputError, UserError, one_line
+from sld_edge.runtime.tokenizer_file import checked_tokenizer
 
+_MOST_CHARACTERS = 20_000
 _ABSURD = 10  # a prompt of this many times the model's length is a mistake, not a prompt
 
 
@@ -36,10 +38,10 @@ class Tokenizer:
         Raises:
             BundleError: not a tokenizer, or one that gives another length.
         """
-        try:
-            self._backend = Backend.from_str(tokenizer_json)
-        except Exception as error:  # the library raises plain Exception
-            raise BundleError("tokenizer.json is not a tokenizer", got=error) from error
+        checked = checked_tokenizer(
+            tokenizer_json.encode(), origin="tokenizer.json", error=BundleError, length=length
+        )
+        self._backend = backend_from_text(checked, origin="tokenizer.json", error=BundleError)
         self._length = length
         if len(self._backend.encode("")) != length:
             raise BundleError(
@@ -54,16 +56,19 @@ class Tokenizer:
         Raises:
             InputError: a prompt so long that it must be a mistake.
         """
+        room = self._length - 2  # start and end token
+        too_long = InputError(
+            "prompt is far too long",
+            got=f"{len(text)} characters",
+            expected=f"at most about {room} tokens, which is what the model reads",
+            do="shorten it; was a file given by mistake?",
+        )
+        if len(text) > _MOST_CHARACTERS:  # before a second is spent on them
+            raise too_long
         encoding = self._backend.encode(text)
         pieces = [encoding, *encoding.overflowing]
-        room = self._length - 2  # start and end token
         if len(pieces) > _ABSURD:
-            raise InputError(
-                "prompt is far too long",
-                got=f"{len(text.split())} words",
-                expected=f"at most about {room} tokens, which is what the model reads",
-                do="shorten it; was a file given by mistake?",
-            )
+            raise too_long
         kept = encoding.offsets[self._length - 2][1]  # where the last real token ends
         cut = text[kept:].strip() if len(pieces) > 1 else ""
         return Tokens(ids=np.array(encoding.ids, dtype=np.int64), cut=cut)
@@ -71,6 +76,22 @@ class Tokenizer:
     def says_nothing(self, text: str) -> bool:
         """Whether a text is spaces and special tokens alone, which the empty text has too."""
         return set(self(text).ids.tolist()) <= set(self("").ids.tolist())
+
+
+def backend_from_text(text: str, *, origin: str, error: type[UserError]) -> Backend:
+    """Return the library's tokenizer of a text that was checked.
+
+    Raises:
+        UserError: of the class `error`: the library does not take it.
+    """
+    try:
+        return Backend.from_str(text)
+    except Exception as problem:  # the library raises plain Exception
+        raise error(f"{origin} is not a tokenizer", got=one_line(problem)) from problem
+    except BaseException as problem:
+        if type(problem).__name__ != "PanicException":  # of Rust, no Exception to Python
+            raise
+        raise error(f"{origin} is not a tokenizer", got="a panic") from problem
 
 
 def input_ids(tokens: Sequence[Tokens]) -> NDArray[np.int64]:

@@ -132,7 +132,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 
 def test_a_prompt_of_10000_words(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["star " * 10_000, *FAST]) == 2
-    assert "far too long | got 10000 words" in only_line(capsys)
+    assert "far too long | got 50000 characters" in only_line(capsys)
 
 
 def test_an_existing_file_is_kept_unless_forced(capsys: pytest.CaptureFixture[str]) -> None:

@@ -174,12 +174,13 @@ LOWER: dict[str, list[Any]] = {
 NUMBERS: list[dict[str, Any]] = [
     {**STRONG, name: value} for name, values in LOWER.items() for value in values
 ]
+_PRESETS: tuple[Any, ...] = (0, False, {}, b"off", 1.0, SlyText("off"), SlyText("weak"))
 ASKED: list[dict[str, Any]] = [
     *(
         {"safety": value}
         for value in ("off", "weak", "medium", "OFF", " off", "off ", "", "custom")
     ),
-    *({"safety": value} for value in (0, False, {}, b"off", 1.0, SlyText("off"), SlyText("weak"))),
+    *({"safety": value} for value in _PRESETS),
     *({"safety": ["strong", value], "prompt": ["a", "b"]} for value in ("off", "weak", "medium")),
     *({"safety": [value, "max"], "prompt": ["a", "b"]} for value in ("off", "weak", "medium")),
     *({"safety": ["max", "max", low], "prompt": ["a", "b", "c"]} for low in ("off", "medium")),
