@@ -28,7 +28,8 @@ from sld_edge.engines.plan_info import (
     plan_info_from_file,
     this_system,
 )
-from sld_edge.export.bundle import created_by
+from sld_edge.export.bundle import BUNDLE, created_by
+from sld_edge.export.output import recover
 from sld_edge.runtime.bundle import MANIFEST, Bundle, Component, File
 from sld_edge.runtime.plans import plan_name, source_digest
 
@@ -69,6 +70,7 @@ def build_plans(
     """
     say = say if say is not None else _silence
     watch = watch if watch is not None else _unwatched
+    recover(bundle_path.resolve(), BUNDLE)
     bundle = Bundle.open(bundle_path)
     components = _chosen(bundle, settings)
     fp32 = any(

@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sld_edge.engines.errors import CheckpointError, InputError
-from sld_edge.export.bundle import Say, check_output, created_by, file_entry, staged
+from sld_edge.export.bundle import Say, created_by, file_entry
 from sld_edge.export.checkpoint import Model, read_json, refuse_pickle, tokenizer_json_for
+from sld_edge.export.output import Kind, check_output, staged
 from sld_edge.export.q16_prompts import read_q16_prompts
 from sld_edge.export.verify import graph_facts, require_onnx, run_checked
 from sld_edge.export.weights import Entry, Weights, entries_from_safetensors
@@ -23,6 +24,7 @@ from sld_edge.runtime.scorers.folder import (
     MANIFEST,
     TEXT_ENCODER,
     TOKENIZER,
+    ScorerFolder,
     ScorerManifest,
 )
 from sld_edge.runtime.scorers.preprocess import CLIP_MEAN, CLIP_STD
@@ -88,11 +90,12 @@ def export_scorer(settings: ScorerSettings, *, say: Say | None = None) -> Path:
     """
     say = say if say is not None else _silence
     output = settings.output.resolve()
-    check_output(output, force=settings.force, kind="scorer", manifest=MANIFEST)
+    kind = _kind(settings.scorer)
+    check_output(output, force=settings.force, kind=kind)
     require_onnx()
     clip = _clip(settings.model, checker=settings.scorer == "sd-checker")
     head = _head(settings, clip)
-    with staged(output) as folder:
+    with staged(output, force=settings.force, kind=kind) as folder:
         image = _write_image(clip, settings, folder / IMAGE_ENCODER, say)
         length = 0
         if settings.scorer == "clip-score":
@@ -111,6 +114,20 @@ def export_scorer(settings: ScorerSettings, *, say: Say | None = None) -> Path:
         )
         (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return settings.output
+
+
+def _kind(scorer: str) -> Kind:
+    """Return what --force may replace: the folder of the same scorer."""
+    models = (IMAGE_ENCODER, TEXT_ENCODER, HEAD)
+    return Kind(
+        name="scorer",
+        manifest=MANIFEST,
+        listed=lambda root: {
+            MANIFEST,
+            *(file.path for file in ScorerFolder(root, scorer).manifest.files),
+        },
+        written={MANIFEST, TOKENIZER, *models, *(f"{name}.data" for name in models)},
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
