@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from sld_edge.engines.errors import CheckpointError, UserError, one_line
 
+NOT_BUILT = "config.json does not describe a model that can be built"
 # What code raises that meets a value of another kind or size than it was written for.
 ODD_VALUES = (
     KeyError,
@@ -24,11 +25,11 @@ ODD_VALUES = (
 def refusing(
     what: str, *kinds: type[Exception], panics: bool = False, do: str | None = None
 ) -> Iterator[None]:
-    """Turn exceptions inside the `with` block into a CheckpointError; UserErrors pass.
+    """Turn exceptions inside the `with` block into a CheckpointError.
 
     Args:
         what: begins the message.
-        kinds: which exceptions.
+        kinds: which exceptions; of UserErrors, only the very classes named here.
         panics: also those of Rust code, which are no `Exception`.
         do: advice that the error ends with.
 
@@ -37,10 +38,16 @@ def refusing(
     """
     try:
         yield
-    except UserError:
-        raise
+    except UserError as error:
+        if type(error) not in kinds:
+            raise
+        raise CheckpointError(what, got=error, do=do) from error
     except BaseException as error:
-        if isinstance(error, kinds) or (panics and type(error).__name__ == "PanicException"):
-            complaint = f"{type(error).__name__}: {one_line(error)}"
-            raise CheckpointError(what, got=complaint, do=do) from error
-        raise
+        if not isinstance(error, kinds) and not (panics and _is_panic(error)):
+            raise
+        complaint = f"{type(error).__name__}: {one_line(error)}"
+        raise CheckpointError(what, got=complaint, do=do) from error
+
+
+def _is_panic(error: BaseException) -> bool:
+    return type(error).__name__ == "PanicException"
