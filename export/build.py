@@ -55,7 +55,8 @@ def build_plans(
     """Build `NAME.plan` and `NAME.plan.json` for a bundle's components and record them in it.
 
     All plans move into the bundle when the last is built, and then `plans.json`, which lists them;
-    before that it stays as it was. `bundle.json` is never changed. A plan that was built before with the same answers is kept.
+    before that it stays as it was. `bundle.json` is never changed. A plan that was built before
+    with the same answers is kept.
 
     Args:
         bundle_path: the bundle.
