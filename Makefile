@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN_STAMP := $(VENV)/.run-installed
 DEV_STAMP := $(VENV)/.dev-installed
 
-.PHONY: help image dev check lint types layers test clean
+.PHONY: help image dev check lint types layers test floors constraints clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -30,8 +30,21 @@ layers: $(DEV_STAMP)  ## imports go one way
 test: $(DEV_STAMP)  ## the tests
 	$(BIN)/pytest
 
+floors: $(DEV_STAMP)  ## the lowest versions that pyproject.toml states make the same picture
+	rm -rf .venv-floors
+	$(BIN)/python -m venv .venv-floors
+	$(BIN)/python tests/lowest_versions.py > .venv-floors/floors.txt
+	.venv-floors/bin/pip install --quiet --editable ".[cpu]" --constraint .venv-floors/floors.txt
+	$(BIN)/python tests/lowest_versions.py .venv-floors/bin/python $(BIN)/python
+
+constraints: $(DEV_STAMP)  ## pin and hash what a device installs: constraints/device-cpu.txt
+	$(BIN)/pip install --quiet uv
+	$(BIN)/uv pip compile pyproject.toml --extra cpu --python-version 3.11 --python-platform linux \
+		--generate-hashes --upgrade --quiet --custom-compile-command "make constraints" \
+		--output-file constraints/device-cpu.txt
+
 clean:  ## remove the virtual environment and caches
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) .venv-floors .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
 $(BIN)/python:
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or later is needed')"

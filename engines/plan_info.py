@@ -14,10 +14,14 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from sld_edge.engines.base import TensorSpec
-from sld_edge.engines.errors import EngineError
+from sld_edge.engines.checks import exact_text, finite_number, whole_number
+from sld_edge.engines.errors import EngineError, InputError, one_line
+from sld_edge.engines.files import json_from_file
 
 FORMAT = "sld-edge-plan"
 FORMAT_VERSION = 1
+_LIMIT = 1 << 20  # bytes of a description
+_MOST = 1 << 50  # of any number in it
 
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
 FLAVOURS: tuple[Flavour, ...] = ("tensorrt-rtx", "tensorrt")
@@ -102,17 +106,13 @@ def plan_info_from_file(path: Path) -> PlanInfo:
     Raises:
         EngineError: no such file, not a plan's description, or one from the future.
     """
-    try:
-        body = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
+    if not path.exists():
         raise EngineError(
             f"no description of the plan at {path}",
-            got=error.strerror,
             do="build the plan with sld-build, which writes it",
-        ) from error
-    except ValueError as error:
-        raise EngineError(f"{path} is not whole JSON", do="build the plan again") from error
-    if not isinstance(body, dict) or body.get("format") != FORMAT:
+        )
+    body = json_from_file(path, error=EngineError, do="build the plan again", limit=_LIMIT)
+    if body.get("format") != FORMAT:
         raise EngineError(f"{path} is not a plan's description", do="build the plan again")
     if body.get("format_version") != FORMAT_VERSION:
         raise EngineError(
@@ -123,9 +123,11 @@ def plan_info_from_file(path: Path) -> PlanInfo:
         )
     try:
         return _info(body)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, InputError) as error:
         raise EngineError(
-            f"{path} lacks an entry or has a wrong one", got=error, do="build the plan again"
+            f"{path} lacks an entry or has a wrong one",
+            got=one_line(error),
+            do="build the plan again",
         ) from error
 
 
@@ -177,29 +179,46 @@ def _info(body: Mapping[str, Any]) -> PlanInfo:
     if body["engine"] not in FLAVOURS:
         raise ValueError(f"engine {body['engine']!r}")
     return PlanInfo(
-        component=str(body["component"]),
-        sha256=str(body["sha256"]),
-        bytes=int(body["bytes"]),
-        source_sha256=str(body["source_sha256"]),
+        component=exact_text("component", body["component"]),
+        sha256=exact_text("sha256", body["sha256"]),
+        bytes=whole_number("bytes", body["bytes"], 0, _MOST),
+        source_sha256=exact_text("source_sha256", body["source_sha256"]),
         engine=cast(Flavour, body["engine"]),
-        engine_version=str(body["engine_version"]),
-        system=str(body["system"]),
-        devices=tuple(map(str, body["devices"])),
-        compute_capabilities=tuple(map(str, body["compute_capabilities"])),
-        precision=str(body["precision"]),
+        engine_version=exact_text("engine_version", body["engine_version"]),
+        system=exact_text("system", body["system"]),
+        devices=_texts("devices", body["devices"]),
+        compute_capabilities=_texts("compute_capabilities", body["compute_capabilities"]),
+        precision=exact_text("precision", body["precision"]),
         inputs=tuple(map(_tensor, body["inputs"])),
         outputs=tuple(map(_tensor, body["outputs"])),
-        options=dict(body["options"]),
-        seconds=float(body["seconds"]),
-        created_by=str(body["created_by"]),
+        options=_options(body["options"]),
+        seconds=finite_number("seconds", body["seconds"], 0, 1e9),
+        created_by=exact_text("created_by", body["created_by"]),
     )
+
+
+def _texts(name: str, body: object) -> tuple[str, ...]:
+    if not isinstance(body, list) or len(body) > 64:
+        raise ValueError(f"{name} is no list of texts")
+    return tuple(exact_text(name, text) for text in body)
+
+
+def _options(body: object) -> dict[str, Any]:
+    """Options of a build: a few names with a number, a text or a flag each."""
+    if not isinstance(body, dict) or len(body) > 64:
+        raise ValueError("options are no object")
+    if not all(isinstance(value, str | int | float | None) for value in body.values()):
+        raise ValueError("an option that is no number, text or flag")
+    return dict(body)
 
 
 def _tensor(body: Mapping[str, Any]) -> PlanTensor:
     spec, profile = body["spec"], body["profile"]
     return PlanTensor(
         spec=TensorSpec(
-            name=str(spec["name"]), dtype=str(spec["dtype"]), shape=_shape(spec["shape"])
+            name=exact_text("tensor", spec["name"]),
+            dtype=_dtype(spec["dtype"]),
+            shape=_shape(spec["shape"]),
         ),
         profile=None if profile is None else _profile(profile),
     )
@@ -208,9 +227,23 @@ def _tensor(body: Mapping[str, Any]) -> PlanTensor:
 def _profile(
     body: Sequence[Sequence[int]],
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    least, best, most = (tuple(map(int, shape)) for shape in body)
+    least, best, most = (
+        tuple(whole_number("profile", size, 0, _MOST) for size in shape) for shape in body
+    )
+    if not len(least) == len(best) == len(most) <= 8:
+        raise ValueError("a profile of shapes that differ")
     return least, best, most
 
 
+def _dtype(body: object) -> str:
+    if body not in ("float32", "float16", "float64", "int64", "int32", "uint8", "bool"):
+        raise ValueError("a tensor's dtype")
+    return str(body)
+
+
 def _shape(body: Sequence[Any]) -> tuple[int | str, ...]:
-    return tuple(size if isinstance(size, str) else int(size) for size in body)
+    if not isinstance(body, list) or len(body) > 8:
+        raise ValueError("a tensor's shape")
+    return tuple(
+        size if isinstance(size, str) else whole_number("shape", size, 0, _MOST) for size in body
+    )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -28,9 +26,18 @@ from sld_edge.engines.plan_info import (
     plan_info_from_file,
     this_system,
 )
+from sld_edge.engines.staging import locked, part_folder
 from sld_edge.export.bundle import BUNDLE, created_by
 from sld_edge.export.output import recover
-from sld_edge.runtime.bundle import MANIFEST, Bundle, Component, File
+from sld_edge.runtime.bundle import MANIFEST, Bundle, Component
+from sld_edge.runtime.plan_list import (
+    PLANS,
+    PlanFiles,
+    listed_file,
+    plan_list,
+    plan_list_json,
+    require_listed,
+)
 from sld_edge.runtime.plans import plan_name, source_digest
 
 Say = Callable[[str], None]
@@ -48,8 +55,9 @@ def build_plans(
 ) -> list[PlanInfo]:
     """Build `NAME.plan` and `NAME.plan.json` for a bundle's components and record them in it.
 
-    All plans move into the bundle when the last is built; before that it stays as it was. A plan
-    that was built before with the same answers is kept.
+    All plans move into the bundle when the last is built, and then `plans.json`, which lists them;
+    before that it stays as it was. `bundle.json` is never changed. A plan that was built before
+    with the same answers is kept.
 
     Args:
         bundle_path: the bundle.
@@ -92,7 +100,7 @@ def build_plans(
             built[name] = job.build(name, component, folder)
             plans.append(built[name])
         if built:
-            _move_in(bundle.path, folder, built, say)
+            _move_in(bundle, folder, built, say)
     return plans
 
 
@@ -121,13 +129,15 @@ class _Job:
     def kept(self, name: str, component: Component) -> PlanInfo | None:
         """Return the plan that is there, if building anew would give the same."""
         path = self.bundle.path / plan_name(name)
-        entry = self.bundle.manifest.plans.get(name)
+        files = _listed(self.bundle).get(name)
+        if files is None:
+            return None
         try:
+            # A plan is code: only one that the bundle's list vouches for is kept.
+            for file in files:
+                require_listed(path.with_name(file.path), file)
             info = plan_info_from_file(info_path(path))
-            # A plan is code: only one that the bundle vouches for is kept.
-            if entry is None or _digest(path) != entry.sha256 or info.sha256 != entry.sha256:
-                return None
-        except (EngineError, OSError):
+        except EngineError:
             return None
         if _answers(info) != _answers(self._draft(name, component, component.attention)):
             return None
@@ -256,62 +266,36 @@ def _decomposed(name: str, graph: Path, folder: Path, keep: str | None) -> Itera
 
 @contextmanager
 def _staged(bundle: Path) -> Iterator[Path]:
-    """Give an empty folder for what is not whole yet, and remove it in the end."""
+    """Give an empty folder for what is not whole yet, and keep other builds away meanwhile."""
     bundle = bundle.resolve()
-    folder = bundle.parent / f".{bundle.name}.plans.{os.getpid()}.part"
     try:
         if not os.access(bundle, os.W_OK):
             raise PermissionError(13, "Permission denied")
         beside = bundle.parent.stat().st_dev == bundle.stat().st_dev
-        if not (beside and os.access(bundle.parent, os.W_OK)):
-            # The bundle is a disk of its own, as in a container.
-            folder = bundle / f".plans.{os.getpid()}.part"
-        _clear_away(folder)
-        folder.mkdir()
+        beside = beside and os.access(bundle.parent, os.W_OK)
+        # Inside where the bundle is a disk of its own, as in a container.
+        place = bundle.parent / f"{bundle.name}.plans" if beside else bundle / "plans"
+        with locked(bundle / MANIFEST, shared=False), part_folder(place) as folder:
+            yield folder
+    except BlockingIOError as error:
+        raise OutputError(
+            "another sld-build is at work on this bundle", do="wait for it, or stop it"
+        ) from error
     except OSError as error:
         raise OutputError(
             f"cannot write to {bundle}", got=error.strerror, do="copy the bundle to another place"
         ) from error
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _clear_away(folder: Path) -> None:
-    """Remove what builds that were killed left; refuse to build beside one that is at work."""
-    start = folder.name.removesuffix(f"{os.getpid()}.part")
-    for other in folder.parent.iterdir():
-        if not (other.name.startswith(start) and other.suffix == ".part"):
-            continue
-        process = other.name.removeprefix(start).removesuffix(".part")
-        if process.isdigit() and int(process) != os.getpid() and _is_running(int(process)):
-            raise OutputError(
-                f"another sld-build is at work on this bundle, process {process}",
-                do="wait for it, or stop it",
-            )
-        shutil.rmtree(other, ignore_errors=True)
-
-
-def _is_running(process: int) -> bool:
-    if os.name == "nt":
-        return False  # a signal would end it there
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _move_in(path: Path, folder: Path, built: Mapping[str, PlanInfo], say: Say) -> None:
-    """Move what was built into the bundle, and then the manifest that vouches for it."""
-    manifest = Bundle.open(path).manifest  # as it is now: a build takes long
-    entries = {
-        name: File(path=plan_name(name), sha256=info.sha256, bytes=info.bytes)
-        for name, info in built.items()
-    }
+def _move_in(bundle: Bundle, folder: Path, built: Mapping[str, PlanInfo], say: Say) -> None:
+    """Move what was built into the bundle, and then the list that vouches for it."""
+    path = bundle.path
+    plans = {}
+    for name, info in built.items():
+        plan = folder / plan_name(name)
+        refit = folder / str(info.options.get("refit_from"))
+        parts = (plan, info_path(plan), *([refit] if refit.exists() else []))
+        plans[name] = tuple(map(listed_file, parts))
     try:
         for file in sorted(folder.iterdir()):
             file.replace(path / file.name)
@@ -319,18 +303,21 @@ def _move_in(path: Path, folder: Path, built: Mapping[str, PlanInfo], say: Say) 
         raise OutputError(
             f"cannot write to {path}", got=error.strerror, do="build again"
         ) from error
-    changed = replace(manifest, plans={**manifest.plans, **entries})
-    write_whole(path / MANIFEST, changed.to_json().encode())
-    say(f"{path}: {_count(built)} recorded in {MANIFEST}")
+    everything = {**_listed(bundle), **plans}
+    write_whole(path / PLANS, plan_list_json(bundle.sha256, everything).encode())
+    say(f"{path}: {_count(built)} recorded in {PLANS}")
+
+
+def _listed(bundle: Bundle) -> dict[str, PlanFiles]:
+    """Return the plans that are there; a damaged list counts as none."""
+    try:
+        return plan_list(bundle.path, bundle.sha256)
+    except EngineError:
+        return {}
 
 
 def _count(built: Mapping[str, PlanInfo]) -> str:
     return "1 plan" if len(built) == 1 else f"{len(built)} plans"
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _silence(line: str) -> None:

@@ -15,11 +15,19 @@ from typing import Any, Literal, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from sld_edge.engines.errors import BundleError, CheckpointError, InputError
+from sld_edge.engines.checks import finite_number, whole_number
+from sld_edge.engines.errors import (
+    BundleError,
+    CheckpointError,
+    InputError,
+    printable,
+)
 from sld_edge.engines.files import JSON_LIMIT, read_limited
 from sld_edge.engines.plan_info import info_path
-from sld_edge.export.checkpoint import Checkpoint
+from sld_edge.export.checkpoint import Checkpoint, Model, size_from_config
+from sld_edge.export.config import MOST_LEVELS, MOST_POSITIONS
 from sld_edge.export.output import Kind, check_output, staged
+from sld_edge.export.refuse import NOT_BUILT, ODD_VALUES, refusing
 from sld_edge.export.scheduler import sampler_from_scheduler
 from sld_edge.export.sources import PREDICTION_TYPES, checkpoint_from_source
 from sld_edge.export.verify import (
@@ -48,15 +56,18 @@ from sld_edge.runtime.bundle import (
     manifest_from_json,
     own_graph,
 )
+from sld_edge.runtime.plan_list import PLANS
 from sld_edge.runtime.plans import plan_name
 from sld_edge.runtime.policy import machine_policy
 from sld_edge.runtime.safety import PAPER_CONCEPT, PRESETS
+from sld_edge.runtime.samplers import SAMPLERS, sampler_table
 from sld_edge.runtime.signatures import SIGNATURE
 from sld_edge.runtime.tokenizer import Tokenizer, input_ids
 
 Say = Callable[[str], None]
 Watch = Callable[[int, int], None]
 Precision = Literal["fp16", "fp32"]
+_MOST_CELLS = 4096  # of the latents' height or width
 _GUIDANCE = ("guidance", KEPT_SAFETY)  # without weights, and FP32 always
 COMPONENTS = ("text_encoder", "unet", SHALLOW, "vae_decoder", "vae_encoder", *_GUIDANCE)
 _CHOOSABLE = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
@@ -75,7 +86,7 @@ def _own_files(root: Path) -> Set[str]:
     return {
         MANIFEST,
         SIGNATURE,
-        "plans.json",
+        PLANS,
         *(str(PurePosixPath(file.path)) for file in manifest.files()),
         *(name for plan in plans for name in (plan.name, info_path(plan).name)),
         *(f"{name}.decomposed.onnx" for name in manifest.components),
@@ -215,7 +226,11 @@ def export_bundle(
     _check_safety(checkpoint, settings, shape)
     sampler, notes = sampler_from_scheduler(checkpoint.scheduler)
     for note in notes:
-        say(f"note: {note}")
+        say(f"note: {printable(note)}")
+    defaults = _defaults(sampler, settings.preset)
+    scheduler = {**checkpoint.scheduler, "prediction_type": shape.prediction_type}
+    with refusing("scheduler_config.json", *ODD_VALUES):
+        _check_scheduler(scheduler, defaults, say)
     if watch is not None:
         _watch_weights(checkpoint, watch)
     with staged(output, force=settings.force, kind=BUNDLE) as folder:
@@ -235,7 +250,7 @@ def export_bundle(
             text=shape.text,
             size=shape.size,
             scheduler={k: v for k, v in checkpoint.scheduler.items() if not k.startswith("_")},
-            defaults=_defaults(sampler, settings.preset),
+            defaults=defaults,
             safety_concepts=settings.safety_concepts,
             tokenizer=tokenizer,
             embeddings=embeddings,
@@ -243,7 +258,7 @@ def export_bundle(
                 name: _component(name, facts, settings, folder) for name, facts in graphs.items()
             },
         )
-        _write(folder / MANIFEST, manifest.to_json().encode())
+        _write(folder / MANIFEST, _checked_json(manifest))
     return Path(settings.output)
 
 
@@ -271,6 +286,14 @@ def _check_safety(checkpoint: Checkpoint, settings: ExportSettings, shape: _Shap
     )
 
 
+def _checked_json(manifest: Manifest) -> bytes:
+    """Return the bytes of `bundle.json`, which a run will take."""
+    with refusing("the checkpoint gives no valid bundle", *ODD_VALUES, BundleError):
+        data = manifest.to_json().encode()
+        manifest_from_json(data, origin=MANIFEST)
+    return data
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Shape:
     """The checkpoint's sizes, resolved."""
@@ -283,18 +306,15 @@ class _Shape:
 
 
 def _shape(checkpoint: Checkpoint, settings: ExportSettings) -> _Shape:
-    unet, vae, text = (
-        model.config for model in (checkpoint.unet, checkpoint.vae, checkpoint.text_encoder)
-    )
-    try:
-        widths = {"unet": unet["cross_attention_dim"], "text_encoder": text["hidden_size"]}
-        channels = {"unet": unet["in_channels"], "vae": vae["latent_channels"]}
-        downscale = 2 ** (len(vae["block_out_channels"]) - 1)
-        scaling_factor = float(vae.get("scaling_factor", 0.18215))  # diffusers' default
-        length = int(text["max_position_embeddings"])
-        vocab_size = int(text["vocab_size"])
-    except KeyError as error:
-        raise CheckpointError(f"a config.json of the checkpoint lacks {error}") from error
+    widths = {
+        "unet": size_from_config(checkpoint.unet, "cross_attention_dim"),
+        "text_encoder": size_from_config(checkpoint.text_encoder, "hidden_size"),
+    }
+    channels = {
+        "unet": size_from_config(checkpoint.unet, "in_channels"),
+        "vae": size_from_config(checkpoint.vae, "latent_channels"),
+    }
+    downscale = 2 ** (_levels(checkpoint.vae) - 1)
     for what, sides in (("text width", widths), ("latent channels", channels)):
         if len(set(sides.values())) > 1:
             raise CheckpointError(
@@ -307,24 +327,87 @@ def _shape(checkpoint: Checkpoint, settings: ExportSettings) -> _Shape:
         raise CheckpointError(
             "scheduler: prediction_type", got=predicts, expected=", ".join(PREDICTION_TYPES)
         )
-    native = unet.get("sample_size", 64)
-    rows, columns = native if isinstance(native, list | tuple) else (native, native)
-    pixels = {
-        "height": settings.height if settings.height is not None else rows * downscale,
-        "width": settings.width if settings.width is not None else columns * downscale,
-    }
+    pixels = _pixels(checkpoint, settings, downscale)
     for name, value in pixels.items():
         if value < downscale or value % downscale:
             raise InputError(name, got=value, expected=f"a multiple of {downscale}")
     return _Shape(
         prediction_type=cast(PredictionType, predicts),
         latents=LatentInfo(
-            channels=vae["latent_channels"], downscale=downscale, scaling_factor=scaling_factor
+            channels=channels["vae"],
+            downscale=downscale,
+            scaling_factor=_scaling_factor(checkpoint.vae),
         ),
-        text=TextInfo(length=length, width=text["hidden_size"]),
+        text=TextInfo(
+            length=size_from_config(
+                checkpoint.text_encoder, "max_position_embeddings", 2, MOST_POSITIONS
+            ),
+            width=widths["text_encoder"],
+        ),
         size=Size(**pixels),
-        vocab_size=vocab_size,
+        vocab_size=size_from_config(checkpoint.text_encoder, "vocab_size"),
     )
+
+
+def _levels(vae: Model) -> int:
+    widths = vae.config.get("block_out_channels")
+    if not isinstance(widths, list) or not 0 < len(widths) <= MOST_LEVELS:
+        raise CheckpointError(
+            "vae: config key block_out_channels",
+            got=repr(widths),
+            expected=f"a list, 1 to {MOST_LEVELS}",
+        )
+    return len(widths)
+
+
+def _scaling_factor(vae: Model) -> float:
+    given = vae.config.get("scaling_factor", 0.18215)  # diffusers' default
+    try:
+        return finite_number("vae: config key scaling_factor", given, 1e-6, 1e6)
+    except InputError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def _pixels(checkpoint: Checkpoint, settings: ExportSettings, downscale: int) -> dict[str, int]:
+    """Return height and width of a picture: as asked for, else what the model was trained for."""
+    asked = {"height": settings.height, "width": settings.width}
+    native = checkpoint.unet.config.get("sample_size", 64)
+    cells = native if isinstance(native, list) else [native, native]
+    try:
+        rows, columns = (whole_number("size", each, 1, _MOST_CELLS) for each in cells)
+    except (InputError, ValueError) as error:
+        if None not in asked.values():
+            rows = columns = 0  # of no use then
+        else:
+            raise CheckpointError(
+                "unet: config key sample_size",
+                got=repr(native),
+                expected=f"one or two whole numbers, 1 to {_MOST_CELLS}",
+                do="give width and height",
+            ) from error
+    return {
+        name: value if value is not None else side * downscale
+        for (name, value), side in zip(asked.items(), (rows, columns), strict=True)
+    }
+
+
+def _check_scheduler(scheduler: Mapping[str, Any], defaults: Defaults, say: Say) -> None:
+    """Refuse a scheduler that no sampler can run; say so where only the default one cannot."""
+    names = (defaults.sampler, *(name for name in SAMPLERS if name != defaults.sampler))
+    problems = [_problem(name, scheduler, defaults.steps) for name in names]
+    if problems[0] is None:
+        return
+    if None not in problems:
+        raise CheckpointError("scheduler_config.json", got=problems[0])
+    say(f"note: {problems[0]}")
+
+
+def _problem(sampler: str, scheduler: Mapping[str, Any], steps: int) -> str | None:
+    try:
+        sampler_table(sampler, scheduler, steps)
+    except InputError as error:
+        return str(error)
+    return None
 
 
 def _defaults(sampler: str, preset: str) -> Defaults:
@@ -363,7 +446,8 @@ def _write_graphs(
     for name, write in _writers(checkpoint, settings).items():
         path = folder / f"{name}.onnx"
         say(f"{name}: writing")
-        write(path)
+        with refusing(f"{name}: {NOT_BUILT}", *ODD_VALUES):
+            write(path)
         graphs[name] = facts = graph_facts(path)
         feeds = random_feeds(
             facts.inputs, vocab_size=shape.vocab_size, downscale=shape.latents.downscale
@@ -467,7 +551,8 @@ def _write_embeddings(
     checkpoint: Checkpoint, settings: ExportSettings, folder: Path, shape: _Shape, say: Say
 ) -> Embeddings:
     """Encode the constant texts with the graph just written, as a run would."""
-    tokenizer = Tokenizer(checkpoint.tokenizer_json, length=shape.text.length)
+    with refusing("tokenizer_config.json: model_max_length", BundleError):
+        tokenizer = Tokenizer(checkpoint.tokenizer_json, length=shape.text.length)
     texts = tuple(dict.fromkeys(("", *settings.safety_concepts)))
     tokens = [tokenizer(text) for text in texts]
     for item in tokens:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sld_edge.engines.errors import CheckpointError
+from sld_edge.engines.checks import whole_number
+from sld_edge.engines.errors import CheckpointError, InputError
+from sld_edge.engines.files import json_from_file
+from sld_edge.export.config import MOST, MOST_POSITIONS
+from sld_edge.export.refuse import refusing
 from sld_edge.export.tokenizer import tokenizer_json_from_path
 from sld_edge.export.weights import Entry, Weights, entries_from_safetensors
 
@@ -18,6 +22,8 @@ WEIGHT_STEMS = {
     "text_encoder": "model",
 }
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+_MOST_SHARDS = 100
+_AGAIN = "download it again"
 _SAFE_COPY = "make a safe copy with diffusers: save_pretrained(DIR, safe_serialization=True)"
 
 
@@ -66,6 +72,13 @@ def checkpoint_from_directory(
     Raises:
         CheckpointError: another architecture, or a file that is missing, cut short or malformed.
     """
+    with refusing(f"cannot read {root}", OSError):
+        return _from_directory(root, id, source, variant, tokenizer)
+
+
+def _from_directory(
+    root: Path, id: str, source: str, variant: str | None, tokenizer: Path | None
+) -> Checkpoint:
     folders = [*WEIGHT_STEMS, "scheduler", *([] if tokenizer else ["tokenizer"])]
     missing = [folder for folder in folders if not (root / folder).is_dir()]
     if missing:
@@ -100,11 +113,8 @@ def tokenizer_json_for(
     text_encoder: Model, tokenizer: Path, *, pad_token: str | None = None
 ) -> str:
     """Return the tokenizer at `tokenizer`, cut and padded to what the text encoder takes."""
-    try:
-        length = int(text_encoder.config["max_position_embeddings"])
-        vocab_size = int(text_encoder.config["vocab_size"])
-    except KeyError as error:
-        raise CheckpointError(f"text_encoder: config.json lacks {error}") from error
+    length = size_from_config(text_encoder, "max_position_embeddings", 2, MOST_POSITIONS)
+    vocab_size = size_from_config(text_encoder, "vocab_size")
     return tokenizer_json_from_path(
         tokenizer, length=length, vocab_size=vocab_size, pad_token=pad_token
     )
@@ -112,27 +122,26 @@ def tokenizer_json_for(
 
 def read_json(file: Path) -> dict[str, Any]:
     """Read a JSON object; anything else is a CheckpointError."""
+    return json_from_file(file, error=CheckpointError, do=_AGAIN)
+
+
+def size_from_config(model: Model, key: str, least: int = 1, most: int = MOST) -> int:
+    """Return a whole number of a model's config; anything else is a CheckpointError."""
+    name = f"{model.weights.name}: config key {key}"
+    if key not in model.config:
+        raise CheckpointError(f"{model.weights.name}: config.json lacks {key}")
     try:
-        body = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot read {file}", got=error.strerror, do="complete the download"
-        ) from error
-    except ValueError as error:
-        raise CheckpointError(
-            f"{file} is not whole JSON", got=error, do="download it again"
-        ) from error
-    if not isinstance(body, dict):
-        raise CheckpointError(f"{file}", got=type(body).__name__, expected="a JSON object")
-    return body
+        return whole_number(name, model.config[key], least, most)
+    except InputError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def refuse_pickle(path: Path) -> None:
     """Raise a CheckpointError for a file whose format runs code when it is opened."""
     if path.suffix.lower() in PICKLES:
         raise CheckpointError(
-            f"{path} is a pickle, which can run any code",
-            expected="safetensors",
+            f"{path} is a pickle",
+            expected="safetensors: opening a pickle can run any code",
             do=_SAFE_COPY,
         )
 
@@ -143,9 +152,9 @@ def _weights_from_folder(folder: Path, variant: str | None) -> Weights:
         dotted = f".{kind}" if kind else ""
         whole = folder / f"{stem}{dotted}.safetensors"
         index = folder / f"{stem}.safetensors.index{dotted}.json"
-        if whole.is_file():
+        if os.path.lexists(whole):
             return Weights(entries_from_safetensors(whole), name=folder.name)
-        if index.is_file():
+        if os.path.lexists(index):
             return Weights(_entries_from_index(index), name=folder.name)
     there = sorted(file.name for file in folder.iterdir() if file.suffix == ".safetensors")
     for file in sorted(folder.iterdir()):
@@ -165,9 +174,14 @@ def _entries_from_index(index: Path) -> dict[str, Entry]:
     """Entries of a sharded model, whose index maps every tensor to a file beside it."""
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places:
-        raise CheckpointError(f"{index} has no weight_map", do="download it again")
+        raise CheckpointError(f"{index} has no weight_map", do=_AGAIN)
     shards: dict[str, dict[str, Entry]] = {}
-    for name in sorted(set(map(str, places.values()))):
+    if not all(isinstance(name, str) for name in places.values()):
+        raise CheckpointError(f"{index}: weight_map names something that is no file", do=_AGAIN)
+    names = sorted(set(places.values()))
+    if len(names) > _MOST_SHARDS:
+        raise CheckpointError(f"{index} names {len(names)} files", expected=f"to {_MOST_SHARDS}")
+    for name in names:
         if Path(name).name != name:
             raise CheckpointError(f"{index} names a file outside its folder: {name!r}")
         shards[name] = entries_from_safetensors(index.parent / name)

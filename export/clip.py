@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sld_edge.export.config import anything, checked_config, count, number, one_of
+from sld_edge.export.config import MOST_POSITIONS, anything, checked_config, count, number, one_of
 from sld_edge.export.graph import GraphBuilder, GraphOptions, Value
 from sld_edge.export.layers import attention, gelu, layer_norm, linear, quick_gelu
 from sld_edge.export.weights import Weights
@@ -24,7 +24,7 @@ CLIP_KEYS = {
     "intermediate_size": count(2048),
     "num_hidden_layers": count(12),
     "num_attention_heads": count(8),
-    "max_position_embeddings": count(77),
+    "max_position_embeddings": count(77, MOST_POSITIONS),
     "hidden_act": one_of("quick_gelu", "gelu"),
     "layer_norm_eps": number(1e-5),
     "model_type": one_of("clip_text_model"),

@@ -14,7 +14,15 @@ import numpy as np
 
 from sld_edge.engines.errors import CheckpointError
 from sld_edge.export.clip import clip_layer, text_embeddings
-from sld_edge.export.config import Key, anything, checked_config, count, number, one_of
+from sld_edge.export.config import (
+    MOST_POSITIONS,
+    Key,
+    anything,
+    checked_config,
+    count,
+    number,
+    one_of,
+)
 from sld_edge.export.graph import GraphBuilder, GraphOptions, Value
 from sld_edge.export.layers import layer_norm, tokens_from_image
 from sld_edge.export.weights import Weights
@@ -33,6 +41,7 @@ _NO_DIFFERENCE = """
     task_specific_params temperature tf_legacy_loss tie_word_embeddings tokenizer_class top_k top_p
     torch_dtype torchscript transformers_version typical_p use_bfloat16 use_cache
 """
+_MOST_PIXELS = 1024  # of the side of a picture that a tower sees
 _COMMON: dict[str, Key] = {
     "num_hidden_layers": count(12),
     "hidden_act": one_of("quick_gelu", "gelu"),
@@ -52,7 +61,7 @@ _IMAGE_KEYS: dict[str, Key] = {
     "hidden_size": count(768),
     "intermediate_size": count(3072),
     "num_attention_heads": count(12),
-    "image_size": count(224),
+    "image_size": count(224, _MOST_PIXELS),
     "patch_size": count(32),
     "num_channels": one_of(3),
     "model_type": one_of("clip_vision_model"),
@@ -63,7 +72,7 @@ _TEXT_KEYS: dict[str, Key] = {
     "hidden_size": count(512),
     "intermediate_size": count(2048),
     "num_attention_heads": count(8),
-    "max_position_embeddings": count(77),
+    "max_position_embeddings": count(77, MOST_POSITIONS),
     "model_type": one_of("clip_text_model"),
 }
 

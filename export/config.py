@@ -12,6 +12,11 @@ from typing import Any
 
 from sld_edge.engines.errors import CheckpointError
 
+MOST = 1 << 20  # of any size or count in a config
+MOST_POSITIONS = 1024  # tokens of a prompt: attention takes memory with their square
+MOST_LEVELS = 7  # each halves the picture
+_LARGEST = 1e6  # of any other number
+
 
 @dataclass(frozen=True)
 class Key:
@@ -33,9 +38,10 @@ def anything(default: Any = None) -> Key:
     return Key(default, lambda value: True, "anything")
 
 
-def count(default: int | None) -> Key:
-    """A positive integer; default None means that the config must have it."""
-    return Key(default, _is_count, "a positive integer")
+def count(default: int | None, most: int = MOST) -> Key:
+    """A positive integer up to `most`; default None means that the config must have it."""
+    expected = "a positive integer" if most == MOST else f"a whole number from 1 to {most}"
+    return Key(default, lambda value: _is_count(value) and value <= most, expected)
 
 
 def counts(default: Any) -> Key:
@@ -66,8 +72,12 @@ def list_of(default: list[str], *names: str) -> Key:
     """A list of these names, one a level."""
     return Key(
         default,
-        lambda value: isinstance(value, list) and bool(value) and set(value) <= set(names),
-        f"a list of {' and '.join(names)}",
+        lambda value: (
+            isinstance(value, list)
+            and 0 < len(value) <= MOST_LEVELS
+            and all(isinstance(name, str) and name in names for name in value)
+        ),
+        f"a list of {' and '.join(names)}, at most {MOST_LEVELS}",
     )
 
 
@@ -113,11 +123,12 @@ def _plain(value: Any) -> Any:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    plain = isinstance(value, int | float) and not isinstance(value, bool)
+    return plain and abs(value) <= _LARGEST  # neither NaN nor infinity
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MOST
 
 
 def _are_counts(value: Any) -> bool:

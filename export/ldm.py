@@ -180,14 +180,14 @@ def _unet(entries: Mapping[str, Entry], *, openclip: bool, size: int) -> Model:
     attends = [
         f"input_blocks.{1 + level * (layers + 1)}.1.norm.weight" in old for level in range(levels)
     ]
-    kv = next((e for k, e in old.items() if k.endswith("attn2.to_k.weight")), None)
+    kv = next((key for key in old if key.endswith("attn2.to_k.weight")), None)
     projection = next((e for k, e in old.items() if k.endswith("1.proj_in.weight")), None)
     if kv is None or projection is None:
         raise CheckpointError("unet: the file has no cross-attention")
     config = {
         "_class_name": "UNet2DConditionModel",
         "sample_size": size,
-        "in_channels": old["input_blocks.0.0.weight"].shape[1],
+        "in_channels": _size(old, "input_blocks.0.0.weight", 1),
         "out_channels": _rows(old, "out.2.weight"),
         "center_input_sample": False,
         "flip_sin_to_cos": True,
@@ -201,7 +201,7 @@ def _unet(entries: Mapping[str, Entry], *, openclip: bool, size: int) -> Model:
         "act_fn": "silu",
         "norm_num_groups": 32,
         "norm_eps": 1e-5,
-        "cross_attention_dim": kv.shape[1],
+        "cross_attention_dim": _size(old, kv, 1),
         # diffusers' misnomer: this is the number of heads.
         "attention_head_dim": [width // _HEAD_WIDTH for width in widths] if openclip else 8,
         "use_linear_projection": len(projection.shape) == 2,
@@ -220,9 +220,17 @@ def _start_renamed(key: str, names: Mapping[str, str]) -> str:
 
 
 def _rows(entries: Mapping[str, Entry], key: str) -> int:
+    return _size(entries, key, 0)
+
+
+def _size(entries: Mapping[str, Entry], key: str, axis: int) -> int:
+    """Return one side of a tensor's shape."""
     if key not in entries:
         raise CheckpointError(f"the file lacks tensor {key}")
-    return entries[key].shape[0]
+    shape = entries[key].shape
+    if axis >= len(shape) or not shape[axis]:
+        raise CheckpointError(f"the file's tensor {key} has shape", got=list(shape))
+    return shape[axis]
 
 
 # --- VAE ----------------------------------------------------------------------------------------
@@ -324,25 +332,27 @@ def _open_clip(entries: Mapping[str, Entry]) -> Model:
 
 def _thirds(entry: Entry) -> list[Entry]:
     """Split a tensor's rows into three views of the file."""
+    if not entry.shape or entry.shape[0] % 3:
+        raise CheckpointError(
+            "text_encoder: a fused projection", got=list(entry.shape), expected="rows of q, k and v"
+        )
     rows = entry.shape[0] // 3
     part = replace(entry, shape=(rows, *entry.shape[1:]))
     return [replace(part, offset=part.offset + i * part.nbytes) for i in range(3)]
 
 
 def _text_model(new: dict[str, Entry], *, activation: str) -> Model:
-    embeddings = "text_model.embeddings."
-    width = new.get(f"{embeddings}token_embedding.weight")
-    positions = new.get(f"{embeddings}position_embedding.weight")
-    if width is None or positions is None:
-        raise CheckpointError("text_encoder: the file lacks the token or position embedding")
+    tokens = "text_model.embeddings.token_embedding.weight"
+    positions = "text_model.embeddings.position_embedding.weight"
+    width = _size(new, tokens, 1)
     config = {
         "architectures": ["CLIPTextModel"],
-        "vocab_size": width.shape[0],
-        "hidden_size": width.shape[1],
+        "vocab_size": _rows(new, tokens),
+        "hidden_size": width,
         "intermediate_size": _rows(new, "text_model.encoder.layers.0.mlp.fc1.weight"),
         "num_hidden_layers": _count(new, r"text_model\.encoder\.layers\.(\d+)\."),
-        "num_attention_heads": width.shape[1] // _HEAD_WIDTH,
-        "max_position_embeddings": positions.shape[0],
+        "num_attention_heads": width // _HEAD_WIDTH,
+        "max_position_embeddings": _rows(new, positions),
         "hidden_act": activation,
         "layer_norm_eps": 1e-5,
     }

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sld_edge.engines.errors import CheckpointError, one_line
+from sld_edge.engines.files import read_limited
 
 _MOST_BYTES = 2**24  # the published file has some kilobytes
 _LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # torch.save before zip files
@@ -40,15 +41,9 @@ def read_q16_prompts(path: Path, width: int) -> NDArray[np.float32]:
         CheckpointError: not that, of another shape, not finite, or a pickle that would do anything
             else than hold it.
     """
-    try:
-        size = path.stat().st_size
-        data = path.read_bytes() if size <= _MOST_BYTES else b""
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}", got=error.strerror) from error
+    data = read_limited(path, _MOST_BYTES, error=CheckpointError)
     if not data:
-        raise CheckpointError(
-            f"{path}", got=f"{size} bytes", expected=f"1 to {_MOST_BYTES}, as Q16's prompts"
-        )
+        raise CheckpointError(f"{path}", got="nothing", expected="Q16's prompts")
     try:
         array = _array_from_bytes(data)
     # A damaged pickle can raise anything, but nothing of it has run.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,10 @@ from numpy.typing import NDArray
 from sld_edge.engines.errors import CheckpointError, InputError
 from sld_edge.export.bundle import Say, created_by, file_entry
 from sld_edge.export.checkpoint import Model, read_json, refuse_pickle, tokenizer_json_for
+from sld_edge.export.config import count
 from sld_edge.export.output import Kind, check_output, staged
 from sld_edge.export.q16_prompts import read_q16_prompts
+from sld_edge.export.refuse import NOT_BUILT, ODD_VALUES, refusing
 from sld_edge.export.verify import graph_facts, require_onnx, run_checked
 from sld_edge.export.weights import Entry, Weights, entries_from_safetensors
 from sld_edge.runtime.scorers.clip_heads import CONCEPTS, SPECIAL_CARE
@@ -93,8 +96,9 @@ def export_scorer(settings: ScorerSettings, *, say: Say | None = None) -> Path:
     kind = _kind(settings.scorer)
     check_output(output, force=settings.force, kind=kind)
     require_onnx()
-    clip = _clip(settings.model, checker=settings.scorer == "sd-checker")
-    head = _head(settings, clip)
+    with refusing(f"cannot read {settings.model}", *ODD_VALUES, OSError):
+        clip = _clip(settings.model, checker=settings.scorer == "sd-checker")
+        head = _head(settings, clip)
     with staged(output, force=settings.force, kind=kind) as folder:
         image = _write_image(clip, settings, folder / IMAGE_ENCODER, say)
         length = 0
@@ -166,7 +170,7 @@ def _clip(model: Path, *, checker: bool) -> _Clip:
     refuse_pickle(model)
     folder = model / "safety_checker"
     folder = folder if folder.is_dir() else model
-    if not (folder / "config.json").is_file():
+    if not os.path.lexists(folder / "config.json"):
         raise CheckpointError(
             f"no model with a config.json at {model}",
             expected="a CLIP model or a safety checker, as transformers and diffusers save them",
@@ -182,8 +186,10 @@ def _clip(model: Path, *, checker: bool) -> _Clip:
         raise CheckpointError(
             f"{name}: config key model_type", got=repr(kind), expected="clip or clip_vision_model"
         )
-    if not isinstance(dim, int) or dim < 1:
-        raise CheckpointError(f"{name}: config key projection_dim", got=dim, expected="a size")
+    if not count(None).accepts(dim):
+        raise CheckpointError(
+            f"{name}: config key projection_dim", got=repr(dim), expected="a positive integer"
+        )
     _check_preprocessing(model, folder)
     images: dict[str, Entry] = {}
     texts: dict[str, Entry] = {}
@@ -239,7 +245,7 @@ def _place(key: str, name: str) -> tuple[str, str]:
 def _entries(folder: Path) -> dict[str, Entry]:
     for stem in ("model", "model.fp16"):
         file = folder / f"{stem}.safetensors"
-        if file.is_file():
+        if os.path.lexists(file):
             return entries_from_safetensors(file)
     for file in sorted(folder.iterdir()):
         refuse_pickle(file)
@@ -252,7 +258,7 @@ def _check_preprocessing(model: Path, folder: Path) -> None:
         folder / "preprocessor_config.json",
         model / "feature_extractor" / "preprocessor_config.json",
     ):
-        if not file.is_file():
+        if not os.path.lexists(file):
             continue
         said = read_json(file)
         wanted = {"image_mean": CLIP_MEAN, "image_std": CLIP_STD}
@@ -265,7 +271,7 @@ def _check_preprocessing(model: Path, folder: Path) -> None:
 def _alike(given: Any, wanted: tuple[float, ...]) -> bool:
     try:
         return bool(np.allclose(given, wanted, rtol=0, atol=1e-6))
-    except (TypeError, ValueError):
+    except ODD_VALUES:
         return False
 
 
@@ -280,7 +286,8 @@ def _write_image(
 
     say("image encoder: writing")
     weights = Weights(clip.image_tensors, name=f"{clip.name}, image tower")
-    write_image_encoder(clip.image, weights, clip.dim, _options(settings), path)
+    with refusing(f"{clip.name}: {NOT_BUILT}", *ODD_VALUES):
+        write_image_encoder(clip.image, weights, clip.dim, _options(settings), path)
     side = clip.image["image_size"]
     noise = np.random.default_rng(0).standard_normal((2, 3, side, side), np.float32)
     embedding: NDArray[np.float32] = _try(path, {"pixels": noise})["embedding"]
@@ -300,7 +307,8 @@ def _write_text(clip: _Clip, settings: ScorerSettings, folder: Path, say: Say) -
     config = {"model_type": "clip_text_model", **_part(clip.config, "text_config", clip.name)}
     text = text_settings(config, name=name)
     weights = Weights(clip.text_tensors, name=name)
-    write_prompt_encoder(text, weights, clip.dim, _options(settings), folder / TEXT_ENCODER)
+    with refusing(f"{clip.name}: {NOT_BUILT}", *ODD_VALUES):
+        write_prompt_encoder(text, weights, clip.dim, _options(settings), folder / TEXT_ENCODER)
     tokenizer = tokenizer_json_for(Model(config=text, weights=weights), clip.folder)
     (folder / TOKENIZER).write_text(tokenizer, encoding="utf-8")
     length = int(text["max_position_embeddings"])

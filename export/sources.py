@@ -14,6 +14,7 @@ from sld_edge.export.checkpoint import (
     refuse_pickle,
 )
 from sld_edge.export.ldm import checkpoint_from_ldm_file
+from sld_edge.export.refuse import ODD_VALUES, refusing
 
 # The official homes of 1.5 and 2.x are gone; these mirrors carry the same files.
 ALIASES = {
@@ -56,7 +57,23 @@ def checkpoint_from_source(
         raise InputError(f"no tokenizer at {words}")
     path = Path(model)
     refuse_pickle(path)
-    if path.is_file():
+    with refusing(f"cannot read {path}", *ODD_VALUES, OSError, do="download it again"):
+        checkpoint = _opened(model, path, variant, words, prediction_type)
+    if prediction_type is None:
+        return checkpoint
+    return replace(
+        checkpoint, scheduler={**checkpoint.scheduler, "prediction_type": prediction_type}
+    )
+
+
+def _opened(
+    model: str,
+    path: Path,
+    variant: str | None,
+    words: Path | None,
+    prediction_type: str | None,
+) -> Checkpoint:
+    if path.exists() and not path.is_dir():
         if variant is not None:
             raise InputError(f"--variant does not apply to a single file, {path}")
         return checkpoint_from_ldm_file(
@@ -64,18 +81,12 @@ def checkpoint_from_source(
         )
     if model and path.is_dir():
         # The directory's own name: a bundle must not carry paths of the machine that made it.
-        checkpoint = checkpoint_from_directory(
+        return checkpoint_from_directory(
             path, id=path.resolve().name, variant=variant, tokenizer=words
         )
-    else:
-        root, source = _snapshot(model, variant)
-        checkpoint = checkpoint_from_directory(
-            root, id=model, source=source, variant=variant, tokenizer=words
-        )
-    if prediction_type is None:
-        return checkpoint
-    return replace(
-        checkpoint, scheduler={**checkpoint.scheduler, "prediction_type": prediction_type}
+    root, source = _snapshot(model, variant)
+    return checkpoint_from_directory(
+        root, id=model, source=source, variant=variant, tokenizer=words
     )
 
 

@@ -5,7 +5,7 @@ Ids are those of transformers' CLIPTokenizer (5.x), special tokens inside a prom
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,19 @@ from tokenizers import (
     processors,
 )
 
-from sld_edge.engines.errors import CheckpointError
-from sld_edge.engines.files import JSON_LIMIT, read_limited
+from sld_edge.engines.errors import CheckpointError, one_line
+from sld_edge.engines.files import JSON_LIMIT, json_from_file, read_limited
+from sld_edge.export.refuse import refusing
 from sld_edge.runtime.tokenizer import backend_from_text
 from sld_edge.runtime.tokenizer_file import checked_tokenizer
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 OPENCLIP_PAD = "!"  # id 0, which OpenCLIP's text encoder (SD 2.x) was trained with
+_AGAIN = "download it again"
+_FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
+_MOST_TOKENS = 10_000  # that a config declares beside the vocabulary
+_LEAST = 2  # tokens of a prompt: one that starts it, one that ends it
+_TRIAL = "A photo of the cat's 2 hats, émigré \U0001f600 " * 20
 _DEFAULTS = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
 
 # How CLIP splits text into words before byte-level BPE (Radford et al. 2021; simple_tokenizer.py).
@@ -51,17 +57,22 @@ def tokenizer_json_from_path(
     Raises:
         CheckpointError: files missing or malformed, or ids that the text encoder has no row for.
     """
+    with refusing(f"{path} is not a tokenizer", Exception, panics=True, do=_AGAIN):
+        return _tokenizer_json(path, length, vocab_size, pad_token)
+
+
+def _tokenizer_json(path: Path, length: int, vocab_size: int, pad_token: str | None) -> str:
     root = path if path.is_dir() else path.parent
     file = root / "tokenizer.json" if path.is_dir() else path
     config = _config(root)
     if pad_token is not None:
         config["pad_token"] = pad_token
-    if file.is_file():
+    if os.path.lexists(file):
         tokenizer = _tokenizer_from_json(file, config)
     else:
         tokenizer = _tokenizer_from_vocab(root, config)
     pad, pad_id = _numbered(tokenizer, config["pad_token"])
-    largest = max(tokenizer.get_vocab(with_added_tokens=True).values())
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
     if largest >= vocab_size:
         raise CheckpointError(
             f"{root} does not fit the text encoder",
@@ -69,11 +80,25 @@ def tokenizer_json_from_path(
             expected=f"ids below {vocab_size}",
             do="give the tokenizer that belongs to this model",
         )
-    wanted = config.get("model_max_length")
-    length = min(length, int(wanted)) if isinstance(wanted, int | float) else length
+    length = _length(root, config, length)
     tokenizer.enable_truncation(max_length=length)
     tokenizer.enable_padding(length=length, pad_id=pad_id, pad_token=pad)
+    for text in ("", _TRIAL):
+        given = len(tokenizer.encode(text))
+        if given != length:
+            raise CheckpointError(f"{root}", got=f"{given} tokens", expected=f"{length} a prompt")
     return str(tokenizer.to_str())
+
+
+def _length(root: Path, config: Mapping[str, Any], most: int) -> int:
+    """Return the tokens of a prompt; transformers writes 10**30 for a tokenizer without limit."""
+    wanted = config.get("model_max_length", most)
+    good = isinstance(wanted, int | float) and not isinstance(wanted, bool) and wanted >= _LEAST
+    if not good:
+        raise CheckpointError(
+            f"{root}: model_max_length", got=repr(wanted), expected=f"a number from {_LEAST}"
+        )
+    return int(min(most, wanted))
 
 
 def _tokenizer_from_json(file: Path, config: dict[str, Any]) -> Tokenizer:
@@ -92,7 +117,7 @@ def _tokenizer_from_json(file: Path, config: dict[str, Any]) -> Tokenizer:
 
 def _tokenizer_from_vocab(root: Path, config: dict[str, Any]) -> Tokenizer:
     for name in ("vocab.json", "merges.txt"):
-        if not (root / name).is_file():
+        if not os.path.lexists(root / name):
             raise CheckpointError(
                 f"no tokenizer in {root}",
                 expected="tokenizer.json, or vocab.json and merges.txt",
@@ -102,18 +127,14 @@ def _tokenizer_from_vocab(root: Path, config: dict[str, Any]) -> Tokenizer:
         config.setdefault(name, token)
     lines = _text(root / "merges.txt").splitlines()
     pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
-    try:
+    with refusing(f"{root}: vocab.json and merges.txt do not fit together", Exception, panics=True):
         model = models.BPE(
-            vocab=json.loads(_text(root / "vocab.json")),
+            vocab=_vocab(root / "vocab.json"),
             merges=[(first, second) for first, second in pairs],
             continuing_subword_prefix="",
             end_of_word_suffix="</w>",
             unk_token=_content(config["unk_token"]),
         )
-    except Exception as error:  # the library raises bare Exception
-        raise CheckpointError(
-            f"{root}: vocab.json and merges.txt do not fit together", got=error
-        ) from error
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
@@ -150,10 +171,10 @@ def _add_special_tokens(tokenizer: Tokenizer, config: Mapping[str, Any], root: P
     normalized; of two entries for one token the later one counts.
     """
     declared = config.get("added_tokens_decoder", {})
-    known = {entry["content"]: entry for entry in declared.values()}
+    known = {_content(entry): entry for entry in declared.values()}
     extra = [known[content] for content in known if tokenizer.token_to_id(content) is None]
-    if extra or (root / "added_tokens.json").is_file():
-        names = ", ".join(repr(entry["content"]) for entry in extra) or "see added_tokens.json"
+    if extra or os.path.lexists(root / "added_tokens.json"):
+        names = ", ".join(map(repr, map(_content, extra[:3]))) or "see added_tokens.json"
         raise CheckpointError(
             f"{root}: tokens beyond vocab.json are not supported ({names})",
             do="save the tokenizer with transformers 5, which writes a tokenizer.json",
@@ -166,8 +187,7 @@ def _add_special_tokens(tokenizer: Tokenizer, config: Mapping[str, Any], root: P
 
 def _added(token: str | Mapping[str, Any]) -> AddedToken:
     fields = {"normalized": False} if isinstance(token, str) else token
-    flags = ("lstrip", "rstrip", "single_word", "normalized")
-    chosen = {flag: fields[flag] for flag in flags if flag in fields}
+    chosen = {flag: fields[flag] for flag in _FLAGS if flag in fields}
     return AddedToken(_content(token), special=True, **chosen)
 
 
@@ -179,23 +199,53 @@ def _config(root: Path) -> dict[str, Any]:
     config = _object(root / "tokenizer_config.json")
     if "added_tokens_decoder" not in config:
         config |= _object(root / "special_tokens_map.json")
-    return {key: value for key, value in config.items() if value is not None}
+    config = {key: value for key, value in config.items() if value is not None}
+    for name in _DEFAULTS:
+        if name in config:
+            _check_token(root, name, config[name])
+    declared = config.get("added_tokens_decoder", {})
+    if not isinstance(declared, dict) or len(declared) > _MOST_TOKENS:
+        raise CheckpointError(
+            f"{root}: added_tokens_decoder", got=type(declared).__name__, expected="an object"
+        )
+    for entry in declared.values():
+        _check_token(root, "added_tokens_decoder", entry)
+    return config
+
+
+def _check_token(root: Path, name: str, token: object) -> None:
+    """Refuse what is neither a token's text nor an object with its text and flags."""
+    fields = {"content": token} if isinstance(token, str) else token
+    if (
+        not isinstance(fields, dict)
+        or not isinstance(fields.get("content"), str)
+        or not fields["content"]
+        or not all(isinstance(fields.get(flag, False), bool) for flag in _FLAGS)
+    ):
+        raise CheckpointError(f"{root}: {name}", got=repr(token), expected="a token")
+
+
+def _vocab(file: Path) -> dict[str, int]:
+    """Return a vocabulary, each word with a number of its own."""
+    vocab = json_from_file(file, error=CheckpointError, do=_AGAIN)
+    numbers = vocab.values()
+    if not all(type(number) is int and 0 <= number < 1 << 32 for number in numbers):
+        raise CheckpointError(f"{file}", got="another kind of value", expected="whole numbers")
+    if len(set(numbers)) < len(vocab):
+        raise CheckpointError(f"{file} gives two words one number", do=_AGAIN)
+    return vocab
 
 
 def _object(file: Path) -> dict[str, Any]:
-    if not file.is_file():
+    """Read a JSON object; that of a missing file is empty."""
+    if not os.path.lexists(file):
         return {}
-    try:
-        body = json.loads(_text(file))
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{file} is not whole JSON", got=error) from error
-    if not isinstance(body, dict):
-        raise CheckpointError(f"{file}", got=type(body).__name__, expected="a JSON object")
-    return body
+    return json_from_file(file, error=CheckpointError, do=_AGAIN)
 
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"cannot read {file}", got=error) from error
+        data = read_limited(file, JSON_LIMIT, error=CheckpointError, do=_AGAIN)
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{file} is not text", got=one_line(error), do=_AGAIN) from error

@@ -187,7 +187,11 @@ class _Unet:
             raise CheckpointError(what, got=first, expected="an even number first")
         half = first // 2
         exponents = np.float32(-np.log(10000)) * np.arange(half, dtype=np.float32)
-        exponents /= np.float32(half - self.settings["freq_shift"])
+        shift = self.settings["freq_shift"]
+        if shift >= half:
+            what = f"{b.weights.name}: config key freq_shift"
+            raise CheckpointError(what, got=shift, expected=f"less than {half}")
+        exponents /= np.float32(half - shift)
         frequencies = b.constant(np.exp(exponents)[None], "time_proj.frequencies")
         column = b.node("Unsqueeze", timestep, b.ints(1), name="time_proj/column", rank=2)
         angles = b.node("Mul", column, frequencies, name="time_proj/angles")

@@ -5,18 +5,18 @@ Tensors are read with seek and read, not mapped: mapped pages would count as mem
 
 from __future__ import annotations
 
-import json
 import math
-import struct
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sld_edge.engines.errors import CheckpointError
+from sld_edge.engines.errors import CheckpointError, MissingPackageError, one_line, shortened
+from sld_edge.engines.files import JSON_LIMIT, json_from_bytes, opened
 
 _DTYPES = {
     "F64": "<f8",
@@ -28,7 +28,11 @@ _DTYPES = {
     "U8": "|u1",
     "BOOL": "|b1",
 }
-_MAX_HEADER = 100_000_000  # the format's own limit
+_PREFIX = 8  # bytes of the header's length
+_MOST_TENSORS = 100_000
+_LONGEST_NAME = 1000
+_MOST_AXES = 8
+_AGAIN = "download it again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,12 +51,15 @@ class Entry:
 
     def read(self) -> NDArray[Any]:
         """Read the tensor; bfloat16 becomes float32, which holds it exactly."""
-        count = int(np.prod(self.shape, dtype=np.int64))
-        with self.file.open("rb") as stream:
-            stream.seek(self.offset)
-            flat = np.fromfile(stream, dtype=_DTYPES[self.dtype], count=count)
+        count = math.prod(self.shape)
+        try:
+            with opened(self.file) as stream:
+                stream.seek(self.offset)
+                flat = np.fromfile(stream, dtype=_DTYPES[self.dtype], count=count)
+        except OSError as error:
+            raise CheckpointError(f"cannot read {self.file}", got=error.strerror) from error
         if flat.size != count:
-            raise CheckpointError(f"{self.file} is cut short", do="download it again")
+            raise CheckpointError(f"{self.file} is cut short", do=_AGAIN)
         if self.dtype == "BF16":
             flat = (flat.astype(np.uint32) << 16).view(np.float32)
         return flat.reshape(self.shape)
@@ -110,7 +117,7 @@ class Weights:
     def reshaped(self, key: str, shape: tuple[int, ...]) -> None:
         """Give a tensor another shape of the same size (a 1x1 convolution as a linear layer)."""
         entry = self._entry(key)
-        if np.prod(entry.shape, dtype=np.int64) != np.prod(shape, dtype=np.int64):
+        if math.prod(entry.shape) != math.prod(shape):
             raise CheckpointError(
                 f"{self.name}: tensor {key}", got=list(entry.shape), expected=list(shape)
             )
@@ -138,32 +145,75 @@ class Weights:
 
 
 def entries_from_safetensors(path: Path) -> dict[str, Entry]:
-    """Read the header of one `.safetensors` file; malformed ones are a CheckpointError."""
+    """Read the header of one `.safetensors` file; malformed ones are a CheckpointError.
+
+    The package safetensors checks that tensors neither overlap nor leave gaps nor end too early.
+    """
+    raw, size = _header(path)
+    _check_whole(path)
+    header = json_from_bytes(raw, origin=f"{path}: header", error=CheckpointError, do=_AGAIN)
+    header.pop("__metadata__", None)
+    if len(header) > _MOST_TENSORS:
+        raise CheckpointError(f"{path}: {len(header)} tensors", expected=f"up to {_MOST_TENSORS}")
+    start = _PREFIX + len(raw)
+    return {key: _entry(path, key, info, start, size) for key, info in header.items()}
+
+
+def _header(path: Path) -> tuple[bytes, int]:
+    """Return the bytes of the header, and the size of the whole file."""
     try:
-        size = path.stat().st_size
-        with path.open("rb") as stream:
-            prefix = stream.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else _MAX_HEADER + 1
-            if length > min(_MAX_HEADER, size - 8):
-                raise ValueError("no valid header")
-            header = json.loads(stream.read(length))
+        with opened(path) as stream:
+            size = os.fstat(stream.fileno()).st_size
+            length = int.from_bytes(stream.read(_PREFIX), "little")
+            if size < _PREFIX or length > min(JSON_LIMIT, size - _PREFIX):
+                raise _not_whole(path, "no valid header")
+            return stream.read(length), size
     except OSError as error:
         raise CheckpointError(f"cannot read {path}", got=error.strerror) from error
-    except ValueError as error:
-        raise CheckpointError(
-            f"{path} is not a whole safetensors file", got=error, do="download it again"
+
+
+def _check_whole(path: Path) -> None:
+    try:
+        from safetensors import safe_open
+    except ImportError as error:
+        raise MissingPackageError(
+            "safetensors", extra="export", why="reading a checkpoint"
         ) from error
-    header.pop("__metadata__", None)
-    entries = {}
-    for key, info in header.items():
-        begin, end = info["data_offsets"]
-        shape = tuple(info["shape"])
-        if info["dtype"] not in _DTYPES:
-            raise CheckpointError(
-                f"{path}: tensor {key} has dtype", got=info["dtype"], expected=", ".join(_DTYPES)
-            )
-        entry = Entry(file=path, offset=8 + length + begin, dtype=info["dtype"], shape=shape)
-        if end - begin != entry.nbytes or begin < 0 or 8 + length + end > size:
-            raise CheckpointError(f"{path}: tensor {key} is cut short", do="download it again")
-        entries[key] = entry
-    return entries
+    try:
+        with safe_open(path, framework="np"):
+            pass
+    except Exception as error:  # SafetensorError, and what the system says of the file
+        raise _not_whole(path, one_line(error)) from error
+
+
+def _not_whole(path: Path, complaint: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is not a whole safetensors file: damaged or cut short", got=complaint, do=_AGAIN
+    )
+
+
+def _entry(path: Path, key: str, info: object, start: int, size: int) -> Entry:
+    """Check the kinds of one tensor's entry, which nothing after this looks at again."""
+    what = f"{path}: tensor {shortened(key, 100)}"
+    if len(key) > _LONGEST_NAME or not isinstance(info, dict):
+        raise CheckpointError(what, got=info, expected="an object and a short name", do=_AGAIN)
+    dtype, shape, offsets = (info.get(name) for name in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise CheckpointError(f"{what} has dtype", got=dtype, expected=", ".join(_DTYPES))
+    # Sizes beside a zero are bounded too: NumPy does not take any shape of nothing.
+    if not _are_sizes(shape) or math.prod(max(side, 1) for side in shape) > size:
+        raise CheckpointError(f"{what} has shape", got=shape, expected="sizes", do=_AGAIN)
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        raise CheckpointError(f"{what} has offsets", got=offsets, expected="two", do=_AGAIN)
+    entry = Entry(file=path, offset=start + offsets[0], dtype=dtype, shape=tuple(shape))
+    if offsets[1] - offsets[0] != entry.nbytes or start + offsets[1] > size:
+        raise CheckpointError(f"{what} is cut short", do=_AGAIN)
+    return entry
+
+
+def _are_sizes(value: object) -> TypeGuard[list[int]]:
+    return (
+        isinstance(value, list)
+        and len(value) <= _MOST_AXES
+        and all(type(size) is int and size >= 0 for size in value)
+    )

@@ -10,7 +10,7 @@ import json
 import re
 import stat
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, cast
 
@@ -145,7 +145,6 @@ class Manifest:
     tokenizer: File
     embeddings: Embeddings
     components: Mapping[str, Component]
-    plans: Mapping[str, File] = field(default_factory=dict)  # TensorRT plans, by component
 
     @property
     def safety_concept(self) -> str:
@@ -158,8 +157,8 @@ class Manifest:
         return json.dumps(body, indent=1, ensure_ascii=False) + "\n"
 
     def files(self) -> list[File]:
-        """Every file that a run on the CPU needs; plans are looked at where they are used."""
-        parts = [self.tokenizer, _file(asdict(self.embeddings))]
+        """Every file of the bundle; plans have a list of their own (`plan_list`)."""
+        parts = [self.tokenizer, file_from_json(asdict(self.embeddings))]
         parts += [file for part in self.components.values() for file in part.files]
         return list(dict.fromkeys(parts))  # the two graphs of a UNet share their weights
 
@@ -212,7 +211,7 @@ def _manifest(body: Mapping[str, Any]) -> Manifest:
     latents, text, size, defaults, embeddings = (
         body[key] for key in ("latents", "text", "size", "defaults", "embeddings")
     )
-    file = _file(embeddings)
+    file = file_from_json(embeddings)
     return Manifest(
         created_by=exact_text("created_by", body["created_by"]),
         model=ModelInfo(
@@ -235,7 +234,7 @@ def _manifest(body: Mapping[str, Any]) -> Manifest:
             safety=exact_text("safety", defaults["safety"]),
         ),
         safety_concepts=_texts("safety concepts", body["safety_concepts"]),
-        tokenizer=_file(body["tokenizer"]),
+        tokenizer=file_from_json(body["tokenizer"]),
         embeddings=Embeddings(
             path=file.path,
             sha256=file.sha256,
@@ -243,7 +242,6 @@ def _manifest(body: Mapping[str, Any]) -> Manifest:
             texts=_texts("texts", embeddings["texts"]),
         ),
         components=components,
-        plans={name: _file(file) for name, file in body.get("plans", {}).items()},
     )
 
 
@@ -270,7 +268,7 @@ def _name(name: str) -> str:
 def _component(part: Mapping[str, Any]) -> Component:
     if not isinstance(part["files"], list) or not 0 < len(part["files"]) <= 64:
         raise ValueError("a component without a list of 1 to 64 files")
-    files = tuple(_file(file) for file in part["files"])
+    files = tuple(file_from_json(file) for file in part["files"])
     if not files[0].path.endswith(".onnx"):  # ONNX Runtime reads other formats by other names
         raise ValueError(f"{files[0].path!r} where an .onnx file belongs")
     return Component(
@@ -295,7 +293,13 @@ def _tensor(tensor: Mapping[str, Any]) -> TensorSpec:
     )
 
 
-def _file(file: Mapping[str, Any]) -> File:
+def file_from_json(file: Mapping[str, Any]) -> File:
+    """Read an entry of a list of files.
+
+    Raises:
+        BundleError: a path that leaves the bundle.
+        KeyError, TypeError, ValueError, InputError: an entry that is none.
+    """
     path, sha256 = exact_text("path", file["path"]), file["sha256"]
     pure = PurePosixPath(path)
     if (
@@ -337,6 +341,31 @@ class CheckedGraph:
                 now = None
             if now != before:
                 raise BundleError(f"{path} was changed while it was loaded", do=_AGAIN)
+
+
+def require_own_weights(model: bytes, *, path: str, sizes: Mapping[str, int]) -> None:
+    """Refuse a graph that reads other files than its own, or beyond their end.
+
+    Args:
+        model: bytes of the graph.
+        path: the graph's, relative to its bundle.
+        sizes: bytes of the files that it may read, by their path.
+
+    Raises:
+        BundleError: it names another file, or is no whole ONNX file.
+    """
+    try:
+        for tensor in externals(memoryview(model)):
+            beside = str(PurePosixPath(path).with_name(tensor.location))
+            end = tensor.offset + (0 if tensor.length is None else tensor.length)
+            if beside not in sizes or end > sizes[beside]:
+                raise ValueError(f"weights in {tensor.location!r}, up to byte {end}")
+    except (ValueError, RecursionError) as error:
+        raise BundleError(
+            f"{path} reads what bundle.json does not list for it",
+            got=one_line(error),
+            do="do not run this bundle; export it again",
+        ) from error
 
 
 def own_graph(name: str) -> Path:
@@ -433,18 +462,7 @@ class Bundle:
         path = self.path / graph.path
         seen = dict(self.check(file) for file in component.files)
         sizes = {file.path: file.bytes for file in rest}
-        try:
-            for tensor in externals(memoryview(self.read(graph, GRAPH_LIMIT))):
-                beside = str(PurePosixPath(graph.path).with_name(tensor.location))
-                end = tensor.offset + (0 if tensor.length is None else tensor.length)
-                if beside not in sizes or end > sizes[beside]:
-                    raise ValueError(f"weights in {tensor.location!r}, up to byte {end}")
-        except (ValueError, RecursionError) as error:
-            raise BundleError(
-                f"{path} reads what bundle.json does not list for it",
-                got=one_line(error),
-                do="do not run this bundle; export it again",
-            ) from error
+        require_own_weights(self.read(graph, GRAPH_LIMIT), path=graph.path, sizes=sizes)
         return CheckedGraph(path=path, seen=seen)
 
     def tokenizer_json(self) -> str:

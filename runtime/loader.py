@@ -10,6 +10,7 @@ from typing import Any, cast
 from sld_edge.engines.base import Engine
 from sld_edge.engines.device import Device
 from sld_edge.engines.errors import EngineError, InputError, UserError
+from sld_edge.engines.files import Identity
 from sld_edge.engines.ort import OrtEngine, OrtProvider
 from sld_edge.engines.ort_device import OrtDeviceEngine
 from sld_edge.engines.plan_info import FLAVOURS, Flavour
@@ -23,6 +24,7 @@ from sld_edge.runtime.plans import (
     flavour_of,
     planned,
     plans_in,
+    refit_source,
     require_fit,
     require_trust,
     source_digest,
@@ -81,6 +83,7 @@ class Loader:
     policy: Policy = NO_POLICY
     plans: dict[str, Plan] = field(default_factory=dict)
     fallbacks: dict[str, str] = field(default_factory=dict)
+    _hashed: dict[str, dict[Path, Identity]] = field(default_factory=dict)
 
     @classmethod
     def open(cls, bundle: str | Path | None, settings: LoadSettings) -> Loader:
@@ -130,13 +133,20 @@ class Loader:
         """
         plan = self.plans.get(name)
         if plan is not None:
-            return TrtEngine(
+            refit = None
+            if plan.info.options.get("strip_weights"):
+                refit = refit_source(plan, self.bundle, component)
+            planned = TrtEngine(
                 plan.path,
                 plan.info,
                 self.device,
                 cuda_graph=self.settings.cuda_graph,
-                source=self._source(component, plan),
+                source=None if refit is None else refit.path,
             )
+            self._confirm(name)
+            if refit is not None:
+                refit.confirm()
+            return planned
         provider = self._ort_provider(name)
         if name in OWN_GRAPHS:  # never from a bundle or a cache
             if provider == "cpu":
@@ -233,14 +243,15 @@ class Loader:
 
     def _take_plans(self, flavour: Flavour) -> None:
         folder = self.settings.plan.parent if self.settings.plan is not None else self.bundle.path
-        everything = plans_in(folder)
+        trust = self.settings.trust_plan
+        everything = plans_in(self.bundle, folder, trust=trust)
         own = {name: plan for name, plan in everything.items() if plan.info.engine == flavour}
         if not own:
             raise why_missing(everything, self.bundle, flavour)
-        for plan in own.values():
+        for name, plan in own.items():
             require_fit(plan, self.bundle, self.device)
-            if not self.settings.trust_plan:
-                require_trust(plan, self.bundle)
+            if not trust:
+                self._hashed[name] = require_trust(plan, self.bundle, self.policy)
         self.plans = own
         for name in self.bundle.manifest.components:
             if name not in own:
@@ -251,15 +262,13 @@ class Loader:
             return self.rest
         return cast(OrtProvider, self.provider)
 
-    def _source(self, component: Component, plan: Plan) -> Path | None:
-        """Return the graph that a stripped plan takes its weights from."""
-        if not plan.info.options.get("strip_weights"):
-            return None
-        graph = self._graph(component)
-        return plan.path.with_name(str(plan.info.options.get("refit_from", graph.name)))
+    def _confirm(self, name: str) -> None:
+        """Look at a plan's files again after TensorRT has read them.
 
-    def _graph(self, component: Component) -> Path:
-        return self.bundle.graph(component).path
+        Raises:
+            BundleError: one of them was changed since it was hashed.
+        """
+        CheckedGraph(path=self.plans[name].path, seen=self._hashed.get(name, {})).confirm()
 
 
 class _Source:
@@ -303,7 +312,7 @@ def _resolved(bundle: Bundle, settings: LoadSettings) -> tuple[str, str]:
 def _planned(bundle: Bundle) -> dict[str, str | None]:
     """Say for each flavour why the bundle's plans do not fit here, or None."""
     try:
-        have = {plan.info.engine for plan in plans_in(bundle.path).values()}
+        have = {plan.info.engine for plan in plans_in(bundle).values()}
     except EngineError as error:
         return dict.fromkeys(FLAVOURS, str(error))
     if not have:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from sld_edge.engines.device import Device
 from sld_edge.engines.errors import BundleError, EngineError, InputError, UserError
+from sld_edge.engines.files import Identity, read_limited
+from sld_edge.engines.onnx_files import GRAPH_LIMIT
 from sld_edge.engines.plan_info import (
     Flavour,
     PlanInfo,
@@ -18,15 +20,24 @@ from sld_edge.engines.plan_info import (
     this_system,
 )
 from sld_edge.engines.tensorrt import tensorrt_module
-from sld_edge.runtime.bundle import MANIFEST, Bundle, Component
+from sld_edge.runtime.bundle import (
+    MANIFEST,
+    Bundle,
+    CheckedGraph,
+    Component,
+    require_own_weights,
+)
+from sld_edge.runtime.plan_list import PLANS, PlanFiles, plan_list, require_listed
+from sld_edge.runtime.policy import Policy, why_not_owned
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A plan file and its description."""
+    """A plan file and its description; `files` are those of the list, none where it is trusted."""
 
     path: Path
     info: PlanInfo
+    files: PlanFiles = ()
 
 
 def source_digest(component: Component) -> str:
@@ -56,24 +67,38 @@ def bundle_of_plan(plan: Path) -> Path:
     raise BundleError(f"no bundle beside {plan}", do="name it with --bundle DIR")
 
 
-def plans_in(folder: Path, flavour: Flavour | None = None) -> dict[str, Plan]:
-    """Return the plans that lie in a folder, by component, of one flavour or of any.
+def plans_in(bundle: Bundle, folder: Path | None = None, *, trust: bool = False) -> dict[str, Plan]:
+    """Return the plans that lie in a folder, by component; None is the bundle's own folder.
+
+    A description is read only if the bundle's list of plans holds its hash, or on `trust`.
 
     Raises:
-        EngineError: a plan without a readable description.
+        EngineError: a plan without a readable description, or one that is not listed.
     """
+    folder = bundle.path if folder is None else folder
+    listed = {files[0].path: files for files in plan_list(bundle.path, bundle.sha256).values()}
     found = {}
     for path in sorted(folder.glob("*.plan")):
-        info = plan_info_from_file(info_path(path))
-        if flavour is None or info.engine == flavour:
-            found[info.component] = Plan(path=path, info=info)
+        plan = _described(path, () if trust else listed.get(path.name, ()), trust=trust)
+        found[plan.info.component] = plan
     return found
+
+
+def _described(path: Path, files: PlanFiles, *, trust: bool) -> Plan:
+    description = info_path(path)
+    if not description.exists():
+        return Plan(path=path, info=plan_info_from_file(description))  # which says what is missing
+    if not trust:
+        require_listed(description, files[1] if files else None)
+    return Plan(path=path, info=plan_info_from_file(description), files=files)
 
 
 def planned(bundle: Bundle, flavour: Flavour, device: Device) -> str | None:
     """Say why a bundle's plans of a flavour do not fit this machine; None where they do."""
     try:
-        plans = plans_in(bundle.path, flavour)
+        plans = {
+            name: plan for name, plan in plans_in(bundle).items() if plan.info.engine == flavour
+        }
         if "unet" not in plans:
             return f"this bundle has no {flavour} plan of the UNet"
         for plan in plans.values():
@@ -106,21 +131,46 @@ def require_fit(plan: Plan, bundle: Bundle, device: Device) -> None:
         )
 
 
-def require_trust(plan: Plan, bundle: Bundle) -> None:
-    """Refuse a plan whose hash the bundle does not hold: a plan is code.
+def require_trust(plan: Plan, bundle: Bundle, policy: Policy) -> dict[Path, Identity]:
+    """Refuse a plan whose hash the bundle's list does not hold: a plan is code.
+
+    Where the policy names bundles, the list itself must be the administrator's.
+
+    Returns:
+        The files that were hashed, and what tells whether they are still the same.
 
     Raises:
-        EngineError: the bundle does not name it, or names another hash.
+        EngineError: the list does not name it, or names another hash.
+        PolicyError: the list could be another user's.
     """
-    with plan.path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    if digest not in {file.sha256 for file in bundle.manifest.plans.values()}:
-        raise EngineError(
-            f"{plan.path} is not a plan that was built for this bundle, and a plan is code",
-            got=f"SHA-256 {digest[:12]}…, which {bundle.path / MANIFEST} does not hold",
-            do=f"build it: sld-build {bundle.path} --engine {plan.info.engine}, or add "
-            "--trust-plan if you know where it comes from",
-        )
+    if policy.signers or policy.bundles:
+        why = why_not_owned(bundle.path / PLANS)
+        policy.require(why is None, "the list of plans", got=why, expected="root's own")
+    paths = [plan.path, info_path(plan.path)]
+    if len(plan.files) > 2:
+        paths.append(plan.path.with_name(plan.files[2].path))
+    files = plan.files if plan.files else (None,) * len(paths)
+    return {path: require_listed(path, file) for path, file in zip(paths, files, strict=True)}
+
+
+def refit_source(plan: Plan, bundle: Bundle, component: Component) -> CheckedGraph:
+    """Return the graph that a plan without weights takes them from, its files checked.
+
+    Raises:
+        BundleError: the graph reads other files than the component's.
+        EngineError: the plan names a graph that is not its own.
+    """
+    checked = bundle.graph(component)
+    name = str(plan.info.options.get("refit_from", checked.path.name))
+    if name == checked.path.name:
+        return checked
+    if name != f"{plan.info.component}.decomposed.onnx":
+        raise EngineError(f"{plan.path} takes its weights from {name}", do="build it again")
+    path = plan.path.with_name(name)
+    sizes = {PurePosixPath(file.path).name: file.bytes for file in component.files[1:]}
+    model = read_limited(path, GRAPH_LIMIT, error=EngineError, do="build the plan again")
+    require_own_weights(model, path=name, sizes=sizes)
+    return CheckedGraph(path=path, seen=checked.seen)
 
 
 def flavour_of(plan: Path, provider: str) -> Flavour:

@@ -215,7 +215,9 @@ def machine_policy() -> Policy:
         return NO_POLICY
     except OSError as error:  # a folder that this user may not look into hides a policy
         raise _unusable("it cannot be read", error.strerror) from error
-    _check_owner(POLICY_FILE)
+    why = why_not_owned(POLICY_FILE)
+    if why is not None:
+        raise _unusable(why, "a file that is not root's alone")
     return policy_from_json(read_limited(POLICY_FILE, _LIMIT, error=PolicyError))
 
 
@@ -386,27 +388,28 @@ def _sha256(name: str, value: object) -> str:
     return text
 
 
-def _check_owner(path: Path) -> None:
-    """Refuse a policy that someone other than the administrator could write or exchange.
-
-    Raises:
-        PolicyError: it could.
-    """
+def why_not_owned(path: Path) -> str | None:
+    """Say why a file is not the administrator's alone to write or exchange; None where it is."""
     if sys.platform == "win32":
         import ctypes
 
         if os.access(path, os.W_OK) and not ctypes.windll.shell32.IsUserAnAdmin():
-            raise _unusable("this user can write it", "take the right to write from all users")
-        return
-    if not stat.S_ISREG(path.lstat().st_mode):
-        raise _unusable("it is not a regular file", "a link, a folder or a device")
-    for place in dict.fromkeys((path, *path.parents, *path.resolve().parents)):
-        status = place.lstat()
-        if status.st_uid not in (0, _OWNER):
-            raise _unusable(f"{place} belongs to user {status.st_uid}", "root must own it")
-        sticky = status.st_mode & stat.S_ISVTX and place != path  # only owners rename there
-        if status.st_mode & 0o022 and not sticky and not stat.S_ISLNK(status.st_mode):
-            raise _unusable(f"others can write {place}", f"chmod go-w {place}")
+            return "this user can write it"
+        return None
+    try:
+        if not stat.S_ISREG(path.lstat().st_mode):
+            return "it is not a regular file"
+        path = path.absolute()
+        for place in dict.fromkeys((path, *path.parents, *path.resolve().parents)):
+            status = place.lstat()
+            if status.st_uid not in (0, _OWNER):
+                return f"{place} belongs to user {status.st_uid}"
+            sticky = status.st_mode & stat.S_ISVTX and place != path  # only owners rename there
+            if status.st_mode & 0o022 and not sticky and not stat.S_ISLNK(status.st_mode):
+                return f"others can write {place}"
+    except OSError as error:
+        return error.strerror
+    return None
 
 
 def _unusable(why: str, what: object) -> PolicyError:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer as Backend
 
+from sld_edge.engines.checks import exact_text
 from sld_edge.engines.errors import BundleError, InputError, UserError, one_line
 from sld_edge.runtime.tokenizer_file import checked_tokenizer
 
@@ -54,8 +56,10 @@ class Tokenizer:
         """Tokenize one prompt.
 
         Raises:
-            InputError: a prompt so long that it must be a mistake.
+            InputError: no valid text, or so long that it must be a mistake.
+            BundleError: the tokenizer cannot read it.
         """
+        text = exact_text("prompt", text)
         room = self._length - 2  # start and end token
         too_long = InputError(
             "prompt is far too long",
@@ -65,7 +69,8 @@ class Tokenizer:
         )
         if len(text) > _MOST_CHARACTERS:  # before a second is spent on them
             raise too_long
-        encoding = self._backend.encode(text)
+        with library_errors("tokenizer.json cannot read this prompt", error=BundleError):
+            encoding = self._backend.encode(text)
         pieces = [encoding, *encoding.overflowing]
         if len(pieces) > _ABSURD:
             raise too_long
@@ -84,14 +89,25 @@ def backend_from_text(text: str, *, origin: str, error: type[UserError]) -> Back
     Raises:
         UserError: of the class `error`: the library does not take it.
     """
-    try:
+    with library_errors(f"{origin} is not a tokenizer", error=error):
         return Backend.from_str(text)
+
+
+@contextmanager
+def library_errors(what: str, *, error: type[UserError]) -> Iterator[None]:
+    """Turn what the tokenizers library raises, its panics included, into one line.
+
+    Raises:
+        UserError: of the class `error`.
+    """
+    try:
+        yield
     except Exception as problem:  # the library raises plain Exception
-        raise error(f"{origin} is not a tokenizer", got=one_line(problem)) from problem
+        raise error(what, got=one_line(problem)) from problem
     except BaseException as problem:
         if type(problem).__name__ != "PanicException":  # of Rust, no Exception to Python
             raise
-        raise error(f"{origin} is not a tokenizer", got="a panic") from problem
+        raise error(what, got="a panic") from problem
 
 
 def input_ids(tokens: Sequence[Tokens]) -> NDArray[np.int64]:

@@ -82,9 +82,13 @@ def _model(model: Mapping[str, Any]) -> None:
         pair = merge.split(" ") if isinstance(merge, str) else merge
         if not isinstance(pair, list) or len(pair) != 2 or not all(map(_is_token, pair)):
             raise ValueError("a merge that is no pair of tokens")
-    for name in ("unk_token", "continuing_subword_prefix", "end_of_word_suffix"):
-        if not (model.get(name) is None or _is_token(model[name])):
-            raise ValueError(name)
+    unknown, prefix, suffix = (
+        model.get(name) for name in ("unk_token", "continuing_subword_prefix", "end_of_word_suffix")
+    )
+    if unknown is not None and unknown not in vocab:  # else the library fails at a prompt
+        raise ValueError("unk_token, which is not in the vocabulary")
+    if prefix not in (None, "") or not (suffix is None or _is_token(suffix)):
+        raise ValueError("a prefix or suffix of words")  # a prefix panics where a token is shorter
 
 
 def _step(step: Any, known: Mapping[str, Callable[[Mapping[str, Any]], None]]) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sld_edge.engines.errors import EngineError, InputError, MissingPackageError, NumericsError
+from sld_edge.engines.files import opened
 
 Pictures = NDArray[np.uint8]
 """uint8 [B,H,W,3], RGB."""
@@ -85,7 +86,7 @@ def check_model(path: Path, sha256: str, *, scorer: str, do: str) -> Path:
         EngineError: it is missing, or another file; `do` says what then.
     """
     try:
-        with path.open("rb") as stream:
+        with opened(path) as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
         raise EngineError(

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from sld_edge.engines.errors import EngineError, one_line
+from sld_edge.engines.checks import exact_text, whole_number
+from sld_edge.engines.errors import EngineError, InputError, one_line
+from sld_edge.engines.files import json_from_file
 from sld_edge.runtime.bundle import File
 from sld_edge.runtime.scorers.base import check_model
 
@@ -16,6 +20,8 @@ MANIFEST = "scorer.json"
 FORMAT, FORMAT_VERSION = "sld-edge-scorer", 1
 IMAGE_ENCODER, HEAD = "image_encoder.onnx", "head.onnx"
 TEXT_ENCODER, TOKENIZER = "text_encoder.onnx", "tokenizer.json"
+_SHA256 = re.compile("[0-9a-f]{64}")
+_MOST, _MOST_FILES = 4096, 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,14 +98,12 @@ class ScorerFolder:
 
     def _read(self) -> ScorerManifest:
         file = self._path / MANIFEST
+        if not os.path.exists(file):  # False where it cannot be looked at
+            raise EngineError(f"no scorer at {self._path}", got=f"no {MANIFEST}", do=self._do)
+        body = json_from_file(file, error=EngineError, do=self._do)
         try:
-            body = json.loads(file.read_text(encoding="utf-8"))
             manifest = _manifest(body)
-        except OSError as error:
-            raise EngineError(
-                f"no scorer at {self._path}", got=f"{MANIFEST}: {error.strerror}", do=self._do
-            ) from error
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, InputError) as error:
             raise EngineError(
                 f"{file} does not describe a scorer", got=one_line(error), do=self._do
             ) from error
@@ -116,18 +120,22 @@ class ScorerFolder:
 def _manifest(body: dict[str, Any]) -> ScorerManifest:
     if (body["format"], body["format_version"]) != (FORMAT, FORMAT_VERSION):
         raise ValueError(f"{body['format']} {body['format_version']}, not {FORMAT_VERSION}")
+    if not isinstance(body["files"], list) or not 0 < len(body["files"]) <= _MOST_FILES:
+        raise ValueError(f"no list of 1 to {_MOST_FILES} files")
     return ScorerManifest(
-        scorer=str(body["scorer"]),
-        source=str(body["source"]),
-        created_by=str(body["created_by"]),
-        image_size=int(body["image_size"]),
-        text_length=int(body["text_length"]),
+        scorer=exact_text("scorer", body["scorer"]),
+        source=exact_text("source", body["source"]),
+        created_by=exact_text("created_by", body["created_by"]),
+        image_size=whole_number("image_size", body["image_size"], 1, _MOST),
+        text_length=whole_number("text_length", body["text_length"], 0, _MOST),
         files=tuple(map(_file, body["files"])),
     )
 
 
 def _file(entry: dict[str, Any]) -> File:
-    path = str(entry["path"])
+    path, sha256 = exact_text("path", entry["path"]), exact_text("sha256", entry["sha256"])
     if path != PurePosixPath(path).name or path in ("", ".", "..") or "\\" in path:
         raise ValueError(f"a file outside the folder: {path!r}")
-    return File(path=path, sha256=str(entry["sha256"]), bytes=int(entry["bytes"]))
+    if not _SHA256.fullmatch(sha256):
+        raise ValueError(f"sha256 of {path}")
+    return File(path=path, sha256=sha256, bytes=whole_number("bytes", entry["bytes"], 0, 1 << 50))

@@ -33,6 +33,7 @@ from sld_edge.engines.errors import (
 )
 from sld_edge.engines.ort import OrtEngine
 from sld_edge.engines.plan_info import PlanInfo, Span, info_path, plan_info_from_file
+from sld_edge.engines.staging import locked
 from sld_edge.engines.tensorrt import Log
 from sld_edge.export import build, build_cli, plan_compare
 from sld_edge.export import cli as export_cli
@@ -42,6 +43,7 @@ from sld_edge.export.bundle import COMPONENTS
 from sld_edge.export.decompose import decomposed_graph
 from sld_edge.export.plan_compare import compare_plan, compared
 from sld_edge.runtime.bundle import EMBEDDED, MANIFEST, Bundle
+from sld_edge.runtime.plan_list import PLANS, plan_list
 from sld_edge.runtime.plans import source_digest
 
 ROOT = Path(__file__).parents[2]
@@ -118,14 +120,17 @@ def test_every_component_has_one_plan_for_all_capabilities(
     folder, infos = built
     assert tuple(info.component for info in infos) == COMPONENTS
     manifest = Bundle.open(folder).manifest
-    assert tuple(manifest.plans) == COMPONENTS
+    listed = plan_list(folder, Bundle.open(folder).sha256)
+    assert tuple(listed) == COMPONENTS
     for info in infos:
         path = folder / f"{info.component}.plan"
         content = path.read_bytes()
         assert plan_info_from_file(info_path(path)) == info
         assert info.bytes == len(content) > 10_000
         assert info.sha256 == hashlib.sha256(content).hexdigest()
-        entry = manifest.plans[info.component]
+        entry, described = listed[info.component]
+        digest = hashlib.sha256(info_path(path).read_bytes()).hexdigest()
+        assert (described.path, described.sha256) == (info_path(path).name, digest)
         assert (entry.path, entry.sha256, entry.bytes) == (path.name, info.sha256, info.bytes)
         component = manifest.components[info.component]
         assert info.source_sha256 == source_digest(component)
@@ -163,10 +168,8 @@ def test_only_plans_are_added_to_the_bundle(built: tuple[Path, list[PlanInfo]]) 
     folder, _ = built
     before, after = snapshot(EMBEDDED), snapshot(folder)
     added = {f"{name}.plan{end}" for name in COMPONENTS for end in ("", ".json")}
-    assert set(after) - set(before) == added
-    assert {name for name in before if before[name] != after[name]} == {MANIFEST}
-    old, new = (json.loads((root / MANIFEST).read_text()) for root in (EMBEDDED, folder))
-    assert old | {"plans": new["plans"]} == new
+    assert set(after) - set(before) == added | {PLANS}
+    assert {name for name in before if before[name] != after[name]} == set()
     assert [path.name for path in folder.parent.iterdir()] == ["bundle"]
 
 
@@ -212,9 +215,9 @@ def damage_description(folder: Path) -> None:
 
 
 def forget_plan(folder: Path) -> None:
-    body = json.loads((folder / MANIFEST).read_text())
+    body = json.loads((folder / PLANS).read_text())
     del body["plans"]["guidance"]
-    (folder / MANIFEST).write_text(json.dumps(body))
+    (folder / PLANS).write_text(json.dumps(body))
 
 
 def plant_plan(folder: Path) -> None:
@@ -236,7 +239,7 @@ def test_what_is_not_the_bundles_own_plan_is_built_again(
         small, quick(components=("guidance",)), watch=lambda name, stage: stages.add(name)
     )
     assert stages == {"guidance"}
-    assert info.sha256 == Bundle.open(small).manifest.plans["guidance"].sha256
+    assert info.sha256 == plan_list(small, Bundle.open(small).sha256)["guidance"][0].sha256
     assert len((small / "guidance.plan").read_bytes()) == info.bytes > 10_000
     assert plan_info_from_file(small / "guidance.plan.json") == info
 
@@ -271,9 +274,12 @@ def test_a_killed_build_leaves_the_bundle_as_it_was(small: Path, kind: signal.Si
     before = snapshot(small)
     arguments = ["--engine", "tensorrt-rtx", "--compute-capability", "8.6", "--force"]
     process = command(str(small), *arguments)
-    staged = small.parent / f".bundle.plans.{process.pid}.part"
+
+    def staged() -> list[Path]:
+        return list(small.parent.glob(".bundle.plans.*.sld-part"))
+
     for _ in range(600):  # until the first plan is written and the UNet's build has begun
-        if (staged / "text_encoder.plan.json").exists():
+        if list(small.parent.glob(".bundle.plans.*.sld-part/text_encoder.plan.json")):
             break
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
@@ -282,17 +288,17 @@ def test_a_killed_build_leaves_the_bundle_as_it_was(small: Path, kind: signal.Si
     _, said = process.communicate()
     assert process.returncode == (-9 if kind == signal.SIGKILL else 130), said
     assert snapshot(small) == before
-    assert staged.exists() == (kind == signal.SIGKILL)
+    assert bool(staged()) == (kind == signal.SIGKILL)
     build_plans(small, quick())
-    assert not staged.exists()
+    assert not staged()
 
 
 def test_two_builds_of_one_bundle_do_not_meet(small: Path) -> None:
-    other = small.parent / f".bundle.plans.{os.getppid()}.part"  # a process that runs
-    other.mkdir()
-    with pytest.raises(OutputError, match=f"another sld-build is at work .*{os.getppid()}"):
+    with (
+        locked(small / MANIFEST, shared=False),
+        pytest.raises(OutputError, match="another sld-build is at work"),
+    ):
         build_plans(small, quick(optimization_level=1))
-    assert other.is_dir()
 
 
 def test_a_damaged_graph_is_not_built(small: Path) -> None:
@@ -322,11 +328,11 @@ def test_a_bundle_that_is_a_disk_of_its_own_is_staged_inside(
     build_plans(
         small,
         quick(optimization_level=1, components=("guidance",)),
-        watch=lambda *_: seen.append(bool(list(small.glob(".plans.*.part")))),
+        watch=lambda *_: seen.append(bool(list(small.glob(".plans.*.sld-part")))),
     )
     assert seen
     assert all(seen)
-    assert not list(small.glob(".plans.*.part"))
+    assert not list(small.glob(".plans.*.sld-part"))
 
 
 # --- what is refused ------------------------------------------------------------------------------
@@ -502,11 +508,11 @@ def test_plans_of_the_other_flavour_are_replaced_and_it_is_said(
     settings = BuildSettings(engine="tensorrt", components=("guidance",))
     (info,) = build_plans(small, settings, say=said.append)
     assert "note: guidance: its plan for tensorrt-rtx is replaced" in said
-    manifest = Bundle.open(small).manifest
-    assert manifest.plans["guidance"].sha256 == info.sha256
+    listed = plan_list(small, Bundle.open(small).sha256)
+    assert listed["guidance"][0].sha256 == info.sha256
     text = plan_info_from_file(small / "text_encoder.plan.json")  # not asked for, so it stays
     assert text.engine == "tensorrt-rtx"
-    assert manifest.plans["text_encoder"].sha256 == text.sha256
+    assert listed["text_encoder"][0].sha256 == text.sha256
 
 
 # --- comparing ------------------------------------------------------------------------------------
@@ -681,7 +687,7 @@ def test_export_and_build_in_one(
 
     assert export_cli.main([*arguments, "--compute-capability", "8.6", "--batch", "1"]) == 0
     assert "guidance" in capsys.readouterr().out
-    assert tuple(Bundle.open(output).manifest.plans) == ("guidance",)
+    assert tuple(plan_list(output, Bundle.open(output).sha256)) == ("guidance",)
 
 
 def test_building_loads_no_torch(bundle_copy: Path) -> None:

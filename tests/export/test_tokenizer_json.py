@@ -149,7 +149,7 @@ def test_padding_token_can_be_replaced(tmp_path: Path) -> None:
         ("no merges", "no tokenizer"),
         ("merges that do not fit", "do not fit together"),
         ("three words in a merge", "do not fit together"),
-        ("broken vocab", "do not fit together"),
+        ("broken vocab", "not whole JSON"),
         ("broken config", "not whole JSON"),
         ("broken tokenizer.json", "not a tokenizer"),
         ("small embedding", "does not fit the text encoder"),

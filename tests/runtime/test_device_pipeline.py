@@ -15,10 +15,11 @@ import standin
 from sld_edge.engines.errors import BundleError, EngineError, InputError, NumericsError, UserError
 from sld_edge.engines.plan_info import Flavour, info_path
 from sld_edge.runtime import Pipeline, Result
-from sld_edge.runtime.bundle import EMBEDDED, MANIFEST
+from sld_edge.runtime.bundle import EMBEDDED
 from sld_edge.runtime.cli import main
+from sld_edge.runtime.plan_list import PLANS
 from standin.cuda import FakeCuda
-from standin.plans import VERSIONS, make_plans
+from standin.plans import VERSIONS, make_plans, relist
 
 BOTH = pytest.mark.parametrize("flavour", list(VERSIONS))
 PROMPTS = ["a red star at a party", "a blue heart in an alley"]
@@ -378,12 +379,14 @@ def _edit(path: Path, **changes: Any) -> None:
 def test_a_plan_for_another_system(cuda: FakeCuda, planned: Any) -> None:
     bundle = planned()
     _edit(info_path(bundle / "unet.plan"), system="windows x86_64")
+    relist(bundle)
     assert "it was built for windows x86_64 | here is linux" in refused(bundle)
 
 
 def test_a_plan_of_other_weights(cuda: FakeCuda, planned: Any) -> None:
     bundle = planned()
     _edit(info_path(bundle / "unet.plan"), source_sha256="0" * 64)
+    relist(bundle)
     assert "built from another unet than this bundle's" in refused(bundle)
 
 
@@ -400,7 +403,7 @@ def test_a_plan_that_was_exchanged(cuda: FakeCuda, planned: Any) -> None:
 
 def test_a_bundle_that_does_not_name_its_plans(cuda: FakeCuda, planned: Any) -> None:
     bundle = planned()
-    _edit(bundle / MANIFEST, plans={})
+    _edit(bundle / PLANS, plans={})
     assert "a plan is code" in refused(bundle)
 
 
@@ -414,7 +417,7 @@ def test_a_plan_without_its_description(cuda: FakeCuda, planned: Any) -> None:
     ("change", "says"),
     [
         ("{", "not whole JSON"),
-        ("[]", "not a plan's description"),
+        ("[]", "got list | expected a JSON object"),
         ('{"format": "sld-edge-plan", "format_version": 9}', "format version | got 9"),
         ('{"format": "sld-edge-plan", "format_version": 1}', "lacks an entry"),
     ],
@@ -422,7 +425,10 @@ def test_a_plan_without_its_description(cuda: FakeCuda, planned: Any) -> None:
 def test_a_damaged_description(change: str, says: str, cuda: FakeCuda, planned: Any) -> None:
     bundle = planned()
     info_path(bundle / "unet.plan").write_text(change)
-    assert says in refused(bundle)
+    assert "a plan is code" in refused(bundle)  # it is not even read
+    with pytest.raises(EngineError) as caught:
+        Pipeline.load(bundle, provider="tensorrt", trust_plan=True)
+    assert says in str(caught.value)
 
 
 def test_no_plan_of_the_flavour(cuda: FakeCuda, planned: Any) -> None:

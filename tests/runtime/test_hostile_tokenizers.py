@@ -13,7 +13,7 @@ import pytest
 from sld_edge.engines.errors import BundleError, InputError
 from sld_edge.runtime import Pipeline
 from sld_edge.runtime.bundle import EMBEDDED
-from sld_edge.runtime.tokenizer import Tokenizer
+from sld_edge.runtime.tokenizer import Tokenizer, library_errors
 
 TEXT = (EMBEDDED / "tokenizer.json").read_text(encoding="utf-8")
 LENGTH = 24
@@ -57,6 +57,8 @@ BOMBS: dict[str, Callable[[Json], object]] = {
     "a long token": lambda b: b["model"]["vocab"].update({"z" * 999: 5}),
     "merges of three": lambda b: b["model"].update(merges=[["a", "b", "c"]]),
     "merges of nothing known": lambda b: b["model"].update(merges=[["qqq", "zzz"]]),
+    "a prefix that panics": lambda b: b["model"].update(continuing_subword_prefix="#" * 99),
+    "an unknown token that is not known": lambda b: b["model"].update(unk_token="<unk>"),
     "dropout": lambda b: b["model"].update(dropout=0.5),
     "another model": lambda b: b["model"].update(type="Unigram"),
     "no model": lambda b: b.pop("model"),
@@ -107,6 +109,15 @@ def test_seeded_mutations() -> None:
         except BundleError as error:
             refusal = str(error)
         assert len(refusal) <= 300
+
+
+def test_what_the_library_raises_is_one_line() -> None:
+    panic = type("PanicException", (BaseException,), {})  # as pyo3 calls it
+    for problem in (Exception("bad"), panic("index out of bounds")):
+        with pytest.raises(BundleError), library_errors("the prompt", error=BundleError):
+            raise problem
+    with pytest.raises(KeyboardInterrupt), library_errors("the prompt", error=BundleError):
+        raise KeyboardInterrupt
 
 
 def test_a_megabyte_of_prompt_is_refused_at_once(miniature: Pipeline) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 
 from sld_edge.engines.base import TensorSpec
 from sld_edge.engines.plan_info import Flavour, PlanInfo, PlanTensor, Span, info_path, this_system
-from sld_edge.runtime.bundle import MANIFEST, Bundle, Component, File, Manifest
-from sld_edge.runtime.plans import Plan, plan_name, source_digest
+from sld_edge.runtime.bundle import Bundle, Component, Manifest
+from sld_edge.runtime.plan_list import PLANS, listed_file, plan_list, plan_list_json
+from sld_edge.runtime.plans import Plan, plan_name, plans_in, source_digest
 
 VERSIONS: dict[Flavour, str] = {"tensorrt-rtx": "1.7.1.116", "tensorrt": "10.3.0"}
 MAGIC = "sld-edge stand-in plan"
@@ -31,7 +32,7 @@ def make_plans(
     options: Mapping[str, Any] | None = None,
     source: str | None = None,
 ) -> dict[str, Plan]:
-    """Write plans and descriptions into a bundle (a copy!), and name them in its manifest.
+    """Write plans and descriptions into a bundle (a copy!), and the list that names them.
 
     Args:
         bundle_dir: the bundle.
@@ -143,12 +144,16 @@ def _planned(spec: TensorSpec, spans: Mapping[str, Span]) -> PlanTensor:
 
 
 def _record(bundle_dir: Path, made: Mapping[str, Plan]) -> None:
-    file = bundle_dir / MANIFEST
-    body = json.loads(file.read_text(encoding="utf-8"))
-    body.setdefault("plans", {}).update(
-        {
-            name: asdict(File(path=plan.path.name, sha256=plan.info.sha256, bytes=plan.info.bytes))
-            for name, plan in made.items()
-        }
-    )
-    file.write_text(json.dumps(body, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    digest = Bundle.open(bundle_dir).sha256
+    plans = {}
+    for name, plan in made.items():
+        refit = plan.path.with_name(f"{name}.decomposed.onnx")
+        parts = (plan.path, info_path(plan.path), *([refit] if refit.exists() else []))
+        plans[name] = tuple(map(listed_file, parts))
+    everything = {**plan_list(bundle_dir, digest), **plans}
+    (bundle_dir / PLANS).write_text(plan_list_json(digest, everything), encoding="utf-8")
+
+
+def relist(bundle_dir: Path) -> None:
+    """Put the true hashes of all plans' files into the list again, as an attacker could not."""
+    _record(bundle_dir, plans_in(Bundle.open(bundle_dir), trust=True))

@@ -1,0 +1,68 @@
+"""The lowest versions that pyproject.toml states, and whether they make the same picture.
+
+Without arguments the requirements of the base package and of `cpu` are printed. With two
+interpreters, the one with the lowest versions first, the miniature makes a picture with either.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import tomllib
+from pathlib import Path
+
+import numpy as np
+from packaging.requirements import Requirement
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+_LEVELS = 1  # of 255: another release may round otherwise
+_SETTINGS = ("a red star at a party", "--seed", "9", "--provider", "cpu", "--quiet")
+
+
+def stated(*extras: str) -> list[Requirement]:
+    """Return the requirements of the base package and of extras."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    texts = [*project["dependencies"]]
+    for extra in extras:
+        texts += project["optional-dependencies"][extra]
+    return [Requirement(text) for text in texts]
+
+
+def floor(requirement: Requirement) -> str:
+    """Return a requirement of exactly the lowest version that another one allows."""
+    lowest = [one.version for one in requirement.specifier if one.operator in (">=", "==")]
+    if len(lowest) != 1:
+        raise ValueError(f"{requirement}: one lowest version is needed")
+    return f"{requirement.name}=={lowest[0]}"
+
+
+def difference(floors_python: str, python: str) -> int:
+    """Return the largest difference of the two interpreters' pictures, of 255."""
+    pictures = []
+    with tempfile.TemporaryDirectory() as folder:
+        for index, interpreter in enumerate((floors_python, python)):
+            output = Path(folder, f"{index}.png")
+            program = "import sys; from sld_edge.runtime.cli import main; sys.exit(main())"
+            arguments = [*_SETTINGS, "--output", str(output)]
+            command = [str(Path(interpreter).absolute()), "-c", program, *arguments]
+            environment = {**os.environ, "SLD_EDGE_CACHE": "off"}
+            subprocess.run(command, check=True, cwd=folder, env=environment)
+            pictures.append(np.asarray(Image.open(output).convert("RGB")).astype(int))
+    return int(np.abs(pictures[0] - pictures[1]).max())
+
+
+def main(arguments: list[str]) -> int:
+    """Print the lowest versions, or compare two interpreters' pictures."""
+    if not arguments:
+        print("\n".join(map(floor, stated("cpu"))))
+        return 0
+    levels = difference(*arguments)
+    print(f"lowest versions: the picture differs by at most {levels} of 255")
+    return int(levels > _LEVELS)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
