@@ -16,7 +16,7 @@ from typing import Any, Literal, cast
 from sld_edge.engines.base import TensorSpec
 from sld_edge.engines.checks import exact_text, finite_number, whole_number
 from sld_edge.engines.errors import EngineError, InputError, one_line
-from sld_edge.engines.files import json_from_file
+from sld_edge.engines.files import json_from_bytes, read_limited
 
 FORMAT = "sld-edge-plan"
 FORMAT_VERSION = 1
@@ -101,22 +101,36 @@ def info_path(plan: Path) -> Path:
 
 
 def plan_info_from_file(path: Path) -> PlanInfo:
-    """Read `NAME.plan.json`.
+    """Read `NAME.plan.json`; see `description_of` and `plan_info_from_bytes`."""
+    return plan_info_from_bytes(description_of(path), origin=path)
+
+
+def description_of(path: Path) -> bytes:
+    """Return the bytes of `NAME.plan.json`.
 
     Raises:
-        EngineError: no such file, not a plan's description, or one from the future.
+        EngineError: no such file, or one that is none of sld-build's.
     """
     if not path.exists():
         raise EngineError(
             f"no description of the plan at {path}",
             do="build the plan with sld-build, which writes it",
         )
-    body = json_from_file(path, error=EngineError, do="build the plan again", limit=_LIMIT)
+    return read_limited(path, _LIMIT, error=EngineError, do="build the plan again")
+
+
+def plan_info_from_bytes(data: bytes, *, origin: Path) -> PlanInfo:
+    """Read the bytes of `NAME.plan.json`; `origin` is the path that error messages name.
+
+    Raises:
+        EngineError: not a plan's description, or one from the future.
+    """
+    body = json_from_bytes(data, origin=str(origin), error=EngineError, do="build the plan again")
     if body.get("format") != FORMAT:
-        raise EngineError(f"{path} is not a plan's description", do="build the plan again")
+        raise EngineError(f"{origin} is not a plan's description", do="build the plan again")
     if body.get("format_version") != FORMAT_VERSION:
         raise EngineError(
-            f"{path}: format version",
+            f"{origin}: format version",
             got=body.get("format_version"),
             expected=FORMAT_VERSION,
             do="update sld-edge, or build the plan again",
@@ -125,7 +139,7 @@ def plan_info_from_file(path: Path) -> PlanInfo:
         return _info(body)
     except (KeyError, TypeError, ValueError, AttributeError, InputError) as error:
         raise EngineError(
-            f"{path} lacks an entry or has a wrong one",
+            f"{origin} lacks an entry or has a wrong one",
             got=one_line(error),
             do="build the plan again",
         ) from error
@@ -172,7 +186,7 @@ def _device_fits(info: PlanInfo, capability: str) -> bool:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".") if part.isdigit())
+    return tuple(int(part) for part in version.split(".") if part.isdecimal())
 
 
 def _info(body: Mapping[str, Any]) -> PlanInfo:
@@ -214,6 +228,8 @@ def _options(body: object) -> dict[str, Any]:
 
 def _tensor(body: Mapping[str, Any]) -> PlanTensor:
     spec, profile = body["spec"], body["profile"]
+    if profile is not None and any(len(shape) != len(spec["shape"]) for shape in profile):
+        raise ValueError("a profile of another rank than its tensor")
     return PlanTensor(
         spec=TensorSpec(
             name=exact_text("tensor", spec["name"]),
@@ -228,10 +244,10 @@ def _profile(
     body: Sequence[Sequence[int]],
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     least, best, most = (
-        tuple(whole_number("profile", size, 0, _MOST) for size in shape) for shape in body
+        tuple(whole_number("profile", size, 1, _MOST) for size in shape) for shape in body
     )
-    if not len(least) == len(best) == len(most) <= 8:
-        raise ValueError("a profile of shapes that differ")
+    if not all(low <= mid <= high for low, mid, high in zip(least, best, most, strict=True)):
+        raise ValueError("a profile that is not least <= best <= most")
     return least, best, most
 
 

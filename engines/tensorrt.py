@@ -20,7 +20,7 @@ from sld_edge.engines.base import Array, TensorSpec, check_feeds
 from sld_edge.engines.cache import JIT, private_folder
 from sld_edge.engines.device import ALIGNMENT, Arena, Device, DeviceTensor
 from sld_edge.engines.errors import EngineError, MissingPackageError, OutputError, one_line
-from sld_edge.engines.files import read_limited, write_whole
+from sld_edge.engines.files import opened, read_limited, write_whole
 from sld_edge.engines.plan_info import Flavour, PlanInfo
 from sld_edge.engines.trt_api import CudaEngine, ExecutionContext, RtxCudaEngine, TensorRT
 
@@ -182,11 +182,14 @@ class TrtEngine:
             raise EngineError(f"{self.path.name} was closed")
 
     def _deserialize(self) -> CudaEngine:
-        with (
-            self.path.open("rb") as stream,
-            mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data,
-        ):
-            engine: CudaEngine | None = self._runtime.deserialize_cuda_engine(data)
+        try:
+            with (
+                opened(self.path) as stream,
+                mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data,
+            ):
+                engine: CudaEngine | None = self._runtime.deserialize_cuda_engine(data)
+        except (OSError, ValueError) as error:  # ValueError: an empty file
+            raise EngineError(f"cannot read {self.path}", got=one_line(error)) from error
         if engine is None:
             raise EngineError(
                 f"{self.info.engine} {self._trt.__version__} does not take {self.path}",

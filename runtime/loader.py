@@ -300,7 +300,8 @@ def _is_heavy(component: Component) -> bool:
 
 def _resolved(bundle: Bundle, settings: LoadSettings) -> tuple[str, str]:
     if settings.plan is not None:
-        return flavour_of(settings.plan, settings.provider), "it is what the plan was built for"
+        flavour = flavour_of(settings.plan, settings.provider, bundle, trust=settings.trust_plan)
+        return flavour, "it is what the plan was built for"
     if settings.provider != "auto":
         found = status(settings.provider)
         if not found.usable:

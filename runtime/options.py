@@ -117,7 +117,7 @@ def parser() -> Parser:
     files.add_argument(
         "--trust-plan",
         action="store_true",
-        help="run a plan that the bundle does not name; a plan is code",
+        help="run a plan that plans.json in the bundle does not list; a plan is code",
     )
     files.add_argument(
         "--output",

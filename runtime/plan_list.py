@@ -83,13 +83,18 @@ def require_listed(path: Path, file: File | None) -> Identity:
         digest, seen = sha256_of_file(path)
     except OSError as error:
         raise EngineError(f"cannot read {path}", got=error.strerror, do=_DO) from error
+    require_digest(path, digest, file)
+    return seen
+
+
+def require_digest(path: Path, digest: str, file: File | None) -> None:
+    """Refuse a file by its SHA-256; see `require_listed`."""
     if file is None or digest != file.sha256:
         raise EngineError(
             f"{path} is not of a plan that was built for this bundle, and a plan is code",
             got=f"SHA-256 {digest[:12]}…, which {PLANS} does not hold",
             do="build it with sld-build, or add --trust-plan if you know where it comes from",
         )
-    return seen
 
 
 def _files(part: Any) -> PlanFiles:

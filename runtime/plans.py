@@ -9,14 +9,15 @@ from pathlib import Path, PurePosixPath
 
 from sld_edge.engines.device import Device
 from sld_edge.engines.errors import BundleError, EngineError, InputError, UserError
-from sld_edge.engines.files import Identity, read_limited
+from sld_edge.engines.files import Identity, identity, read_limited
 from sld_edge.engines.onnx_files import GRAPH_LIMIT
 from sld_edge.engines.plan_info import (
     Flavour,
     PlanInfo,
+    description_of,
     info_path,
     misfit,
-    plan_info_from_file,
+    plan_info_from_bytes,
     this_system,
 )
 from sld_edge.engines.tensorrt import tensorrt_module
@@ -27,7 +28,13 @@ from sld_edge.runtime.bundle import (
     Component,
     require_own_weights,
 )
-from sld_edge.runtime.plan_list import PLANS, PlanFiles, plan_list, require_listed
+from sld_edge.runtime.plan_list import (
+    PLANS,
+    PlanFiles,
+    plan_list,
+    require_digest,
+    require_listed,
+)
 from sld_edge.runtime.policy import Policy, why_not_owned
 
 
@@ -76,21 +83,27 @@ def plans_in(bundle: Bundle, folder: Path | None = None, *, trust: bool = False)
         EngineError: a plan without a readable description, or one that is not listed.
     """
     folder = bundle.path if folder is None else folder
-    listed = {files[0].path: files for files in plan_list(bundle.path, bundle.sha256).values()}
+    listed = _listed(bundle)
     found = {}
     for path in sorted(folder.glob("*.plan")):
-        plan = _described(path, () if trust else listed.get(path.name, ()), trust=trust)
+        plan = _described(path, None if trust else listed.get(path.name, ()))
         found[plan.info.component] = plan
     return found
 
 
-def _described(path: Path, files: PlanFiles, *, trust: bool) -> Plan:
-    description = info_path(path)
-    if not description.exists():
-        return Plan(path=path, info=plan_info_from_file(description))  # which says what is missing
-    if not trust:
-        require_listed(description, files[1] if files else None)
-    return Plan(path=path, info=plan_info_from_file(description), files=files)
+def _listed(bundle: Bundle) -> dict[str, PlanFiles]:
+    """Return the files of the listed plans by name of the plan."""
+    return {files[0].path: files for files in plan_list(bundle.path, bundle.sha256).values()}
+
+
+def _described(path: Path, files: PlanFiles | None) -> Plan:
+    """Read a plan's description, whose hash is that of the list; None is no list, but trust."""
+    origin = info_path(path)
+    data = description_of(origin)
+    if files is not None:
+        require_digest(origin, hashlib.sha256(data).hexdigest(), files[1] if files else None)
+    info = plan_info_from_bytes(data, origin=origin)
+    return Plan(path=path, info=info, files=() if files is None else files)
 
 
 def planned(bundle: Bundle, flavour: Flavour, device: Device) -> str | None:
@@ -125,7 +138,12 @@ def require_fit(plan: Plan, bundle: Bundle, device: Device) -> None:
     if reason is not None:
         raise EngineError(f"{plan.path}: {reason}", do=f"{again}, or run with --provider cpu")
     component = bundle.manifest.components.get(info.component)
-    if component is None or source_digest(component) != info.source_sha256:
+    if (
+        component is None
+        or source_digest(component) != info.source_sha256
+        or tuple(tensor.spec for tensor in info.inputs) != component.inputs
+        or tuple(tensor.spec for tensor in info.outputs) != component.outputs
+    ):
         raise EngineError(
             f"{plan.path} was built from another {info.component} than this bundle's", do=again
         )
@@ -146,10 +164,10 @@ def require_trust(plan: Plan, bundle: Bundle, policy: Policy) -> dict[Path, Iden
     if policy.signers or policy.bundles:
         why = why_not_owned(bundle.path / PLANS)
         policy.require(why is None, "the list of plans", got=why, expected="root's own")
-    paths = [plan.path, info_path(plan.path)]
-    if len(plan.files) > 2:
-        paths.append(plan.path.with_name(plan.files[2].path))
-    files = plan.files if plan.files else (None,) * len(paths)
+    if not plan.files:
+        require_listed(plan.path, None)
+    paths = [plan.path, *(plan.path.with_name(file.path) for file in plan.files[2:])]
+    files = (file for file in plan.files if file is not plan.files[1])  # which was read and hashed
     return {path: require_listed(path, file) for path, file in zip(paths, files, strict=True)}
 
 
@@ -166,20 +184,27 @@ def refit_source(plan: Plan, bundle: Bundle, component: Component) -> CheckedGra
         return checked
     if name != f"{plan.info.component}.decomposed.onnx":
         raise EngineError(f"{plan.path} takes its weights from {name}", do="build it again")
+    if plan.files and name not in {file.path for file in plan.files[2:]}:
+        raise EngineError(f"{plan.path}: {PLANS} does not hold {name}", do="build it again")
     path = plan.path.with_name(name)
     sizes = {PurePosixPath(file.path).name: file.bytes for file in component.files[1:]}
+    try:
+        seen = identity(path.stat())
+    except OSError as error:
+        raise EngineError(f"no {path}", got=error.strerror, do="build it again") from error
     model = read_limited(path, GRAPH_LIMIT, error=EngineError, do="build the plan again")
     require_own_weights(model, path=name, sizes=sizes)
-    return CheckedGraph(path=path, seen=checked.seen)
+    return CheckedGraph(path=path, seen={**checked.seen, path: seen})
 
 
-def flavour_of(plan: Path, provider: str) -> Flavour:
+def flavour_of(plan: Path, provider: str, bundle: Bundle, *, trust: bool) -> Flavour:
     """Return the flavour of a plan that the user named beside a provider.
 
     Raises:
+        EngineError: a plan without a readable description, or one that is not listed.
         InputError: the provider is another one.
     """
-    flavour = plan_info_from_file(info_path(plan)).engine
+    flavour = _described(plan, None if trust else _listed(bundle).get(plan.name, ())).info.engine
     if provider not in ("auto", flavour):
         raise InputError(
             f"--engine {plan} is a plan for {flavour}", got=f"--provider {provider}", do="drop one"

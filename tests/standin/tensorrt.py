@@ -569,7 +569,7 @@ def _session(digest: str, graph: str) -> OrtEngine:
 def _plan(data: bytes) -> Mapping[str, Any] | None:
     try:
         plan = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return plan if isinstance(plan, dict) and plan.get("magic") == MAGIC else None
 
