@@ -207,7 +207,7 @@ def write_whole(path: Path, data: bytes, *, replace: bool = True) -> None:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-            part.chmod(0o666 & ~_umask())
+            part.chmod(0o666 & ~umask())
             if os.name == "nt":
                 stream.close()  # Windows moves no open file
             if replace:
@@ -237,7 +237,8 @@ def _place_new(part: Path, path: Path) -> None:
         part.replace(path)
 
 
-def _umask() -> int:
+def umask() -> int:
+    """Return the rights that this process takes from new files."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

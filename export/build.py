@@ -27,7 +27,8 @@ from sld_edge.engines.plan_info import (
     this_system,
 )
 from sld_edge.engines.staging import locked, part_folder
-from sld_edge.export.bundle import created_by
+from sld_edge.export.bundle import BUNDLE, created_by
+from sld_edge.export.output import recover
 from sld_edge.runtime.bundle import MANIFEST, Bundle, Component
 from sld_edge.runtime.plan_list import (
     PLANS,
@@ -77,6 +78,7 @@ def build_plans(
     """
     say = say if say is not None else _silence
     watch = watch if watch is not None else _unwatched
+    recover(bundle_path.resolve(), BUNDLE)
     bundle = Bundle.open(bundle_path)
     components = _chosen(bundle, settings)
     fp32 = any(

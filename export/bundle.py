@@ -5,13 +5,11 @@ from __future__ import annotations
 import hashlib
 import io
 import shutil
-import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -22,11 +20,13 @@ from sld_edge.engines.errors import (
     BundleError,
     CheckpointError,
     InputError,
-    OutputError,
     printable,
 )
+from sld_edge.engines.files import JSON_LIMIT, read_limited
+from sld_edge.engines.plan_info import info_path
 from sld_edge.export.checkpoint import Checkpoint, Model, size_from_config
 from sld_edge.export.config import MOST_LEVELS, MOST_POSITIONS
+from sld_edge.export.output import Kind, check_output, staged
 from sld_edge.export.refuse import NOT_BUILT, ODD_VALUES, refusing
 from sld_edge.export.scheduler import sampler_from_scheduler
 from sld_edge.export.sources import PREDICTION_TYPES, checkpoint_from_source
@@ -54,10 +54,14 @@ from sld_edge.runtime.bundle import (
     Size,
     TextInfo,
     manifest_from_json,
+    own_graph,
 )
+from sld_edge.runtime.plan_list import PLANS
+from sld_edge.runtime.plans import plan_name
 from sld_edge.runtime.policy import machine_policy
 from sld_edge.runtime.safety import PAPER_CONCEPT, PRESETS
 from sld_edge.runtime.samplers import SAMPLERS, sampler_table
+from sld_edge.runtime.signatures import SIGNATURE
 from sld_edge.runtime.tokenizer import Tokenizer, input_ids
 
 Say = Callable[[str], None]
@@ -68,6 +72,38 @@ _GUIDANCE = ("guidance", KEPT_SAFETY)  # without weights, and FP32 always
 COMPONENTS = ("text_encoder", "unet", SHALLOW, "vae_decoder", "vae_encoder", *_GUIDANCE)
 _CHOOSABLE = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
 _PARTS = {SHALLOW: "unet"}  # graphs that are part of another, with its weights
+
+
+def _own_files(root: Path) -> Set[str]:
+    """Return the paths of a bundle's own files, plans that were built for it included.
+
+    Raises:
+        BundleError: not a valid bundle.
+    """
+    raw = read_limited(root / MANIFEST, JSON_LIMIT, error=BundleError)
+    manifest = manifest_from_json(raw, origin=str(root / MANIFEST))
+    plans = [Path(plan_name(name)) for name in manifest.components]
+    return {
+        MANIFEST,
+        SIGNATURE,
+        PLANS,
+        *(str(PurePosixPath(file.path)) for file in manifest.files()),
+        *(name for plan in plans for name in (plan.name, info_path(plan).name)),
+        *(f"{name}.decomposed.onnx" for name in manifest.components),
+    }
+
+
+BUNDLE = Kind(
+    name="bundle",
+    manifest=MANIFEST,
+    listed=_own_files,
+    written={
+        MANIFEST,
+        "tokenizer.json",
+        "embeddings.npy",
+        *(f"{name}.onnx{end}" for name in COMPONENTS for end in ("", ".data")),
+    },
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +214,7 @@ def export_bundle(
     """
     say = say if say is not None else _silence
     output = Path(settings.output).resolve()
-    check_output(output, force=settings.force, kind="bundle", manifest=MANIFEST)
+    check_output(output, force=settings.force, kind=BUNDLE)
     require_onnx()  # before gigabytes are downloaded
     checkpoint = checkpoint_from_source(
         settings.model,
@@ -197,7 +233,7 @@ def export_bundle(
         _check_scheduler(scheduler, defaults, say)
     if watch is not None:
         _watch_weights(checkpoint, watch)
-    with staged(output) as folder:
+    with staged(output, force=settings.force, kind=BUNDLE) as folder:
         graphs = _write_graphs(checkpoint, settings, folder, shape, say)
         if settings.verify:
             _verify(checkpoint, settings, folder, graphs, shape, say)
@@ -424,11 +460,10 @@ def _writers(checkpoint: Checkpoint, settings: ExportSettings) -> dict[str, Call
     """Return what writes each component, in the order of COMPONENTS."""
     from sld_edge.export.clip import write_text_encoder
     from sld_edge.export.graph import GraphOptions
-    from sld_edge.export.guidance import write_guidance, write_kept_safety
     from sld_edge.export.unet import write_unet
     from sld_edge.export.vae import write_vae_decoder, write_vae_encoder
 
-    guidance = {"guidance": write_guidance, KEPT_SAFETY: write_kept_safety}
+    guidance = {name: partial(shutil.copyfile, own_graph(name)) for name in _GUIDANCE}
     if settings.via == "torch":
         return {**_torch_writers(checkpoint, settings), **guidance}
     options = {
@@ -541,40 +576,6 @@ def file_entry(path: Path) -> File:
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     return File(path=path.name, sha256=digest, bytes=path.stat().st_size)
-
-
-def check_output(output: Path, *, force: bool, kind: str, manifest: str) -> None:
-    """Refuse what could not be written in the end; only another of its kind is ever replaced."""
-    if not output.exists():
-        return
-    if not force:
-        raise OutputError(f"{output} exists", do="choose another name, or add --force")
-    if not output.is_dir() or (any(output.iterdir()) and not (output / manifest).is_file()):
-        raise OutputError(f"{output} is not a {kind}, so --force does not replace it")
-
-
-@contextmanager
-def staged(output: Path) -> Iterator[Path]:
-    """Give a folder beside `output` that takes its place if all goes well, and else is removed."""
-    mark = uuid.uuid4().hex[:8]
-    part = output.with_name(f".{output.name}.{mark}.part")
-    old = output.with_name(f".{output.name}.{mark}.old")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        part.mkdir()
-        yield part
-        if output.exists():
-            output.rename(old)
-        part.rename(output)
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {output}", got=error.strerror, do="make room, or choose another place"
-        ) from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-        if old.exists() and not output.exists():
-            old.rename(output)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def created_by() -> str:

@@ -51,7 +51,11 @@ def parser() -> Parser:
         "--output", required=True, type=Path, metavar="DIR", help="the bundle's directory"
     )
     cli.add_argument("--name", metavar="TEXT", help="what the bundle calls the model")
-    cli.add_argument("--force", action="store_true", help="replace an existing bundle")
+    cli.add_argument(
+        "--force",
+        action="store_true",
+        help="replace an existing bundle or scorer; files in its folder that it does not list stay",
+    )
     cli.add_argument(
         "--sign",
         type=Path,

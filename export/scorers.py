@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sld_edge.engines.errors import CheckpointError, InputError
-from sld_edge.export.bundle import Say, check_output, created_by, file_entry, staged
+from sld_edge.export.bundle import Say, created_by, file_entry
 from sld_edge.export.checkpoint import Model, read_json, refuse_pickle, tokenizer_json_for
 from sld_edge.export.config import count
+from sld_edge.export.output import Kind, check_output, staged
 from sld_edge.export.q16_prompts import read_q16_prompts
 from sld_edge.export.refuse import NOT_BUILT, ODD_VALUES, refusing
 from sld_edge.export.verify import graph_facts, require_onnx, run_checked
@@ -26,6 +27,7 @@ from sld_edge.runtime.scorers.folder import (
     MANIFEST,
     TEXT_ENCODER,
     TOKENIZER,
+    ScorerFolder,
     ScorerManifest,
 )
 from sld_edge.runtime.scorers.preprocess import CLIP_MEAN, CLIP_STD
@@ -91,12 +93,13 @@ def export_scorer(settings: ScorerSettings, *, say: Say | None = None) -> Path:
     """
     say = say if say is not None else _silence
     output = settings.output.resolve()
-    check_output(output, force=settings.force, kind="scorer", manifest=MANIFEST)
+    kind = _kind(settings.scorer)
+    check_output(output, force=settings.force, kind=kind)
     require_onnx()
     with refusing(f"cannot read {settings.model}", *ODD_VALUES, OSError):
         clip = _clip(settings.model, checker=settings.scorer == "sd-checker")
         head = _head(settings, clip)
-    with staged(output) as folder:
+    with staged(output, force=settings.force, kind=kind) as folder:
         image = _write_image(clip, settings, folder / IMAGE_ENCODER, say)
         length = 0
         if settings.scorer == "clip-score":
@@ -115,6 +118,20 @@ def export_scorer(settings: ScorerSettings, *, say: Say | None = None) -> Path:
         )
         (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return settings.output
+
+
+def _kind(scorer: str) -> Kind:
+    """Return what --force may replace: the folder of the same scorer."""
+    models = (IMAGE_ENCODER, TEXT_ENCODER, HEAD)
+    return Kind(
+        name="scorer",
+        manifest=MANIFEST,
+        listed=lambda root: {
+            MANIFEST,
+            *(file.path for file in ScorerFolder(root, scorer).manifest.files),
+        },
+        written={MANIFEST, TOKENIZER, *models, *(f"{name}.data" for name in models)},
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from sld_edge.engines.errors import InputError, MissingPackageError
 from sld_edge.engines.files import JSON_LIMIT, read_limited, write_whole
+from sld_edge.export.bundle import BUNDLE
+from sld_edge.export.output import recover
 from sld_edge.runtime.bundle import MANIFEST, Bundle
 from sld_edge.runtime.signatures import SIGNATURE, signer_text
 
@@ -51,6 +53,7 @@ def sign_bundle(root: Path, key: object) -> str:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
     assert isinstance(key, Ed25519PrivateKey)
+    recover(root.resolve(), BUNDLE)
     bundle = Bundle.open(root)
     for component in bundle.manifest.components.values():
         bundle.graph(component)

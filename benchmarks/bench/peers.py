@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,8 +14,8 @@ from typing import Any
 
 from sld_edge.benchmarks.bench import peer_worker
 from sld_edge.benchmarks.bench.child import Outcome, run_child
-from sld_edge.engines.errors import EngineError, InputError
-from sld_edge.export.bundle import staged
+from sld_edge.engines.errors import EngineError, InputError, OutputError
+from sld_edge.engines.staging import part_folder
 
 _SOURCE = "source.json"  # beside what was prepared: of which checkpoint
 
@@ -155,13 +156,19 @@ def prepared(
     own = folder / peer.name
     if (own / _SOURCE).is_file() and json.loads((own / _SOURCE).read_text()) == source:
         return own
-    with staged(own) as part:
-        task = {"model": str(checkpoint), "prepared": str(part)}
-        try:
-            peer.call("prepare", task, environment)
-        except EngineError as error:
-            raise EngineError(f"{peer.name} cannot convert the checkpoint: {error}") from error
-        (part / _SOURCE).write_text(json.dumps(source), encoding="utf-8")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with part_folder(own) as part:
+            task = {"model": str(checkpoint), "prepared": str(part)}
+            try:
+                peer.call("prepare", task, environment)
+            except EngineError as error:
+                raise EngineError(f"{peer.name} cannot convert the checkpoint: {error}") from error
+            (part / _SOURCE).write_text(json.dumps(source), encoding="utf-8")
+            shutil.rmtree(own, ignore_errors=True)
+            part.rename(own)
+    except OSError as error:
+        raise OutputError(f"cannot write {own}", got=error.strerror, do="make room") from error
     return own
 
 

@@ -1,6 +1,10 @@
 """Export the trained miniature into the package, where `sld-run` finds it when none is named.
 
 python -m sld_edge.benchmarks.miniworld.embed
+
+An export copies the package's guidance graphs, which lie here too. To change one of them, write it
+to `EMBEDDED` with `export.guidance`, put its hash into `OWN_GRAPHS`, `embed` into a new folder and
+move that here.
 """
 
 from __future__ import annotations

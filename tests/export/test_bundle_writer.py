@@ -17,11 +17,19 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from oracles.models import save_diffusers_directory
 from oracles.tokenizers import VOCAB_SIZE, save_tokenizer
-from sld_edge.engines.errors import CheckpointError, InputError, NumericsError, OutputError
+from sld_edge.engines.errors import (
+    CheckpointError,
+    InputError,
+    NumericsError,
+    OutputError,
+    PolicyError,
+)
 from sld_edge.export import ExportSettings, bundle, export_bundle
+from sld_edge.export.guidance import write_guidance, write_kept_safety
 from sld_edge.export.scheduler import sampler_from_scheduler
 from sld_edge.export.verify import require_agreement
-from sld_edge.runtime.bundle import Bundle
+from sld_edge.runtime.bundle import Bundle, own_graph
+from sld_edge.runtime.policy import policy_from_json
 from sld_edge.runtime.safety import PAPER_CONCEPT
 
 CONCEPT = "a cat"
@@ -59,6 +67,14 @@ def damaged(folder: Path, tmp_path: Path) -> Path:
 
 def change(file: Path, **entries: object) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **entries}))
+
+
+def test_the_guidance_graphs_are_the_packages_own(exported: Bundle, tmp_path: Path) -> None:
+    """They are copied; what writes them still gives the same bytes."""
+    for name, write in (("guidance", write_guidance), ("kept_safety", write_kept_safety)):
+        assert (exported.path / f"{name}.onnx").read_bytes() == own_graph(name).read_bytes()
+        write(tmp_path / f"{name}.onnx")
+        assert onnx.load(tmp_path / f"{name}.onnx") == onnx.load(own_graph(name))
 
 
 def test_every_file_is_what_the_manifest_says(exported: Bundle) -> None:
@@ -230,18 +246,42 @@ def test_size_concept_and_watch(settings: ExportSettings, tmp_path: Path) -> Non
             output=tmp_path / "deep" / "wide",
             width=128,
             height=72,
-            safety_concept="",
+            safety_concept="a dog",
         ),
         say=lines.append,
         watch=lambda done, total: seen.append((done, total)),
     )
     opened = Bundle.open(output)
     assert (opened.manifest.size.width, opened.manifest.size.height) == (128, 72)
-    assert tuple(opened.embeddings()) == ("",)
+    assert tuple(opened.embeddings()) == ("", "a dog")
     done = [done for done, _ in seen]
     assert done == sorted(done)
     assert seen[-1][0] >= 0.9 * seen[-1][1] > 0
     assert any("unet" in line for line in lines)
+
+
+@pytest.mark.parametrize("concept", ["", "  ", "<|endoftext|>"])
+def test_a_concept_that_says_nothing_is_refused(
+    settings: ExportSettings, tmp_path: Path, concept: str
+) -> None:
+    with pytest.raises(InputError, match="says nothing to the model"):
+        export_bundle(replace(settings, output=tmp_path / "out", safety_concept=concept))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_preset_below_the_policys_is_refused(
+    settings: ExportSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = {
+        "format": "sld-edge-policy",
+        "format_version": 1,
+        "safety": {"minimum": "max", "custom": "refuse"},
+    }
+    policy = policy_from_json(json.dumps(body).encode())
+    monkeypatch.setattr(bundle, "machine_policy", lambda: policy)
+    with pytest.raises(PolicyError, match="the bundle's preset"):
+        export_bundle(replace(settings, output=tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_concept_that_is_too_long_is_said(settings: ExportSettings, tmp_path: Path) -> None:
@@ -286,11 +326,14 @@ def test_force_replaces_a_bundle_and_nothing_else(
 
     here = replace(settings, output=tmp_path / "here", force=True)
     export_bundle(here)
-    (tmp_path / "here" / "stale").write_text("")
+    (tmp_path / "here" / "notes").mkdir()
+    (tmp_path / "here" / "notes" / "mine").write_text("mine")
+    (tmp_path / "here" / "unet.plan").write_text("")
     export_bundle(replace(here, preset="max"))
     assert Bundle.open(tmp_path / "here").manifest.defaults.safety == "max"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["diary", "here"]
-    assert not (tmp_path / "here" / "stale").exists()
+    assert (tmp_path / "here" / "notes" / "mine").read_text() == "mine"
+    assert not (tmp_path / "here" / "unet.plan").exists()  # of the model that is gone
 
     def fail(*_: object) -> None:
         raise KeyboardInterrupt

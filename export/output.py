@@ -1,0 +1,169 @@
+"""Where an exported folder goes: it appears whole, and replaces only an older one of its kind.
+
+While a folder is replaced, the old one lies beside it under `.NAME.XXXXXXXX.sld-old`. The new one
+takes the name; then files that the old manifest does not list move over; then the rest is removed.
+A command that was killed in between is completed by the next one that writes there.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+from collections.abc import Callable, Iterator, Set
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from sld_edge.engines.errors import OutputError, UserError
+from sld_edge.engines.files import umask
+from sld_edge.engines.staging import part_folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """A kind of folder that is exported.
+
+    Attributes:
+        name: "bundle" or "scorer".
+        manifest: name of the file that lists the others.
+        listed: gives the paths of a folder's own files, the manifest's included; raises a UserError
+            where the manifest is not a valid one.
+        written: names that an export may write.
+    """
+
+    name: str
+    manifest: str
+    listed: Callable[[Path], Set[str]]
+    written: Set[str]
+
+
+def check_output(output: Path, *, force: bool, kind: Kind) -> None:
+    """Refuse, before any work is done, what could not be written in the end.
+
+    Raises:
+        OutputError: the folder exists (without `force`), is not of this kind, or holds a file of
+            someone else under a name that the export writes.
+    """
+    recover(output, kind)
+    if os.path.lexists(output):
+        if not force:
+            raise OutputError(f"{output} exists", do="choose another name, or add --force")
+        _refuse_clashes(output, _others(output, kind), kind.written)
+
+
+@contextmanager
+def staged(output: Path, *, force: bool, kind: Kind) -> Iterator[Path]:
+    """Give a folder beside `output` that takes its place if all goes well, and else is removed.
+
+    Raises:
+        OutputError: it cannot be written, or `check_output` refuses what is there by now.
+    """
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with part_folder(output) as part:
+            yield part
+            check_output(output, force=force, kind=kind)  # as it is now: an export takes long
+            part.chmod(0o777 & ~umask())
+            _replace(part, output, kind)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {output}", got=error.strerror, do="make room, or choose another place"
+        ) from error
+
+
+def recover(output: Path, kind: Kind) -> None:
+    """Complete what a killed command began: put the old folder back, or clear it away.
+
+    Raises:
+        OutputError: the old folder cannot get its name back.
+    """
+    pattern = re.compile(rf"\.{re.escape(output.name)}\.[0-9a-f]{{8}}\.sld-old")
+    with suppress(OSError):
+        for name in sorted(os.listdir(output.parent)):
+            if not pattern.fullmatch(name):
+                continue
+            old = output.with_name(name)
+            if os.path.lexists(output):
+                _retire(old, output, kind)
+            elif (old / kind.manifest).exists():
+                old.rename(output)
+
+
+def _replace(part: Path, output: Path, kind: Kind) -> None:
+    """Give a folder its name; the one that has it moves aside until then."""
+    old = output.with_name(f".{output.name}.{secrets.token_hex(4)}.sld-old")
+    try:
+        if output.exists():
+            output.rename(old)
+        part.rename(output)
+    finally:
+        if old.exists():
+            if output.exists():
+                _retire(old, output, kind)
+            else:
+                old.rename(output)
+
+
+def _retire(old: Path, output: Path, kind: Kind) -> None:
+    """Move the files of others out of an old folder into the new one, then remove the old.
+
+    A file of others whose name is taken stays where it is.
+    """
+    with suppress(UserError, OSError):
+        own = kind.listed(old) if os.path.lexists(old / kind.manifest) else frozenset()
+        for path in list(_foreign(old, own)) if own else ():
+            place = output / path
+            if not os.path.lexists(place):
+                place.parent.mkdir(parents=True, exist_ok=True)
+                (old / path).rename(place)
+        root = old.resolve()
+        for path in sorted(own, key=lambda path: path == kind.manifest):  # the manifest last
+            if (old / path).parent.resolve().is_relative_to(root):
+                (old / path).unlink(missing_ok=True)
+        for folder, _, _ in os.walk(old, topdown=False):
+            os.rmdir(folder)
+
+
+def _others(output: Path, kind: Kind) -> list[str]:
+    """Return the paths in a folder that its manifest does not list.
+
+    Raises:
+        OutputError: it is not a folder of this kind.
+    """
+    try:
+        if output.is_dir() and not any(output.iterdir()):
+            return []
+        if not os.path.lexists(output / kind.manifest):
+            raise OutputError(f"{output} is not a {kind.name}, so --force does not replace it")
+        return list(_foreign(output, kind.listed(output)))
+    except OutputError:
+        raise
+    except (UserError, OSError) as error:
+        raise OutputError(
+            f"{output} is not a whole {kind.name}, so --force does not replace it",
+            got=error,
+            do="choose another name, or remove it yourself",
+        ) from error
+
+
+def _foreign(root: Path, own: Set[str], below: PurePosixPath | None = None) -> Iterator[str]:
+    for entry in os.scandir(root if below is None else root / below):
+        path = PurePosixPath(entry.name) if below is None else below / entry.name
+        if not entry.is_dir(follow_symlinks=False):
+            if str(path) not in own:
+                yield str(path)
+        elif any(PurePosixPath(mine).is_relative_to(path) for mine in own):
+            yield from _foreign(root, own, path)
+        else:
+            yield str(path)
+
+
+def _refuse_clashes(output: Path, others: list[str], written: Set[str]) -> None:
+    for path in others:
+        if PurePosixPath(path).parts[0] in written:
+            raise OutputError(
+                f"{output} holds a file of the same name as a new one, which it does not list",
+                got=path,
+                do="move that file away",
+            )
