@@ -23,17 +23,20 @@ class UserError(Exception):
     ) -> None:
         """`what` names the thing; `got`, `expected` and `do` are added where they help.
 
-        What comes from outside stands in `what` and `got`; both are cut so that the line stays
-        readable: `got` first, to what is left of `LINE` characters, then `what`.
+        What comes from outside stands in `what` and `got`; both are cut so that the line fits in
+        `LINE` characters: `got` first, down to `_LEAST`, then `what`.
         """
         tail = [] if expected is None else [f"expected {expected}"]
         tail += [] if do is None else [do]
         rest = sum(len(part) + len(_PART) for part in tail)
-        parts = [shortened(what, max(LINE - rest, _LEAST))]
-        if got is not None:
-            room = LINE - rest - len(parts[0]) - len(_PART) - len("got ")
-            parts.append(f"got {shortened(got, max(room, _LEAST))}")
-        super().__init__(_PART.join(printable(part) for part in [*parts, *tail]))
+        given = None if got is None else printable(str(got))
+        if given is not None:
+            rest += len(_PART) + len("got ")
+        kept = 0 if given is None else min(len(given), _LEAST)
+        parts = [shortened(printable(what), max(LINE - rest - kept, _LEAST))]
+        if given is not None:
+            parts.append(f"got {shortened(given, max(LINE - rest - len(parts[0]), _LEAST))}")
+        super().__init__(_PART.join([*parts, *map(printable, tail)]))
 
 
 class InputError(UserError):

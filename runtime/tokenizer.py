@@ -41,7 +41,10 @@ class Tokenizer:
             BundleError: not a tokenizer, or one that gives another length.
         """
         checked = checked_tokenizer(
-            tokenizer_json.encode(), origin="tokenizer.json", error=BundleError, length=length
+            tokenizer_json.encode("utf-8", "surrogatepass"),
+            origin="tokenizer.json",
+            error=BundleError,
+            length=length,
         )
         self._backend = backend_from_text(checked, origin="tokenizer.json", error=BundleError)
         self._length = length

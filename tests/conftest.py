@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,36 @@ import pytest
 
 from sld_edge.runtime import Pipeline
 from sld_edge.runtime.bundle import EMBEDDED
+
+_SUITES = ("fuzz", "kill", "soak")  # minutes to hours: run only where -m names them
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--budget",
+        type=float,
+        metavar="SECONDS",
+        help="a test of fuzz, kill and soak ends early after this time (default: it does not)",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    named = set(re.findall(r"\w+", config.option.markexpr))
+    resting = [
+        item
+        for item in items
+        if any(item.get_closest_marker(suite) for suite in _SUITES if suite not in named)
+    ]
+    if resting:
+        config.hook.pytest_deselected(items=resting)
+        items[:] = [item for item in items if item not in resting]
+
+
+@pytest.fixture
+def budget(request: pytest.FixtureRequest) -> float:
+    """Seconds that a test of a long suite may take."""
+    given: float | None = request.config.getoption("--budget")
+    return float("inf") if given is None else given
 
 
 @pytest.fixture(autouse=True, scope="session")

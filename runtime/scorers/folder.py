@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sld_edge.engines.checks import exact_text, whole_number
-from sld_edge.engines.errors import EngineError, InputError, one_line
+from sld_edge.engines.errors import EngineError, InputError, one_line, shortened
 from sld_edge.engines.files import json_from_file
 from sld_edge.runtime.bundle import File
 from sld_edge.runtime.scorers.base import check_model
@@ -65,7 +65,9 @@ class ScorerFolder:
             EngineError: none there, another scorer's, or not what it says.
         """
         self._path, self._scorer = path, scorer
-        self._do = f"make it with: sld-export --scorer {scorer} --model DIR --output {path}"
+        self._do = (
+            f"make it with: sld-export --scorer {scorer} --model DIR --output {shortened(path, 60)}"
+        )
         self.manifest = self._read()
         self._files = {file.path: file for file in self.manifest.files}
         self.sha256 = self._sha256(tuple(self._files))

@@ -1,0 +1,331 @@
+"""Damaged files of every kind: one line, or the honest picture. Never a traceback, hang or abort.
+
+pytest -m fuzz --budget SECONDS     10,000 mutations, or as many as the time allows
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from oracles.forgery import rehash
+from sld_edge.engines.errors import UserError
+from sld_edge.engines.plan_info import plan_info_from_file
+from sld_edge.export.sources import checkpoint_from_source
+from sld_edge.runtime import Pipeline
+from sld_edge.runtime.bundle import EMBEDDED
+from sld_edge.runtime.policy import policy_from_json
+from sld_edge.runtime.tokenizer import Tokenizer
+
+MUTATIONS = 10_000
+QUICK = 200
+SECONDS = 20.0  # that one mutation may take
+MEMORY = 4 << 30
+LINE = 300
+CHECKPOINT = Path(__file__).parents[2] / "benchmarks" / "miniworld" / "checkpoint"
+WORDS: list[Any] = [
+    *(None, True, False, 0, -1, 1, 2, 1.5, 1e300, 10**18, 10**400, "", "x", "../x", "/etc/passwd"),
+    *("a\0b", "\ud800", "é" * 300, [], {}, [[]], [1, 2], {"a": 1}, "unet.onnx", float("inf")),
+]
+Seen = list[str]
+
+
+# --- mutations ------------------------------------------------------------------------------------
+
+
+def bytes_mutated(data: bytes, rng: random.Random) -> bytes:
+    out = bytearray(data)
+    for _ in range(rng.choice([1, 1, 2, 8])):
+        at = rng.randrange(len(out) or 1)
+        kind = rng.randrange(5)
+        if kind == 0 and out:
+            out[at] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            out[at : at + rng.randrange(1, 40)] = rng.randbytes(rng.randrange(0, 40))
+        elif kind == 2:
+            del out[at:]
+        elif kind == 3:
+            out[at:at] = out[: rng.randrange(1, 200)]
+        else:
+            out[at : at + 8] = rng.choice([b"\xff" * 8, b"\0" * 8, b"\x7f" * 8, b"\x80" * 8])
+    return bytes(out)
+
+
+def json_mutated(text: str, rng: random.Random) -> bytes:
+    if rng.random() < 0.15:
+        return bytes_mutated(text.encode(), rng)
+    if rng.random() < 0.03:
+        return rng.choice([b'{"a":' * 20_000, b"[" * 50_000, b"[]", b"", b'{"a": NaN}'])
+    body = json.loads(text)
+    for _ in range(rng.choice([1, 1, 1, 2, 4])):
+        place, key = body, rng.choice(list(body))
+        while isinstance(place[key], dict | list) and place[key] and rng.random() < 0.85:
+            place = place[key]
+            key = rng.choice(list(place) if isinstance(place, dict) else range(len(place)))
+        kind = rng.randrange(4)
+        if kind == 0 and isinstance(place, dict) and len(place) > 1:
+            del place[key]
+        elif kind == 1 and isinstance(place[key], int | float):
+            place[key] = place[key] * rng.choice([-1, 0, 2, 1000, 10**9])
+        else:
+            place[key] = rng.choice(WORDS)
+    return json.dumps(body).encode("utf-8", "surrogatepass")
+
+
+def replace(path: Path, data: bytes) -> None:
+    """Put a new file in the place of one that is shared with the honest folder."""
+    path.unlink()
+    path.write_bytes(data)
+
+
+class Worker:
+    """What the mutations share: an honest picture, and an eye on what is opened."""
+
+    def __init__(self) -> None:
+        self.opened: list[str] = []
+        self.watching = False
+        self.folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
+        self.canary = self.folder / "secret"
+        self.canary.write_text("a secret")
+        # A file of the right size for the UNet's weights, which no bundle may read.
+        shutil.copy(EMBEDDED / "unet.onnx.data", self.folder / "unet.onnx.data")
+        self.honest = self.picture(EMBEDDED)
+        sys.addaudithook(self.hear)
+
+    def hear(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if self.watching and event == "open" and isinstance(arguments[0], str | bytes | Path):
+            self.opened.append(os.fsdecode(arguments[0]))
+
+    def picture(self, bundle: Path) -> bytes:
+        with Pipeline.load(bundle, provider="cpu") as pipeline:
+            return bytes(pipeline("a red star", steps=1, seed=3, safety="max").images[0].tobytes())
+
+    def copy(self, source: Path) -> Path:
+        target = self.folder / "work"
+        shutil.rmtree(target, ignore_errors=True)
+        return Path(shutil.copytree(source, target, copy_function=os.link))
+
+    def manifest(self, rng: random.Random) -> None:
+        bundle = self.copy(EMBEDDED)
+        replace(bundle / "bundle.json", json_mutated((EMBEDDED / "bundle.json").read_text(), rng))
+        self.picture(bundle)
+
+    def behind_the_hash(self, rng: random.Random) -> None:
+        """A file that is damaged under its old hash: refused, or never used."""
+        bundle = self.copy(EMBEDDED)
+        names = [p.name for p in EMBEDDED.iterdir() if p.suffix in (".onnx", ".data", ".npy")]
+        file = bundle / rng.choice([*names, "tokenizer.json"])
+        replace(file, bytes_mutated(file.read_bytes(), rng))
+        assert self.picture(bundle) == self.honest, "another picture"
+
+    def graph(self, rng: random.Random) -> None:
+        """A graph, an array or a tokenizer that is damaged, its hash made right."""
+        bundle = self.copy(EMBEDDED)
+        name = rng.choice(["unet.onnx", "vae_decoder.onnx", "text_encoder.onnx", "embeddings.npy"])
+        replace(bundle / name, bytes_mutated((EMBEDDED / name).read_bytes(), rng))
+        replace(bundle / "bundle.json", (EMBEDDED / "bundle.json").read_bytes())
+        rehash(bundle)
+        self.picture(bundle)
+
+    def tokenizer(self, rng: random.Random) -> None:
+        data = json_mutated((EMBEDDED / "tokenizer.json").read_text(encoding="utf-8"), rng)
+        Tokenizer(data.decode("utf-8", "surrogateescape"), length=24)("a red star at a party")
+
+    def prompt(self, rng: random.Random) -> None:
+        letters = [chr(rng.choice([rng.randrange(0x110000), rng.randrange(128), 0x200D, 0xD800]))]
+        text = "".join(rng.choice([*letters, "a", " ", "<|endoftext|>"]) for _ in range(200))
+        text = text[: rng.randrange(201)] * rng.choice([1, 1, 1, 1000])
+        tokenizer = Tokenizer((EMBEDDED / "tokenizer.json").read_text(encoding="utf-8"), length=24)
+        tokenizer(text)
+
+    def policy(self, rng: random.Random) -> None:
+        body = {
+            "format": "sld-edge-policy",
+            "format_version": 1,
+            "safety": {"minimum": "strong", "concepts_always": ["a"], "guidance_scale": [1, 20]},
+            "screening": {"scorers": {"opennsfw": "0" * 64}, "rule_at_least": "opennsfw.nsfw>=1"},
+            "bundles": {"signers": ["ed25519:AAAA"], "sha256": ["0" * 64]},
+        }
+        policy_from_json(json_mutated(json.dumps(body), rng)).text()
+
+    def plan(self, rng: random.Random) -> None:
+        body = json.loads(_PLAN)
+        path = self.folder / "unet.plan.json"
+        path.write_bytes(json_mutated(json.dumps(body), rng))
+        plan_info_from_file(path)
+
+    def checkpoint(self, rng: random.Random) -> None:
+        folder = self.copy(CHECKPOINT)
+        files = [p for p in folder.rglob("*") if p.is_file() and p.suffix != ".md"]
+        file = rng.choice(files)
+        data = file.read_bytes()
+        if file.suffix == ".json":
+            data = json_mutated(data.decode(), rng)
+        elif file.suffix == ".safetensors":
+            size = int.from_bytes(data[:8], "little")
+            header = json_mutated(data[8 : 8 + size].decode(), rng)
+            data = len(header).to_bytes(8, "little") + header + data[8 + size :]
+        else:
+            data = bytes_mutated(data, rng)
+        replace(file, data)
+        checkpoint_from_source(str(folder))
+
+    def one(self, kind: str, seed: int) -> str:
+        """Return what went wrong with one mutation; empty where nothing did."""
+        self.opened.clear()
+        self.watching = True
+        try:
+            getattr(self, kind)(random.Random(f"{kind} {seed}"))
+        except UserError as error:
+            if len(str(error)) > LINE or "\n" in str(error):
+                return f"a line of {len(str(error))} characters: {error}"
+        except BaseException as error:
+            return f"{type(error).__name__}: {str(error)[:200]}"
+        finally:
+            self.watching = False
+        own = (str(self.folder / "work"), str(self.folder / "unet.plan.json"))
+        outside = [name for name in self.opened if name.startswith(str(self.folder))]
+        outside = [name for name in outside if not name.startswith(own)]
+        outside += [name for name in self.opened if name in ("/etc/passwd", "/etc/hostname")]
+        if outside or self.canary.read_text() != "a secret":
+            return f"outside: {outside[:3]}"
+        return ""
+
+
+_PLAN = json.dumps(
+    {
+        "format": "sld-edge-plan",
+        "format_version": 1,
+        "component": "unet",
+        "sha256": "0" * 64,
+        "bytes": 5,
+        "source_sha256": "0" * 64,
+        "engine": "tensorrt",
+        "engine_version": "10.3.0",
+        "system": "linux x86_64",
+        "devices": [],
+        "compute_capabilities": ["8.6"],
+        "precision": "fp16",
+        "inputs": [
+            {
+                "spec": {"name": "latents", "dtype": "float32", "shape": ["B", 4, "h", "w"]},
+                "profile": [[1, 4, 8, 8], [1, 4, 16, 16], [4, 4, 24, 24]],
+            }
+        ],
+        "outputs": [{"spec": {"name": "y", "dtype": "uint8", "shape": [1]}, "profile": None}],
+        "options": {"strip_weights": True},
+        "seconds": 1.0,
+        "created_by": "sld-edge",
+    }
+)
+# How often each kind comes; pictures take longest.
+_KINDS = {
+    "manifest": 6,
+    "behind_the_hash": 4,
+    "graph": 4,
+    "tokenizer": 6,
+    "prompt": 4,
+    "policy": 4,
+    "plan": 4,
+    "checkpoint": 6,
+}
+
+
+def serve(pipe: Connection) -> None:
+    """Answer mutations until the pipe is closed."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY + (2 << 30), MEMORY + (2 << 30)))
+    os.environ |= {"SLD_EDGE_CACHE": "off", "SLD_EDGE_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # a panic's own words
+    np.seterr(all="ignore")
+    worker = Worker()
+    pipe.send("ready")
+    try:
+        while True:
+            kind, seed = pipe.recv()
+            pipe.send(worker.one(kind, seed))
+    except EOFError:
+        shutil.rmtree(worker.folder, ignore_errors=True)
+
+
+class Pool:
+    """One worker process, replaced where it dies or hangs."""
+
+    def __init__(self) -> None:
+        self.context = multiprocessing.get_context("spawn")
+        self.start()
+
+    def start(self) -> None:
+        self.pipe, theirs = self.context.Pipe()
+        self.process = self.context.Process(target=serve, args=(theirs,), daemon=True)
+        self.process.start()
+        theirs.close()
+        assert self.pipe.poll(120)
+        assert self.pipe.recv() == "ready"
+
+    def one(self, kind: str, seed: int) -> str:
+        self.pipe.send((kind, seed))
+        try:
+            if self.pipe.poll(SECONDS):
+                return str(self.pipe.recv())
+            wrong = f"no answer in {SECONDS:.0f} s"
+        except (EOFError, ConnectionError):
+            self.process.join(5)
+            wrong = f"the process died, exit code {self.process.exitcode}"
+        self.close()
+        self.start()
+        return wrong
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.pipe.close()
+
+
+def run(count: int, until: float, first: int, ended: Callable[[], float] = time.monotonic) -> Seen:
+    """Try mutations; return what went wrong, each with the kind and seed that repeat it."""
+    rng = random.Random(first)
+    kinds = rng.choices(list(_KINDS), list(_KINDS.values()), k=count)
+    wrong, tried = [], Counter[str]()
+    pool = Pool()
+    try:
+        for seed, kind in enumerate(kinds, first):
+            if ended() > until:
+                break
+            problem = pool.one(kind, seed)
+            tried[kind] += 1
+            if problem:
+                wrong.append(f"{kind} {seed}: {problem}")
+    finally:
+        pool.close()
+    print(f"{sum(tried.values())} mutations: {dict(tried)}; {len(wrong)} wrong")
+    return wrong
+
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits and links of Linux")
+
+
+def test_200_mutations() -> None:
+    wrong = run(QUICK, float("inf"), first=1)
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.fuzz
+def test_ten_thousand_mutations(budget: float) -> None:
+    wrong = run(MUTATIONS, time.monotonic() + budget, first=1_000_000)
+    assert not wrong, "\n".join(wrong)
