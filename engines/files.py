@@ -8,7 +8,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
@@ -163,6 +163,23 @@ def sha256_of_file(path: Path) -> tuple[str, Identity]:
         if identity(os.fstat(stream.fileno())) != before:
             raise OSError(0, "changed while it was read")
     return digest, before
+
+
+def require_unchanged(
+    seen: Mapping[Path, Identity], *, error: type[UserError], do: str | None = None
+) -> None:
+    """Look at files again, after a library has read them.
+
+    Raises:
+        UserError: of the class `error`: one of them was changed or exchanged since.
+    """
+    for path, before in seen.items():
+        try:
+            now = identity(path.stat())
+        except OSError:
+            now = None
+        if now != before:
+            raise error(f"{path} was changed while it was loaded", do=do)
 
 
 def check_writable(path: Path, *, force: bool) -> None:

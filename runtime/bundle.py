@@ -19,14 +19,14 @@ from numpy.typing import NDArray
 
 from sld_edge.engines.base import TensorSpec
 from sld_edge.engines.checks import exact_text, finite_number, whole_number
-from sld_edge.engines.errors import BundleError, InputError, one_line
+from sld_edge.engines.errors import BundleError, InputError, UserError, one_line
 from sld_edge.engines.files import (
     JSON_LIMIT,
     Identity,
     floats_from_npy,
-    identity,
     json_from_bytes,
     read_limited,
+    require_unchanged,
     sha256_of_file,
 )
 from sld_edge.engines.onnx_files import GRAPH_LIMIT, externals
@@ -334,25 +334,28 @@ class CheckedGraph:
         Raises:
             BundleError: one of them was changed or exchanged since it was hashed.
         """
-        for path, before in self.seen.items():
-            try:
-                now = identity(path.stat())
-            except OSError:
-                now = None
-            if now != before:
-                raise BundleError(f"{path} was changed while it was loaded", do=_AGAIN)
+        require_unchanged(self.seen, error=BundleError, do=_AGAIN)
 
 
-def require_own_weights(model: bytes, *, path: str, sizes: Mapping[str, int]) -> None:
+def require_own_weights(
+    model: bytes,
+    *,
+    path: str,
+    sizes: Mapping[str, int],
+    manifest: str = MANIFEST,
+    error: type[UserError] = BundleError,
+) -> None:
     """Refuse a graph that reads other files than its own, or beyond their end.
 
     Args:
         model: bytes of the graph.
         path: the graph's, relative to its bundle.
         sizes: bytes of the files that it may read, by their path.
+        manifest: name of the file that lists them.
+        error: the class to raise.
 
     Raises:
-        BundleError: it names another file, or is no whole ONNX file.
+        UserError: of the class `error`: it names another file, or is no whole ONNX file.
     """
     try:
         for tensor in externals(memoryview(model)):
@@ -360,12 +363,12 @@ def require_own_weights(model: bytes, *, path: str, sizes: Mapping[str, int]) ->
             end = tensor.offset + (0 if tensor.length is None else tensor.length)
             if beside not in sizes or end > sizes[beside]:
                 raise ValueError(f"weights in {tensor.location!r}, up to byte {end}")
-    except (ValueError, RecursionError) as error:
-        raise BundleError(
-            f"{path} reads what bundle.json does not list for it",
-            got=one_line(error),
-            do="do not run this bundle; export it again",
-        ) from error
+    except (ValueError, RecursionError) as problem:
+        raise error(
+            f"{path} reads what {manifest} does not list for it",
+            got=one_line(problem),
+            do="do not run it; export it again",
+        ) from problem
 
 
 def own_graph(name: str) -> Path:

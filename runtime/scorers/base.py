@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -13,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sld_edge.engines.errors import EngineError, InputError, MissingPackageError, NumericsError
-from sld_edge.engines.files import opened
+from sld_edge.engines.files import Identity, require_unchanged, sha256_of_file
+from sld_edge.engines.ort import OrtEngine
 
 Pictures = NDArray[np.uint8]
 """uint8 [B,H,W,3], RGB."""
@@ -79,15 +79,34 @@ def score_pictures(
     return together
 
 
-def check_model(path: Path, sha256: str, *, scorer: str, do: str) -> Path:
-    """Return the path of a scorer's model if it has this hash.
+def load_model(path: Path, sha256: str, *, scorer: str, do: str) -> OrtEngine:
+    """Load a scorer's model, which is one file of this hash.
+
+    Raises:
+        EngineError: it is missing, or another file; `do` says what then.
+    """
+    return load_checked(path, {path: check_model(path, sha256, scorer=scorer, do=do)}, do=do)
+
+
+def load_checked(path: Path, seen: Mapping[Path, Identity], *, do: str) -> OrtEngine:
+    """Load a graph whose files were hashed, unless they have changed since.
+
+    Raises:
+        EngineError: they have, or ONNX Runtime does not take the graph.
+    """
+    engine = OrtEngine(path)
+    require_unchanged(seen, error=EngineError, do=do)
+    return engine
+
+
+def check_model(path: Path, sha256: str, *, scorer: str, do: str) -> Identity:
+    """Hash a file and return what tells whether it is still that file.
 
     Raises:
         EngineError: it is missing, or another file; `do` says what then.
     """
     try:
-        with opened(path) as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        digest, seen = sha256_of_file(path)
     except OSError as error:
         raise EngineError(
             f"scorer {scorer}: cannot read {path}", got=error.strerror, do=do
@@ -99,7 +118,7 @@ def check_model(path: Path, sha256: str, *, scorer: str, do: str) -> Path:
             expected=f"{sha256[:12]}…",
             do=do,
         )
-    return path
+    return seen
 
 
 def file_of_package(package: str, file: str, *, extra: str, why: str) -> Path:

