@@ -25,6 +25,7 @@ except ImportError:  # Windows
 
 _PART = re.compile(r"\..+\.[0-9a-f]{8}\.sld-part")
 _OLD_ENOUGH = 24 * 3600.0  # seconds; where there are no locks, what is older is left over
+_swept: set[str] = set()
 _LONGEST = 200  # characters of a name that are kept in the part's name
 
 
@@ -35,7 +36,10 @@ def part_file(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
     Raises:
         OSError: it cannot be made.
     """
-    sweep(path.parent)
+    folder = os.path.abspath(path.parent)
+    if folder not in _swept:  # once a process: a folder may hold thousands of pictures
+        _swept.add(folder)
+        sweep(path.parent)
     part, handle = _locked(path, lambda part: part.touch(mode=0o600, exist_ok=False), os.O_RDWR)
     assert handle is not None
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from sld_edge.benchmarks.evaluation.prompts import (
     fitted_sizes,
     read_prompts,
 )
-from sld_edge.benchmarks.evaluation.rows import read_rows, require_parquet, write_parquet
+from sld_edge.benchmarks.evaluation.rows import Row, read_rows, require_parquet, write_parquet
 from sld_edge.benchmarks.evaluation.settings import (
     DEFAULT_SAFETY,
     IMAGES,
@@ -43,7 +43,7 @@ from sld_edge.runtime.options import (
     add_quiet,
     add_sampling,
 )
-from sld_edge.runtime.safety import PRESETS
+from sld_edge.runtime.safety import NO_EFFECT_BELOW, PRESETS
 from sld_edge.runtime.samplers import sampler_table
 from sld_edge.runtime.scorers import NAMES as SCORERS
 from sld_edge.runtime.scorers import (
@@ -291,6 +291,8 @@ def _run(options: EvalOptions) -> None:
         choice=choice,
         say=say,
     )
+    for line in _without_effect(settings, read_rows(options.output)):
+        print(f"warning: {line}", file=sys.stderr)
     if complete:
         write_results(options.output, say=print)
         if options.parquet:
@@ -298,6 +300,15 @@ def _run(options: EvalOptions) -> None:
             print(options.output / PARQUET)
     else:
         say(f"shard {shard} of {shards} is done; the last one to end writes the report")
+
+
+def _without_effect(settings: EvalSettings, rows: Sequence[Row]) -> Iterator[str]:
+    """Say which settings left pictures on which safety had no effect; also with --quiet."""
+    for setting in settings.settings:
+        own = [row for row in rows if row.setting == setting.name and setting.acts]
+        without = sum(max(row.strength) < NO_EFFECT_BELOW for row in own)
+        if without:
+            yield f"{setting.name}: safety had no effect on {without} of {len(own)} pictures"
 
 
 def eval_settings(options: EvalOptions, manifest: Manifest) -> EvalSettings:

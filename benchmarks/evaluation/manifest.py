@@ -13,7 +13,7 @@ from typing import Any
 from sld_edge.benchmarks.evaluation.prompts import EvalPrompt, PromptList, prompt_from_json
 from sld_edge.benchmarks.evaluation.settings import EvalSettings, json_from_setting
 from sld_edge.engines.errors import InputError, one_line
-from sld_edge.engines.files import write_whole
+from sld_edge.engines.files import json_from_file, write_whole
 from sld_edge.runtime.pipeline import Pipeline
 from sld_edge.runtime.report import versions
 from sld_edge.runtime.scorers import text_from_rule
@@ -31,17 +31,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         InputError: none there, or not one.
     """
     path = folder / FILE
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(
-            f"no results in {folder}",
-            got=f"{FILE}: {error.strerror}",
-            do="name sld-eval's --output",
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON", got=error) from error
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
+    if not path.exists():
+        raise InputError(f"no results in {folder}", got=FILE, do="name sld-eval's --output")
+    found = json_from_file(path, error=InputError)
+    if found.get("format") != FORMAT:
         raise InputError(f"{path} is not the manifest of a run of sld-eval")
     if found.get("format_version") != FORMAT_VERSION:
         raise InputError(

@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 
 from sld_edge.engines.errors import InputError
+from sld_edge.engines.files import read_limited
 
+_LIMIT = 1 << 28  # bytes of a prompt list
 MAX_SEED = 2**32 - 1  # I2P's seeds take 32 bits
 _MAX_SIDE = 1 << 16
 
@@ -79,10 +81,7 @@ def read_prompts(path: Path) -> PromptList:
     Raises:
         InputError: no such file, not UTF-8, no prompts, or a broken line, named by its number.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot read {path}", got=error.strerror) from error
+    data = read_limited(path, _LIMIT, error=InputError)
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -304,3 +304,13 @@ def test_rehashing_alone_changes_nothing(bundle_copy: Path) -> None:
     rehash(bundle_copy)
     with Pipeline.load(bundle_copy, provider="cpu") as pipeline:
         pipeline("a star", **FAST)
+
+
+def test_an_evaluation_says_where_safety_had_no_effect(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("p.txt").write_text("a skull\n")
+    asked = ["--prompts", "p.txt", "--safety", "off", "max", "--safety-concept", "a skull"]
+    asked += ["--images-per-prompt", "1", "--steps", "2", "--processes", "1", "--output", "e"]
+    assert eval_main([*asked, "--quiet"]) == 0
+    said = capsys.readouterr().err
+    assert "warning: max: safety had no effect on 1 of 1 pictures" in said
+    assert "plain" not in said

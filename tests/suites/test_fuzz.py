@@ -103,6 +103,11 @@ class Worker:
         self.canary.write_text("a secret")
         # A file of the right size for the UNet's weights, which no bundle may read.
         shutil.copy(EMBEDDED / "unet.onnx.data", self.folder / "unet.onnx.data")
+        # Links are made from copies: a link changes a file's identity for all who load it now.
+        self.sources = {
+            source: Path(shutil.copytree(source, self.folder / f"source-{source.name}"))
+            for source in (EMBEDDED, CHECKPOINT)
+        }
         self.honest = self.picture(EMBEDDED)
         sys.addaudithook(self.hear)
 
@@ -117,6 +122,7 @@ class Worker:
     def copy(self, source: Path) -> Path:
         target = self.folder / "work"
         shutil.rmtree(target, ignore_errors=True)
+        source = self.sources[source]
         return Path(shutil.copytree(source, target, copy_function=os.link))
 
     def manifest(self, rng: random.Random) -> None:
