@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import random
@@ -19,7 +20,7 @@ import standin
 from sld_edge.engines.errors import BundleError, EngineError, UserError
 from sld_edge.engines.plan_info import info_path
 from sld_edge.engines.tensorrt import TrtEngine
-from sld_edge.runtime import Pipeline
+from sld_edge.runtime import Pipeline, policy
 from sld_edge.runtime.bundle import EMBEDDED, Bundle
 from sld_edge.runtime.plan_list import PLANS, require_digest
 from sld_edge.runtime.plans import plans_in, refit_source
@@ -112,7 +113,9 @@ def test_mutations(
     for seed in range(25):
         file.write_bytes(mutate(good, random.Random(seed)))
         if what == "relisted":
-            with contextlib.suppress(UserError):  # nobody can read it, so it cannot be listed
+            with contextlib.suppress(
+                UserError, OSError
+            ):  # nobody can read it, so it cannot be listed
                 relist(bundle)
         says = problem(bundle, honest, trust_plan="trusted" in what)
         assert len(says) <= 300, (seed, says)
@@ -192,3 +195,30 @@ def test_weights_come_from_listed_graphs_alone(bundle: Path) -> None:
     (bundle / name).write_bytes((bundle / name).read_bytes())
     with pytest.raises(BundleError, match="was changed while"):
         trusted.confirm()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other rights")
+@pytest.mark.parametrize("who", ["others can write it", "others can write its folder"])
+def test_under_a_policy_of_bundles_the_list_is_the_administrators(
+    who: str, bundle: Path, tmp_path: Path, honest: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = hashlib.sha256((bundle / "bundle.json").read_bytes()).hexdigest()
+    body = {
+        "format": "sld-edge-policy",
+        "format_version": 1,
+        "bundles": {"sha256": [digest]},
+    }
+    file = tmp_path / "policy.json"
+    file.write_text(json.dumps(body))
+    for path, mode in ((file, 0o644), (bundle / PLANS, 0o644), (bundle, 0o755)):
+        path.chmod(mode)
+    monkeypatch.setattr(policy, "POLICY_FILE", file)
+    monkeypatch.setattr(policy, "_OWNER", os.geteuid())
+    assert problem(bundle, honest) == ""
+    if who == "others can write it":
+        (bundle / PLANS).chmod(0o666)
+    else:
+        bundle.chmod(0o777)
+    assert "the list of plans" in problem(bundle, honest)
+    assert "others can write" in problem(bundle, honest)
+    assert "--trust-plan" in problem(bundle, honest, trust_plan=True)
