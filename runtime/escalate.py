@@ -32,6 +32,7 @@ from sld_edge.runtime.scorers import (
 
 Make = Callable[[RunPlan], Result]
 LADDER = tuple(PRESETS)
+_OURS = "sld_edge.runtime.scorers."
 _ESCALATES = ("escalate", "escalate-withhold")
 # What each choice gives of a flagged picture: sharp, sharp if max does not help, blurred, nothing.
 _STRICTNESS = {"report": 0, "escalate": 1, "blur": 2, "withhold": 3, "escalate-withhold": 3}
@@ -92,6 +93,13 @@ def screening_under(
     ):
         if value is not None and value not in choices:
             raise InputError(name, got=repr(value), expected=f"one of {', '.join(choices)}")
+    for scorer in asked.scorers if rules is not None else ():
+        policy.require(
+            type(scorer).__module__.startswith(_OURS),
+            "a scorer of your own, which would see pictures before they are judged",
+            got=getattr(scorer, "name", scorer),
+            expected="one of sld-edge's",
+        )
     least: OnFlag = "report" if rules is None else rules.on_flag
     recipe: Recipe = "keep" if rules is None else rules.report_recipe
     own = {scorer.name: scorer for scorer in (*asked.scorers, *scorers)}  # the policy's go before

@@ -291,6 +291,8 @@ class Pipeline:
             "a look at unfinished pictures",
             expected="none",
         )
+        if screening is not None and latents is not None:
+            raise InputError("starting noise of your own and screening", do="leave one out")
         make = partial(
             self._made, latents=latents, batch_size=batch_size, callback=callback, progress=progress
         )

@@ -529,7 +529,6 @@ def test_a_flagged_picture_is_withheld_whatever_is_asked(screened: Pipeline) -> 
     never = rule_from_text("miniworld.skull>=9")
     for screening in (
         None,
-        Screening(scorers=[Blind()], rule=never),
         Screening(scorers=[MiniWorld()], rule=never),
         Screening(scorers=[MiniWorld()], rule=never, on_flag="withhold"),
     ):
@@ -538,6 +537,8 @@ def test_a_flagged_picture_is_withheld_whatever_is_asked(screened: Pipeline) -> 
         assert report["screening"]["scorers"] == {"miniworld": honest.sha256}
         assert report["flagged"] is (report["scores"]["miniworld.skull"] >= 0.5)
         assert report["screening"]["done"] == ("withheld" if report["flagged"] else "nothing")
+    with pytest.raises(PolicyError, match="scorer of your own"):
+        screened.run(plan, screening=Screening(scorers=[Blind()], rule=never))
     lower: list[Any] = ["report", "escalate", "blur"]
     for on_flag in lower:
         weaker = Screening(scorers=[MiniWorld()], rule=never, on_flag=on_flag)
