@@ -17,14 +17,18 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from sld_edge.engines.errors import BundleError, UserError
+from sld_edge.engines.errors import BundleError, OutputError, UserError
 from sld_edge.engines.files import json_from_file
 from sld_edge.engines.settings import cache_folder, cache_limit
 from sld_edge.engines.staging import locked, sweep
 
 STAMP = "prepared.json"  # in an entry of `sessions`: what it is, and the hash of each of its files
 SESSIONS, JIT, FACTS, SELF_TEST = "sessions", "jit", "checked", "self-test"
-OURS = (SESSIONS, JIT, FACTS, SELF_TEST, "ort-tensorrt", "ort-tensorrt-rtx")
+TIMING = "timing"
+OURS = (SESSIONS, JIT, FACTS, SELF_TEST, TIMING, "ort-tensorrt", "ort-tensorrt-rtx")
+# Marks a folder that was ours from the beginning, for backups and for `clear`: bford.info/cachedir
+_TAG = "CACHEDIR.TAG"
+_TAG_TEXT = "Signature: 8a477f597d28d172789f06886806bc55\n# made by sld-edge\n"
 _told: set[str] = set()
 
 
@@ -50,16 +54,23 @@ def private_folder(name: str) -> Path | None:
     try:
         for folder in (root, root / name):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            why = _why_not_private(folder)
+            why = why_not_private(folder)
             if why is not None:
                 _say_once(f"the cache is not used: {folder} {why}")
                 return None
+            if folder == root and not os.listdir(root):
+                (root / _TAG).write_text(_TAG_TEXT, encoding="ascii")
     except OSError:
         return None
     return root / name
 
 
-def _why_not_private(folder: Path) -> str | None:
+def why_not_private(folder: Path) -> str | None:
+    """Return why a folder is not this user's alone; None where it is.
+
+    Raises:
+        OSError: there is no such folder.
+    """
     status = folder.lstat()
     if not stat.S_ISDIR(status.st_mode):
         return "is not a folder"
@@ -107,32 +118,57 @@ def entries() -> list[Entry]:
     return sorted(found, key=lambda entry: entry.used)
 
 
-def make_room(needed: int) -> None:
+def make_room(needed: int) -> bool:
     """Drop the least recently used prepared graphs until `needed` more bytes fit into the limit.
 
     A graph that a process has loaded stays.
+
+    Returns:
+        Whether they fit; where they do not, that is said once.
     """
     limit = cache_limit()
     everything = entries()
     total = sum(entry.bytes for entry in everything) + needed
     for entry in everything:
         if not limit or total <= limit:
-            return
+            break
         if entry.path.parent.name == SESSIONS and _drop_unused(entry.path):
             total -= entry.bytes
+    if limit and total > limit:
+        _say_once(
+            f"a prepared graph of {needed / 1e9:.2g} GB does not fit into the cache's "
+            f"{limit / 1e9:.2g} GB (SLD_EDGE_CACHE_LIMIT), and loads slowly at every start"
+        )
+    return not limit or total <= limit
 
 
 def clear() -> tuple[int, int]:
-    """Empty the cache; return how many entries and bytes went. Other files there are left alone."""
+    """Empty the cache; return how many entries and bytes went.
+
+    Other files there are left alone, and so are graphs that a process has loaded.
+
+    Raises:
+        OutputError: the folder was not made as our cache, so what lies in it may be anyone's.
+    """
+    root = cache_folder()
+    if root is None or not root.exists():
+        return 0, 0
+    if root.is_symlink() or not (root.name == "sld-edge" or _is_tagged(root)):
+        raise OutputError(
+            f"{root} was not made by sld-edge, and is not emptied",
+            do=f"remove by hand, of {', '.join(OURS)}, whatever is not needed",
+        )
     count = freed = 0
     for entry in entries():
-        shutil.rmtree(entry.path, ignore_errors=True)
-        with suppress(OSError):
-            entry.path.unlink()
+        if entry.path.parent.name == SESSIONS:
+            _drop_unused(entry.path)
+        else:
+            shutil.rmtree(entry.path, ignore_errors=True)
+            with suppress(OSError):
+                entry.path.unlink()
         if not entry.path.exists():
             count, freed = count + 1, freed + entry.bytes
-    root = cache_folder()
-    for folder in [root / kind for kind in OURS] if root is not None else []:
+    for folder in (root / kind for kind in OURS):
         sweep(folder)
         with suppress(OSError):
             folder.rmdir()
@@ -158,7 +194,16 @@ def text() -> str:
     return "\n".join(lines)
 
 
+def _is_tagged(root: Path) -> bool:
+    try:
+        return (root / _TAG).read_text(encoding="ascii") == _TAG_TEXT
+    except (OSError, ValueError):
+        return False
+
+
 def _listed(folder: Path) -> Iterator[Path]:
+    if folder.is_symlink():
+        return
     with suppress(OSError):
         yield from (path for path in folder.iterdir() if not path.name.startswith("."))
 
@@ -190,6 +235,8 @@ def _drop_unused(entry: Path) -> bool:
     try:
         with locked(entry / STAMP, shared=False):
             shutil.rmtree(entry, ignore_errors=True)
+    except FileNotFoundError:  # without its stamp no one can use it
+        shutil.rmtree(entry, ignore_errors=True)
     except OSError:
         return False
     return not entry.exists()

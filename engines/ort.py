@@ -81,8 +81,8 @@ class OrtEngine:
         With `as_is` nothing is optimized and the weights stay mapped from the file: ready at once,
         in little memory. It is for graphs that run only once. `prepared` is for those that
         `sessions` optimized before, and stays readable: such an engine costs nothing to close and
-        load again. `held` is a handle that keeps others from removing the files; it is closed with
-        the engine.
+        load again. `held` is a handle that keeps others from removing the files; the engine closes
+        it in its own end, once it is loaded.
 
         Raises:
             EngineError: ONNX Runtime cannot load the graph here.
@@ -97,11 +97,12 @@ class OrtEngine:
         options.enable_cpu_mem_arena = prepared
         self.path = path
         self.prepared = prepared
-        self._hold = weakref.finalize(self, os.close, held) if held is not None else _nothing
         self.session = create_session(path, options, provider, device)
         self.inputs = tuple(map(_spec, self.session.get_inputs()))
         self.outputs = tuple(map(_spec, self.session.get_outputs()))
         self._output_names = [spec.name for spec in self.outputs]
+        # Last: where loading fails, the handle is still the caller's to close.
+        self._hold = weakref.finalize(self, os.close, held) if held is not None else _nothing
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run the graph once.

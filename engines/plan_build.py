@@ -21,6 +21,7 @@ import numpy as np
 
 from sld_edge.engines.base import TensorSpec
 from sld_edge.engines.build_settings import BuildSettings
+from sld_edge.engines.cache import TIMING, private_folder
 from sld_edge.engines.device import Device
 from sld_edge.engines.errors import (
     EngineError,
@@ -31,7 +32,6 @@ from sld_edge.engines.errors import (
 )
 from sld_edge.engines.files import write_whole
 from sld_edge.engines.plan_info import Flavour, PlanInfo, PlanTensor, info_path
-from sld_edge.engines.settings import cache_folder
 from sld_edge.engines.tensorrt import Log, tensorrt_module
 from sld_edge.engines.trt_api import TensorRT
 from sld_edge.engines.trt_builder_api import (
@@ -433,11 +433,11 @@ def _set_capabilities(config: BuilderConfig, target: Target) -> None:
 
 def timing_cache_path(target: Target) -> Path | None:
     """Return where the timings of a version and device are kept; None where caching is off."""
-    root = cache_folder()
-    if root is None:
+    folder = private_folder(TIMING)
+    if folder is None:
         return None
     identity = "\n".join((target.version, *target.devices, *target.compute_capabilities))
-    return root / "timing" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.cache"
+    return folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.cache"
 
 
 def _use_timings(config: BuilderConfig, target: Target) -> None:
@@ -455,7 +455,6 @@ def _keep_timings(config: BuilderConfig, target: Target) -> None:
     path, cache = timing_cache_path(target), config.get_timing_cache()
     if path is not None and cache is not None:
         with contextlib.suppress(OSError, OutputError):  # a cache costs only time
-            path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, bytes(cache.serialize()))
 
 

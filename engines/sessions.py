@@ -24,6 +24,7 @@ import hashlib
 import json
 import os
 import platform
+import stat
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -34,7 +35,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sld_edge.engines.cache import SESSIONS, STAMP, make_room, private_folder
+from sld_edge.engines.cache import SESSIONS, STAMP, make_room, private_folder, why_not_private
 from sld_edge.engines.errors import EngineError, UserError
 from sld_edge.engines.files import Identity, identity, json_from_file, sha256_of_file, write_whole
 from sld_edge.engines.onnx_edit import flash_attention, weights_first
@@ -99,6 +100,8 @@ def _folder(sha256: str, keep_fp16: bool) -> Path | None:
 def _loaded(folder: Path) -> OrtEngine | None:
     """Return the engine of a prepared graph that is whole and unchanged; None otherwise."""
     try:
+        if why_not_private(folder) is not None:
+            return None  # prepared anew, over it
         held = hold(folder / STAMP, shared=True)
     except OSError:  # not there, or being removed
         return None
@@ -108,7 +111,8 @@ def _loaded(folder: Path) -> OrtEngine | None:
         held = -1  # the engine's now
         if any(identity((folder / name).stat()) != known for name, known in seen.items()):
             raise EngineError(f"{folder} was changed while it was loaded")
-        os.utime(folder / STAMP)
+        with contextlib.suppress(OSError):  # read-only
+            os.utime(folder / STAMP)
     except (UserError, OSError, ValueError, TypeError, KeyError, AttributeError):
         return None  # forged, rotten or half there: prepared anew, over it
     finally:
@@ -130,7 +134,10 @@ def _checked(folder: Path) -> dict[str, Identity]:
     small = sum((folder / name).lstat().st_size for name in files) <= _SMALL
     seen, changed = {}, False
     for name, entry in files.items():
-        now = identity((folder / name).lstat())
+        status = (folder / name).lstat()
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"{name} is not a regular file")
+        now = identity(status)
         known = Identity(*entry["identity"])
         if small or now != known:
             digest, now = sha256_of_file(folder / name)
@@ -174,8 +181,9 @@ def _prepare(
     """
     beside = (path, path.with_name(f"{path.name}.data"))
     size = sum(file.stat().st_size for file in beside if file.exists())
+    if not make_room(size):
+        return False
     try:
-        make_room(size)
         with part_folder(folder) as part, _announced(what, size, part, quiet=quiet):
             _optimize(path, part, keep_fp16)
             if confirm is not None:

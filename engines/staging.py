@@ -96,9 +96,11 @@ def hold(path: Path, *, shared: bool) -> int:
     try:
         if fcntl is not None:
             fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except BaseException:
+    except BlockingIOError:
         os.close(handle)
         raise
+    except OSError:  # a file system without locks: its files are used all the same
+        pass
     return handle
 
 

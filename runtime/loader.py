@@ -168,6 +168,12 @@ class Loader:
             source.confirm()
         return engine
 
+    def identity_of(self, name: str) -> str:
+        """Return what tells apart all that decides what a component gives."""
+        plan = self.plans.get(name)
+        what = self.bundle.sha256 if plan is None else f"{self.bundle.sha256} {plan.info.sha256}"
+        return f"{what} {self.provider_of(name)}"
+
     def provider_of(self, name: str) -> str:
         """Return what runs a component."""
         return self.provider if name in self.plans else self._ort_provider(name)

@@ -620,7 +620,7 @@ class Pipeline:
             InputError: a safety concept that the text encoder takes for the empty text.
         """
         if not self._constants_checked:
-            known = f"{self.bundle.sha256} {self._loader.provider_of('text_encoder')}"
+            known = self._loader.identity_of("text_encoder")
             if not remembered("embeddings", known):
                 check_constants(self.bundle, self._encoded)
                 remember("embeddings", known)

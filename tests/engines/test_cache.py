@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import gc
 import json
 import os
 import shutil
@@ -11,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sld_edge.engines import cache, sessions
-from sld_edge.engines.errors import BundleError, InputError
+from sld_edge.engines import cache, ort, sessions
+from sld_edge.engines.errors import BundleError, EngineError, InputError
 from sld_edge.engines.files import Identity, sha256_of_file
 from sld_edge.engines.ort import OrtEngine
 from sld_edge.engines.sessions import prepared_engine
@@ -198,7 +201,7 @@ def test_the_command_shows_and_clears(
     assert "1 checked bundles are known" in said
     assert main(["--clear-cache"]) == 0
     assert "MB freed" in capsys.readouterr().out
-    assert os.listdir(root) == ["notes.txt"]
+    assert sorted(os.listdir(root)) == ["CACHEDIR.TAG", "notes.txt"]
     assert main(["--clear-cache"]) == 0
     assert "0 entries removed" in capsys.readouterr().out
 
@@ -242,3 +245,106 @@ def test_what_a_dead_process_left_is_swept(root: Path) -> None:
         == "a graph"
     )
     assert time.time() - cache.entries()[0].used < 60
+
+
+class TestNothingOfOthersIsRemoved:
+    def test_a_folder_that_was_there_before(
+        self, root: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """As with SLD_EDGE_CACHE=$HOME: folders of our names may be anyone's."""
+        (root / "sessions").mkdir(parents=True)
+        (root / "sessions" / "thesis").write_text("years of work")
+        prepared_engine(SHA, lambda: GRAPH).close()
+        assert main(["--clear-cache"]) == 2
+        assert "was not made by sld-edge" in capsys.readouterr().err
+        assert (root / "sessions" / "thesis").exists()
+
+    def test_behind_a_link(self, root: Path, tmp_path: Path) -> None:
+        prepared_engine(SHA, lambda: GRAPH).close()
+        (tmp_path / "elsewhere").mkdir()
+        (tmp_path / "elsewhere" / "thesis").write_text("years of work")
+        (root / "jit").symlink_to(tmp_path / "elsewhere")
+        cache.clear()
+        assert (tmp_path / "elsewhere" / "thesis").exists()
+
+    def test_what_a_process_has_loaded(self, root: Path) -> None:
+        with prepared_engine(SHA, lambda: GRAPH) as engine:
+            assert cache.clear() == (0, 0)
+            assert engine.path.exists()
+        assert cache.clear()[0] == 1
+
+
+def test_what_does_not_fit_is_not_prepared_and_that_is_said_once(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLD_EDGE_CACHE_LIMIT", "0.000001")
+    for _ in range(2):
+        assert prepared_engine(SHA, lambda: GRAPH).path == GRAPH
+    assert os.listdir(root / "sessions") == []
+    assert capsys.readouterr().err.count("does not fit into the cache") == 1
+
+
+def test_a_read_only_cache_is_used(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = prepared_engine(SHA, lambda: GRAPH).path
+
+    def refused(*arguments: object, **more: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "utime", refused)
+    assert prepared_engine(SHA, never).path == path
+
+
+def test_a_file_system_without_locks_has_a_cache(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    path = prepared_engine(SHA, lambda: GRAPH).path
+    assert prepared_engine(SHA, never).path == path
+
+
+def test_a_prepared_graph_that_does_not_load_closes_its_handle_once(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Closed twice, the second time could close a file of another thread."""
+    prepared_engine(SHA, lambda: GRAPH).close()
+    refused: list[OSError] = []
+    close = os.close
+
+    def watched(handle: int) -> None:
+        try:
+            close(handle)
+        except OSError as error:
+            refused.append(error)
+
+    def failing(*arguments: object) -> None:
+        raise EngineError("out of memory")
+
+    monkeypatch.setattr(os, "close", watched)
+    monkeypatch.setattr(ort, "create_session", failing)
+    with pytest.raises(EngineError, match="out of memory"):
+        prepared_engine(SHA, lambda: GRAPH)
+    gc.collect()
+    assert refused == []
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data"])
+def test_a_link_is_not_loaded(root: Path, tmp_path: Path, name: str) -> None:
+    with prepared_engine(SHA, lambda: GRAPH) as engine:
+        file = engine.path.with_name(name)
+    file.rename(tmp_path / name)
+    file.symlink_to(tmp_path / name)
+    prepared_engine(SHA, lambda: GRAPH)
+    assert not file.is_symlink()
+
+
+def test_a_graph_that_others_may_write_to_is_prepared_anew(root: Path) -> None:
+    with prepared_engine(SHA, lambda: GRAPH) as engine:
+        folder = engine.path.parent
+    folder.chmod(0o777)
+    with pytest.raises(AssertionError, match="prepared anew"):
+        prepared_engine(SHA, never)
+    assert prepared_engine(SHA, lambda: GRAPH).path.parent == folder
+    assert folder.stat().st_mode & 0o777 == 0o700

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,19 @@ def test_the_device_makes_what_the_cpu_makes(
         assert_same(
             pipeline(PROMPTS, batch_size=images, **given), cpu(PROMPTS, batch_size=images, **given)
         )
+
+
+def test_a_check_of_one_plan_says_nothing_of_another(
+    cuda: FakeCuda, cpu: Pipeline, planned: Callable[..., Path]
+) -> None:
+    """A plan is not in the bundle's hash, and gives the embeddings that are compared once."""
+    with Pipeline.load(planned(), provider="tensorrt") as pipeline:
+        known = {p._loader.identity_of("text_encoder") for p in (cpu, pipeline)}
+        plan = pipeline._loader.plans["text_encoder"]
+        other = replace(plan, info=replace(plan.info, sha256="0" * 64))
+        pipeline._loader.plans["text_encoder"] = other
+        known.add(pipeline._loader.identity_of("text_encoder"))
+    assert len(known) == 3
 
 
 def test_plans_for_fewer_concepts_say_so(cuda: FakeCuda, planned: Callable[..., Path]) -> None:
