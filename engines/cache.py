@@ -190,7 +190,7 @@ def text() -> str:
     ]
     total, limit = sum(entry.bytes for entry in found), cache_limit()
     most = f"at most {limit / 1e9:g} GB (SLD_EDGE_CACHE_LIMIT)" if limit else "no limit"
-    lines.append(f"in all {total / 1e6:.1f} MB; {most}; {len(facts)} checked bundles are known")
+    lines.append(f"in all {total / 1e6:.1f} MB; {most}; {len(facts)} checks are remembered")
     return "\n".join(lines)
 
 

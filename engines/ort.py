@@ -140,7 +140,7 @@ def session_options() -> Any:
     """Return the session options that every session here shares."""
     ort = onnxruntime()
     options = ort.SessionOptions()
-    options.log_severity_level = 3  # errors; they reach the user as EngineError
+    options.log_severity_level = 4  # errors reach the user as EngineError, in one line
     options.intra_op_num_threads = thread_count()
     # With arena and pattern a session keeps the gigabytes that attention's scores needed once.
     options.enable_cpu_mem_arena = False

@@ -136,7 +136,7 @@ def require_fit(plan: Plan, bundle: Bundle, device: Device) -> None:
         system=this_system(),
     )
     if reason is not None:
-        raise EngineError(f"{plan.path}: {reason}", do=f"{again}, or run with --provider cpu")
+        raise EngineError(f"{plan.path.name}: {reason}", do=f"{again}, or run with --provider cpu")
     component = bundle.manifest.components.get(info.component)
     if (
         component is None

@@ -288,7 +288,7 @@ def test_a_folder_of_other_prompts_or_of_something_else_is_refused(
 
 def test_a_manifest_that_is_none_is_refused(tmp_path: Path) -> None:
     for text, said in [
-        ("{", "is not JSON"),
+        ("{", "is not whole JSON"),
         ("{}", "is not the manifest"),
         ('{"format": "sld-edge-evaluation-run", "format_version": 2}', "got format version 2"),
     ]:

@@ -15,24 +15,27 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
-from oracles.forgery import rehash
+from oracles.forgery import rehash, relocate, replace_with
 from sld_edge.engines.errors import UserError
 from sld_edge.engines.plan_info import plan_info_from_file
 from sld_edge.export.sources import checkpoint_from_source
 from sld_edge.runtime import Pipeline
 from sld_edge.runtime.bundle import EMBEDDED
-from sld_edge.runtime.policy import policy_from_json
+from sld_edge.runtime.policy import POLICY_FILE, policy_from_json
 from sld_edge.runtime.tokenizer import Tokenizer
 
 MUTATIONS = 10_000
 QUICK = 200
+_WORKERS = 2
 SECONDS = 20.0  # that one mutation may take
 MEMORY = 4 << 30
 LINE = 300
@@ -97,6 +100,7 @@ class Worker:
 
     def __init__(self) -> None:
         self.opened: list[str] = []
+        self.allowed: tuple[str, ...] = ()
         self.watching = False
         self.folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
         self.canary = self.folder / "secret"
@@ -109,6 +113,13 @@ class Worker:
             for source in (EMBEDDED, CHECKPOINT)
         }
         self.honest = self.picture(EMBEDDED)
+        places = (sys.prefix, sys.base_prefix, *sys.path, Path(__file__).parents[2], EMBEDDED)
+        self.allowed = (
+            *(os.path.realpath(str(place)) for place in places if str(place)),
+            *(str(self.folder / name) for name in ("work", "source-", "unet.plan.json")),
+            *("/proc/", "/sys/", "/dev/null", "/dev/urandom", str(POLICY_FILE)),
+        )
+        os.chdir(self.folder / "source-miniature")
         sys.addaudithook(self.hear)
 
     def hear(self, event: str, arguments: tuple[Any, ...]) -> None:
@@ -139,13 +150,61 @@ class Worker:
         assert self.picture(bundle) == self.honest, "another picture"
 
     def graph(self, rng: random.Random) -> None:
-        """A graph, an array or a tokenizer that is damaged, its hash made right."""
+        """A graph, an array, weights or a tokenizer that is damaged, its hash made right."""
+        names = ["unet.onnx", "vae_decoder.onnx", "text_encoder.onnx", "embeddings.npy"]
+        name = rng.choice([*names, "unet.onnx.data", "tokenizer.json"])
+        data = (EMBEDDED / name).read_bytes()
+        if name == "tokenizer.json":
+            data = json_mutated(data.decode("utf-8"), rng)
+        elif name == "unet.onnx.data":
+            at = rng.randrange(len(data) - 64)
+            data = data[:at] + rng.choice([b"\xff\x7f" * 32, b"\x00\x7c" * 32]) + data[at + 64 :]
+        else:
+            data = bytes_mutated(data, rng)
+        self.picture(self.forged({name: data}))
+
+    def edited(self, rng: random.Random) -> None:
+        """A graph that is whole ONNX and says something else, its hash made right."""
+        name = rng.choice(["unet.onnx", "vae_decoder.onnx", "text_encoder.onnx"])
+        model = onnx.load(EMBEDDED / name, load_external_data=False)
+        for _ in range(rng.choice([1, 1, 3])):
+            node, tensor = rng.choice(model.graph.node), rng.choice(model.graph.initializer)
+            kind = rng.randrange(5)
+            if kind == 0:
+                node.op_type = rng.choice(["Add", "MatMul", "Reshape", "Identity", "Nothing"])
+            elif kind == 1 and node.attribute:
+                rng.choice(node.attribute).i = rng.choice([-1, 0, 3, 10**6])
+            elif kind == 2 and tensor.dims:
+                tensor.dims[rng.randrange(len(tensor.dims))] = rng.choice([0, 1, 7, 10**9, -1])
+            elif kind == 3 and node.input:
+                node.input[rng.randrange(len(node.input))] = rng.choice(["", "nothing", "latents"])
+            else:
+                tensor.data_type = rng.choice([1, 7, 10, 11, 99])
+        self.picture(self.forged({name: model.SerializeToString()}))
+
+    def location(self, rng: random.Random) -> None:
+        """A graph whose weights lie outside: always refused, and never opened."""
+        name = rng.choice(["unet.onnx", "vae_decoder.onnx", "text_encoder.onnx"])
+        place = rng.choice(["../unet.onnx.data", "/etc/hostname", "../secret", "a/../../secret"])
+        model = onnx.load(EMBEDDED / name, load_external_data=False)
+        relocate(rng.choice([place, str(self.folder / "unet.onnx.data"), str(self.canary)]))(model)
+        self.picture(self.forged({name: model.SerializeToString()}))
+        raise AssertionError("weights from elsewhere")
+
+    def no_file(self, rng: random.Random) -> None:
+        """Something that is no regular file in a file's place: always refused, at once."""
         bundle = self.copy(EMBEDDED)
-        name = rng.choice(["unet.onnx", "vae_decoder.onnx", "text_encoder.onnx", "embeddings.npy"])
-        replace(bundle / name, bytes_mutated((EMBEDDED / name).read_bytes(), rng))
-        replace(bundle / "bundle.json", (EMBEDDED / "bundle.json").read_bytes())
-        rehash(bundle)
+        name = rng.choice([path.name for path in EMBEDDED.iterdir() if path.is_file()])
+        replace_with(bundle / name, rng.choice(["pipe", "device", "folder", "circle"]))
         self.picture(bundle)
+        raise AssertionError("no regular file")
+
+    def forged(self, files: dict[str, bytes]) -> Path:
+        bundle = self.copy(EMBEDDED)
+        for name, data in {"bundle.json": _MANIFEST, **files}.items():
+            replace(bundle / name, data)
+        rehash(bundle)
+        return bundle
 
     def tokenizer(self, rng: random.Random) -> None:
         data = json_mutated((EMBEDDED / "tokenizer.json").read_text(encoding="utf-8"), rng)
@@ -203,15 +262,14 @@ class Worker:
             return f"{type(error).__name__}: {str(error)[:200]}"
         finally:
             self.watching = False
-        own = (str(self.folder / "work"), str(self.folder / "unet.plan.json"))
-        outside = [name for name in self.opened if name.startswith(str(self.folder))]
-        outside = [name for name in outside if not name.startswith(own)]
-        outside += [name for name in self.opened if name in ("/etc/passwd", "/etc/hostname")]
+        opened = {os.path.realpath(name) for name in self.opened}
+        outside = sorted(name for name in opened if not name.startswith(self.allowed))
         if outside or self.canary.read_text() != "a secret":
             return f"outside: {outside[:3]}"
         return ""
 
 
+_MANIFEST = (EMBEDDED / "bundle.json").read_bytes()
 _PLAN = json.dumps(
     {
         "format": "sld-edge-plan",
@@ -248,6 +306,9 @@ _KINDS = {
     "policy": 4,
     "plan": 4,
     "checkpoint": 6,
+    "edited": 4,
+    "location": 2,
+    "no_file": 2,
 }
 
 
@@ -255,7 +316,7 @@ def serve(pipe: Connection) -> None:
     """Answer mutations until the pipe is closed."""
     import resource
 
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY + (2 << 30), MEMORY + (2 << 30)))
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     os.environ |= {"SLD_EDGE_CACHE": "off", "SLD_EDGE_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # a panic's own words
     np.seterr(all="ignore")
@@ -307,18 +368,26 @@ def run(count: int, until: float, first: int, ended: Callable[[], float] = time.
     """Try mutations; return what went wrong, each with the kind and seed that repeat it."""
     rng = random.Random(first)
     kinds = rng.choices(list(_KINDS), list(_KINDS.values()), k=count)
-    wrong, tried = [], Counter[str]()
-    pool = Pool()
-    try:
-        for seed, kind in enumerate(kinds, first):
-            if ended() > until:
-                break
-            problem = pool.one(kind, seed)
-            tried[kind] += 1
-            if problem:
-                wrong.append(f"{kind} {seed}: {problem}")
-    finally:
-        pool.close()
+    work = iter(list(enumerate(kinds, first)))
+    wrong: Seen = []
+    tried = Counter[str]()
+
+    def serve_half() -> None:
+        pool = Pool()
+        try:
+            for seed, kind in work:  # each takes the next
+                if ended() > until:
+                    break
+                problem = pool.one(kind, seed)
+                tried[kind] += 1
+                if problem:
+                    wrong.append(f"{kind} {seed}: {problem}")
+        finally:
+            pool.close()
+
+    with ThreadPoolExecutor(_WORKERS) as threads:
+        for half in [threads.submit(serve_half) for _ in range(_WORKERS)]:
+            half.result()
     print(f"{sum(tried.values())} mutations: {dict(tried)}; {len(wrong)} wrong")
     return wrong
 
