@@ -57,6 +57,8 @@ def opened(path: Path) -> Iterator[BufferedReader]:
     """
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # not even opened
+            raise OSError(0, "not a regular file")
         handle = os.open(path, flags | getattr(os, "O_CLOEXEC", 0))
     except ValueError as error:  # a NUL in the name
         raise OSError(0, str(error)) from error

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import stat
 from collections.abc import Mapping
@@ -417,6 +418,8 @@ class Bundle:
                 got=f"{MANIFEST}: {getattr(error, 'strerror', None) or error}",
                 do="make one with: sld-export --model sd-1.5 --output DIR",
             ) from error
+        if not Path(os.path.realpath(file)).is_relative_to(os.path.realpath(root)):
+            raise BundleError(f"{file} is a link that leaves the bundle", do="copy the file itself")
         raw = read_limited(file, JSON_LIMIT, error=BundleError, do=_AGAIN)
         digest = hashlib.sha256(raw).hexdigest()
         if (policy.signers or policy.bundles) and path is not None and digest not in policy.bundles:

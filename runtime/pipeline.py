@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,7 +20,7 @@ from PIL import Image
 from sld_edge.engines.base import Engine, TensorSpec
 from sld_edge.engines.cache import remember, remembered
 from sld_edge.engines.checks import shown, whole_number
-from sld_edge.engines.errors import BundleError, InputError
+from sld_edge.engines.errors import BundleError, InputError, shortened
 from sld_edge.runtime.constants import check_constants, refuse_empty
 from sld_edge.runtime.device_loop import DeviceStage, DeviceStepper, device_engine
 from sld_edge.runtime.escalate import (
@@ -696,10 +697,15 @@ def _check_tensors(name: str, said: tuple[TensorSpec, ...], found: tuple[TensorS
             )
         )
 
-    if len(said) != len(found) or not all(map(alike, said, found)):
-        raise BundleError(
-            f"{name}: the graph's tensors are not those that bundle.json says",
-            got=", ".join(f"{spec.name} {spec.dtype} {list(spec.shape)}" for spec in found),
-            expected=", ".join(f"{spec.name} {spec.dtype} {list(spec.shape)}" for spec in said),
-            do="export the bundle again",
-        )
+    for want, got in zip_longest(said, found):
+        if want is None or got is None or not alike(want, got):
+            raise BundleError(
+                f"{name}: the graph's tensors are not those that bundle.json says",
+                got=_words(got),
+                expected=shortened(_words(want), 80),
+                do="export the bundle again",
+            )
+
+
+def _words(spec: TensorSpec | None) -> str:
+    return "no more" if spec is None else f"{spec.name} {spec.dtype} {list(spec.shape)}"

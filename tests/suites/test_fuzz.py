@@ -402,5 +402,5 @@ def test_200_mutations() -> None:
 
 @pytest.mark.fuzz
 def test_ten_thousand_mutations(budget: float) -> None:
-    wrong = run(MUTATIONS, time.monotonic() + budget, first=1_000_000)
+    wrong = run(MUTATIONS, time.monotonic() + budget, first=2_000_000)
     assert not wrong, "\n".join(wrong)
