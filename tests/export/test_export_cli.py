@@ -161,3 +161,16 @@ sys.exit(main(sys.argv[1:]))
     assert f'pip install "sld-edge[{extra}]"' in done.stderr
     assert done.stderr.strip().count("\n") == 0
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("concept", ["", "  ", "<|endoftext|>"])
+def test_a_safety_concept_that_says_nothing(
+    concept: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(Path(__file__).parents[2] / "benchmarks" / "miniworld" / "checkpoint")
+    arguments = ["--model", model, "--output", str(tmp_path / "b"), "--safety-concept", concept]
+    assert main([*arguments, "--safety-concept", "a skull", "--quiet"]) == 2
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1
+    assert "says nothing to the model" in said.err
+    assert list(tmp_path.iterdir()) == []
