@@ -24,7 +24,6 @@ JSON_LIMIT = 64 << 20  # bytes; the largest tokenizer.json known has 9 million
 _NPY_HEADER = re.compile(
     rb"\{'descr': '<f4', 'fortran_order': False, 'shape': \(((?:\d{1,9}, ?)*\d{0,9})\), \} *\n"
 )
-_BLOCK = 1 << 20
 
 
 class Identity(NamedTuple):

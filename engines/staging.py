@@ -94,35 +94,28 @@ def hold(path: Path, *, shared: bool) -> int:
     """Lock a file until the handle that is returned is closed; see `locked`."""
     handle = os.open(path, os.O_RDONLY)
     try:
-        if fcntl is not None:
-            fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        _lock(handle, shared=shared)
     except BlockingIOError:
         os.close(handle)
         raise
-    except OSError:  # a file system without locks: its files are used all the same
-        pass
     return handle
-
-
-def part_path(path: Path) -> Path:
-    """Return a new name for what will be `path`, beside it."""
-    name = path.name.encode()[:_LONGEST].decode(errors="ignore")
-    return path.with_name(f".{name}.{secrets.token_hex(4)}.sld-part")
 
 
 def _locked(path: Path, make: Callable[[Path], object], flags: int) -> tuple[Path, int | None]:
     """Make a part and lock it; a sweep may come between the two, so look again and retry."""
+    name = path.name.encode()[:_LONGEST].decode(errors="ignore")
     while True:
-        part = part_path(path)
+        part = path.with_name(f".{name}.{secrets.token_hex(4)}.sld-part")
         make(part)
         if fcntl is None and part.is_dir():
             return part, None  # Windows opens no folders
         handle = None
         try:
             handle = os.open(part, flags | getattr(os, "O_BINARY", 0))
-            if _lock(handle) and os.path.samestat(os.stat(part), os.fstat(handle)):
+            _lock(handle, shared=False)
+            if os.path.samestat(os.stat(part), os.fstat(handle)):
                 return part, handle
-        except FileNotFoundError:
+        except (BlockingIOError, FileNotFoundError):  # a sweep was there first
             pass
         except BaseException:
             _remove(part)
@@ -131,17 +124,20 @@ def _locked(path: Path, make: Callable[[Path], object], flags: int) -> tuple[Pat
             os.close(handle)
 
 
-def _lock(handle: int) -> bool:
-    """Take the lock unless another process has it; a file system without locks is no reason."""
+def _lock(handle: int, *, shared: bool) -> None:
+    """Take a lock; on a file system without locks the file is used all the same.
+
+    Raises:
+        BlockingIOError: another process holds a lock that excludes this one.
+    """
     if fcntl is None:
-        return True
+        return
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
-        return False
+        raise
     except OSError:
-        return True
-    return True
+        pass
 
 
 def _sweep_one(part: Path) -> None:

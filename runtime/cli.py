@@ -143,19 +143,18 @@ def _write(
     result: Result, pictures: Sequence[Path], maps: Sequence[Path], settings: RunSettings
 ) -> None:
     """Write what may be shown; under the name of a picture that is withheld there is none."""
-    new = not settings.force
     for index, (image, report) in enumerate(zip(result.images, result.reports, strict=True)):
         if _withheld(report):
             for path in (pictures[index], *maps[index : index + 1]):
                 path.unlink(missing_ok=True)  # of an earlier run
             continue
-        write_whole(pictures[index], png_from_image(image, report), replace=not new)
+        write_whole(pictures[index], png_from_image(image, report), replace=settings.force)
         if maps:
             where = edit_map_picture(image, result.edit_maps[index])
-            write_whole(maps[index], png_from_image(where, report), replace=not new)
+            write_whole(maps[index], png_from_image(where, report), replace=settings.force)
     if settings.report:
         body = json.dumps({"images": result.reports}, indent=1, ensure_ascii=False) + "\n"
-        write_whole(settings.report, body.encode(), replace=not new)
+        write_whole(settings.report, body.encode(), replace=settings.force)
 
 
 def _check_different(paths: Sequence[Path]) -> None:

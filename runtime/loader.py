@@ -9,8 +9,8 @@ from typing import Any, cast
 
 from sld_edge.engines.base import Engine
 from sld_edge.engines.device import Device
-from sld_edge.engines.errors import EngineError, InputError, UserError
-from sld_edge.engines.files import Identity
+from sld_edge.engines.errors import BundleError, EngineError, InputError, UserError
+from sld_edge.engines.files import Identity, require_unchanged
 from sld_edge.engines.ort import OrtEngine, OrtProvider
 from sld_edge.engines.ort_device import OrtDeviceEngine
 from sld_edge.engines.plan_info import FLAVOURS, Flavour
@@ -143,7 +143,7 @@ class Loader:
                 cuda_graph=self.settings.cuda_graph,
                 source=None if refit is None else refit.path,
             )
-            self._confirm(name)
+            require_unchanged(self._hashed.get(name, {}), error=BundleError)
             if refit is not None:
                 refit.confirm()
             return planned
@@ -267,14 +267,6 @@ class Loader:
         if name in self.fallbacks:
             return self.rest
         return cast(OrtProvider, self.provider)
-
-    def _confirm(self, name: str) -> None:
-        """Look at a plan's files again after TensorRT has read them.
-
-        Raises:
-            BundleError: one of them was changed since it was hashed.
-        """
-        CheckedGraph(path=self.plans[name].path, seen=self._hashed.get(name, {})).confirm()
 
 
 class _Source:

@@ -52,12 +52,14 @@ class Tokenizer:
             tokenizer_json, origin="tokenizer.json", error=BundleError
         )
         self._length = length
-        if len(self._backend.encode("")) != length:
+        empty = self._backend.encode("").ids
+        if len(empty) != length:
             raise BundleError(
                 "tokenizer.json gives another length than the text encoder takes",
-                got=len(self._backend.encode("")),
+                got=len(empty),
                 expected=length,
             )
+        self._nothing = frozenset(empty)  # start, end and padding
 
     def __call__(self, text: str) -> Tokens:
         """Tokenize one prompt.
@@ -87,7 +89,7 @@ class Tokenizer:
 
     def says_nothing(self, text: str) -> bool:
         """Whether a text is spaces and special tokens alone, which the empty text has too."""
-        return set(self(text).ids.tolist()) <= set(self("").ids.tolist())
+        return self._nothing.issuperset(self(text).ids.tolist())
 
 
 def backend_from_text(text: str, *, origin: str, error: type[UserError]) -> Backend:
