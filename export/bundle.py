@@ -59,7 +59,7 @@ from sld_edge.runtime.bundle import (
 from sld_edge.runtime.plan_list import PLANS
 from sld_edge.runtime.plans import plan_name
 from sld_edge.runtime.policy import machine_policy
-from sld_edge.runtime.safety import PAPER_CONCEPT, PRESETS
+from sld_edge.runtime.safety import PAPER_CONCEPT, PRESETS, empty_concept
 from sld_edge.runtime.samplers import SAMPLERS, sampler_table
 from sld_edge.runtime.signatures import SIGNATURE
 from sld_edge.runtime.tokenizer import Tokenizer, input_ids
@@ -272,11 +272,7 @@ def _check_safety(checkpoint: Checkpoint, settings: ExportSettings, shape: _Shap
     tokenizer = Tokenizer(checkpoint.tokenizer_json, length=shape.text.length)
     for concept in settings.safety_concepts:
         if tokenizer.says_nothing(concept):
-            raise InputError(
-                "the safety concept says nothing to the model, so safety could not act",
-                got=repr(concept),
-                do="give words, or leave --safety-concept out",
-            )
+            raise empty_concept(concept)
     policy = machine_policy()
     policy.require(
         policy.default_preset(settings.preset) == settings.preset,

@@ -11,8 +11,9 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from sld_edge.engines.errors import BundleError, InputError
+from sld_edge.engines.errors import BundleError
 from sld_edge.runtime.bundle import Bundle
+from sld_edge.runtime.safety import empty_concept
 
 Floats = NDArray[np.float32]
 
@@ -52,11 +53,7 @@ def refuse_empty(concept: str, embedding: Floats, empty: Floats) -> None:
         InputError: safety could not act with it.
     """
     if not distance(embedding, empty) > _EMPTY:
-        raise InputError(
-            "the safety concept says nothing to the model, so safety could not act",
-            got=repr(concept),
-            do="give other words, or switch safety off by name",
-        )
+        raise empty_concept(concept)
 
 
 def distance(one: Floats, other: Floats) -> float:

@@ -268,41 +268,34 @@ class Pipeline:
             NumericsError: NaN or infinity in what a graph gave.
         """
         with self._lock:
-            return self._run(plan, screening, latents, batch_size, callback, progress)
-
-    def _run(
-        self,
-        plan: RunPlan,
-        screening: Screening | None,
-        latents: NDArray[np.float32] | None,
-        batch_size: int | None,
-        callback: Callback | None,
-        progress: Progress | None,
-    ) -> Result:
-        plan = replace(plan, images=_copied(plan.images))
-        screening = self.check(plan, screening=screening)
-        rules, safe = self.policy.screening, self.policy.safety
-        self.policy.require(
-            latents is None or (rules is None and safe is None),
-            "starting noise of a caller's own",
-            expected="none",
-        )
-        self.policy.require(
-            callback is None or rules is None or rules.previews == "allow",
-            "a look at unfinished pictures",
-            expected="none",
-        )
-        if screening is not None and latents is not None:
-            raise InputError("starting noise of your own and screening", do="leave one out")
-        make = partial(
-            self._made, latents=latents, batch_size=batch_size, callback=callback, progress=progress
-        )
-        if screening is None:
-            return make(plan)
-        result = screened_run(make, plan, screening)
-        if rules is None:
-            return result
-        return replace(result, latents=np.zeros_like(result.latents))
+            plan = replace(plan, images=_copied(plan.images))
+            screening = self.check(plan, screening=screening)
+            rules, safe = self.policy.screening, self.policy.safety
+            self.policy.require(
+                latents is None or (rules is None and safe is None),
+                "starting noise of a caller's own",
+                expected="none",
+            )
+            self.policy.require(
+                callback is None or rules is None or rules.previews == "allow",
+                "a look at unfinished pictures",
+                expected="none",
+            )
+            if screening is not None and latents is not None:
+                raise InputError("starting noise of your own and screening", do="leave one out")
+            make = partial(
+                self._made,
+                latents=latents,
+                batch_size=batch_size,
+                callback=callback,
+                progress=progress,
+            )
+            if screening is None:
+                return make(plan)
+            result = screened_run(make, plan, screening)
+            if rules is None:
+                return result
+            return replace(result, latents=np.zeros_like(result.latents))
 
     def steps(
         self,

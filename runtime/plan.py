@@ -12,7 +12,7 @@ from sld_edge.engines.errors import InputError
 from sld_edge.runtime.bundle import KEPT_SAFETY, SHALLOW, Manifest
 from sld_edge.runtime.policy import Policy
 from sld_edge.runtime.random import MAX_SEED, Rng
-from sld_edge.runtime.safety import Safety, resolved_safety, safety_from_preset
+from sld_edge.runtime.safety import Safety, empty_concept, resolved_safety, safety_from_preset
 from sld_edge.runtime.samplers import SamplerTable, sampler_table
 from sld_edge.runtime.tokenizer import Tokenizer
 
@@ -202,11 +202,7 @@ def require_admitted(
             continue
         for concept in image.acting_concepts:
             if tokenizer.says_nothing(concept):
-                raise InputError(
-                    "the safety concept says nothing to the model, so safety could not act",
-                    got=repr(concept),
-                    do="give words, leave it out, or switch safety off by name",
-                )
+                raise empty_concept(concept)
         if rules is None:
             continue
         policy.require_safety(image.safety, calls=run.table.calls)

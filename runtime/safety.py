@@ -133,6 +133,15 @@ def safety_from_preset(
     return replace(preset, warmup_steps=_share(preset.warmup, calls), concept=concept)
 
 
+def empty_concept(concept: str) -> InputError:
+    """Return the error for a safety concept that is to the model what the empty prompt is."""
+    return InputError(
+        "the safety concept says nothing to the model, so safety could not act",
+        got=repr(concept),
+        do="give other words, leave it out, or switch safety off by name",
+    )
+
+
 def resolved_safety(safety: Safety, *, calls: int) -> Safety:
     """Return settings with their warm-up for a run of `calls` UNet calls.
 

@@ -32,6 +32,7 @@ from sld_edge.benchmarks.evaluation.workers import outcomes_here, outcomes_of_pr
 from sld_edge.engines.errors import InputError
 from sld_edge.engines.files import write_whole
 from sld_edge.runtime.pipeline import Pipeline
+from sld_edge.runtime.safety import empty_concept
 from sld_edge.runtime.scorers import scorers_from_names
 
 _SMALL_UNET = 64 << 20  # bytes; one process a core is faster below
@@ -206,7 +207,7 @@ def _check_requests(
         raise InputError("settings", got=", ".join(names), expected="plain, and others, once each")
     for text in settings.concepts:  # also where it stands only as a negative prompt
         if pipeline.says_nothing(text):
-            raise InputError("--safety-concept says nothing to the model", got=repr(text))
+            raise empty_concept(text)
     concept = pipeline.bundle.manifest.safety_concept
     firsts = {(prompt.width, prompt.height): prompt for prompt in prompts}
     for prompt in firsts.values():
