@@ -11,12 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sld_edge.engines.cuda_api import CudaRuntime
-from sld_edge.engines.device import Device, cuda_runtime
+from sld_edge.engines.cuda.api import CudaRuntime
+from sld_edge.engines.cuda.device import Device, cuda_runtime
 from sld_edge.engines.errors import InputError, UserError
-from sld_edge.engines.ort import PROVIDERS, onnxruntime
-from sld_edge.engines.plan_info import FLAVOURS, Flavour
-from sld_edge.engines.tensorrt import tensorrt_module
+from sld_edge.engines.onnxruntime.engine import PROVIDERS, onnxruntime
+from sld_edge.engines.tensorrt.engine import tensorrt_module
+from sld_edge.engines.tensorrt.plan_info import FLAVOURS, Flavour
 
 # In order of preference; the CPU is what always remains.
 NAMES: tuple[str, ...] = (*FLAVOURS, *(name for name in PROVIDERS if name != "cpu"), "cpu")

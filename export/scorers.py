@@ -12,14 +12,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sld_edge.engines.errors import CheckpointError, InputError
-from sld_edge.export.bundle import Say, created_by, file_entry
-from sld_edge.export.checkpoint import Model, read_json, refuse_pickle, tokenizer_json_for
-from sld_edge.export.config import count
+from sld_edge.export.checkpoints.checkpoint import (
+    Model,
+    read_json,
+    refuse_pickle,
+    tokenizer_json_for,
+)
+from sld_edge.export.checkpoints.config import count
+from sld_edge.export.checkpoints.weights import Entry, Weights, entries_from_safetensors
 from sld_edge.export.output import Kind, check_output, staged
 from sld_edge.export.q16_prompts import read_q16_prompts
 from sld_edge.export.refuse import NOT_BUILT, ODD_VALUES, refusing
 from sld_edge.export.verify import graph_facts, require_onnx, run_checked
-from sld_edge.export.weights import Entry, Weights, entries_from_safetensors
+from sld_edge.export.write_bundle import Say, created_by, file_entry
 from sld_edge.runtime.scorers.clip_heads import CONCEPTS, SPECIAL_CARE
 from sld_edge.runtime.scorers.folder import (
     HEAD,
@@ -165,7 +170,7 @@ class _Clip:
 
 
 def _clip(model: Path, *, checker: bool) -> _Clip:
-    from sld_edge.export.clip_towers import image_settings
+    from sld_edge.export.graphs.clip_towers import image_settings
 
     refuse_pickle(model)
     folder = model / "safety_checker"
@@ -282,7 +287,7 @@ def _write_image(
     clip: _Clip, settings: ScorerSettings, path: Path, say: Say
 ) -> NDArray[np.float32]:
     """Write the image encoder, and return what it gives for two pictures of noise."""
-    from sld_edge.export.clip_towers import write_image_encoder
+    from sld_edge.export.graphs.clip_towers import write_image_encoder
 
     say("image encoder: writing")
     weights = Weights(clip.image_tensors, name=f"{clip.name}, image tower")
@@ -296,7 +301,7 @@ def _write_image(
 
 def _write_text(clip: _Clip, settings: ScorerSettings, folder: Path, say: Say) -> int:
     """Write the prompt encoder and its tokenizer, and return the length they take."""
-    from sld_edge.export.clip_towers import text_settings, write_prompt_encoder
+    from sld_edge.export.graphs.clip_towers import text_settings, write_prompt_encoder
 
     if not clip.text_tensors:
         raise CheckpointError(
@@ -340,7 +345,7 @@ def write_q16_head(prompts: NDArray[np.float32], path: Path) -> None:
 
     `prompts` are float32 [2,D]. Source: ml-research/Q16; softmax of 100 times the cosines.
     """
-    from sld_edge.export.graph import GraphBuilder, GraphOptions
+    from sld_edge.export.graphs.builder import GraphBuilder, GraphOptions
 
     with GraphBuilder(path, GraphOptions(), inline=True) as b:
         cosines = _cosines(b, prompts)
@@ -357,7 +362,7 @@ def write_checker_head(
     `vectors` are float32 [20,D], the 17 concepts first, then the 3 of special care; `thresholds`
     [20]. Source: diffusers, pipelines/stable_diffusion/safety_checker.py.
     """
-    from sld_edge.export.graph import GraphBuilder, GraphOptions
+    from sld_edge.export.graphs.builder import GraphBuilder, GraphOptions
 
     with GraphBuilder(path, GraphOptions(), inline=True) as b:
         cosines = _cosines(b, vectors)
@@ -379,7 +384,7 @@ def _cosines(b: Any, vectors: NDArray[np.float32]) -> Any:
 
 
 def _options(settings: ScorerSettings) -> Any:
-    from sld_edge.export.graph import GraphOptions
+    from sld_edge.export.graphs.builder import GraphOptions
 
     return GraphOptions(precision="fp32", storage=settings.storage, attention=settings.attention)
 

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from sld_edge.engines.base import Array, TensorSpec
 from sld_edge.engines.errors import CheckpointError, MissingPackageError, NumericsError
-from sld_edge.engines.ort import OrtEngine
+from sld_edge.engines.onnxruntime.engine import OrtEngine
 
 if TYPE_CHECKING:
-    from sld_edge.export.checkpoint import Checkpoint
+    from sld_edge.export.checkpoints.checkpoint import Checkpoint
 
 # Relative L2 distance to diffusers in FP32. FP16: weights and sums are rounded to 11 bits.
 TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2}

@@ -19,7 +19,7 @@ import onnx
 
 from sld_edge.engines.base import Array
 from sld_edge.engines.errors import CheckpointError, MissingPackageError
-from sld_edge.export.checkpoint import Checkpoint, Model
+from sld_edge.export.checkpoints.checkpoint import Checkpoint, Model
 
 try:
     import torch

@@ -11,9 +11,9 @@ from sld_edge.engines.errors import (
     UserError,
 )
 from sld_edge.runtime.bundle import Bundle
-from sld_edge.runtime.loop import Step
+from sld_edge.runtime.denoise.loop import Step
 from sld_edge.runtime.pipeline import Pipeline
-from sld_edge.runtime.plan import ImagePlan, Request, RunPlan
+from sld_edge.runtime.request import ImagePlan, Request, RunPlan
 from sld_edge.runtime.result import Result
 from sld_edge.runtime.safety import PAPER_CONCEPT, PRESETS, Safety
 from sld_edge.runtime.samplers import SAMPLERS

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any, cast
 
 from sld_edge.engines.base import Engine
-from sld_edge.engines.device import Device
+from sld_edge.engines.cuda.device import Device
 from sld_edge.engines.errors import BundleError, EngineError, InputError, UserError
 from sld_edge.engines.files import Identity, require_unchanged
-from sld_edge.engines.ort import OrtEngine, OrtProvider
-from sld_edge.engines.ort_device import OrtDeviceEngine
-from sld_edge.engines.plan_info import FLAVOURS, Flavour
+from sld_edge.engines.onnxruntime.engine import OrtEngine, OrtProvider
+from sld_edge.engines.onnxruntime.on_device import OrtDeviceEngine
+from sld_edge.engines.onnxruntime.sessions import prepared_engine
 from sld_edge.engines.providers import choose, status
-from sld_edge.engines.sessions import prepared_engine
-from sld_edge.engines.tensorrt import TrtEngine, tensorrt_module
+from sld_edge.engines.tensorrt.engine import TrtEngine, tensorrt_module
+from sld_edge.engines.tensorrt.plan_info import FLAVOURS, Flavour
 from sld_edge.runtime.bundle import OWN_GRAPHS, Bundle, CheckedGraph, Component, own_graph
 from sld_edge.runtime.plans import (
     Plan,

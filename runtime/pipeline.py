@@ -22,28 +22,28 @@ from sld_edge.engines.cache import remember, remembered
 from sld_edge.engines.checks import shown, whole_number
 from sld_edge.engines.errors import BundleError, InputError, shortened
 from sld_edge.runtime.constants import check_constants, refuse_empty
-from sld_edge.runtime.device_loop import DeviceStage, DeviceStepper, device_engine
-from sld_edge.runtime.escalate import (
-    Screening,
-    policy_scorers,
-    screened_run,
-    screening_under,
-)
+from sld_edge.runtime.denoise.loop import Floats, HostStepper, Job, Step, denoise
+from sld_edge.runtime.denoise.on_device import DeviceStage, DeviceStepper, device_engine
 from sld_edge.runtime.loader import Loader, LoadSettings
-from sld_edge.runtime.loop import Floats, HostStepper, Job, Step, denoise
 from sld_edge.runtime.numerics import not_finite
-from sld_edge.runtime.plan import (
+from sld_edge.runtime.random import Rng, noise_source
+from sld_edge.runtime.report import StepReport, image_report
+from sld_edge.runtime.request import (
     ImagePlan,
     Request,
     RunPlan,
     plan_from_request,
     require_admitted,
 )
-from sld_edge.runtime.random import Rng, noise_source
-from sld_edge.runtime.report import StepReport, image_report
 from sld_edge.runtime.result import Result
 from sld_edge.runtime.safety import Safety
 from sld_edge.runtime.scorers import Scorer
+from sld_edge.runtime.screening import (
+    Screening,
+    policy_scorers,
+    screened_run,
+    screening_under,
+)
 from sld_edge.runtime.tiles import VaeTiling, checked_tiling
 from sld_edge.runtime.tokenizer import Tokenizer, input_ids
 

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from sld_edge.engines.device import Device
+from sld_edge.engines.cuda.device import Device
 from sld_edge.engines.errors import BundleError, EngineError, InputError, UserError
 from sld_edge.engines.files import Identity, identity, read_limited
 from sld_edge.engines.onnx_files import GRAPH_LIMIT
-from sld_edge.engines.plan_info import (
+from sld_edge.engines.tensorrt.engine import tensorrt_module
+from sld_edge.engines.tensorrt.plan_info import (
     Flavour,
     PlanInfo,
     description_of,
@@ -20,7 +21,6 @@ from sld_edge.engines.plan_info import (
     plan_info_from_bytes,
     this_system,
 )
-from sld_edge.engines.tensorrt import tensorrt_module
 from sld_edge.runtime.bundle import (
     MANIFEST,
     Bundle,

@@ -10,7 +10,7 @@ from importlib import metadata
 from typing import Any
 
 from sld_edge.runtime.bundle import Bundle
-from sld_edge.runtime.plan import ImagePlan, RunPlan
+from sld_edge.runtime.request import ImagePlan, RunPlan
 from sld_edge.runtime.safety import NO_EFFECT_BELOW
 
 # What tells how to make a picture again, and so goes where a recipe must not be told.

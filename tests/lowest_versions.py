@@ -45,7 +45,7 @@ def difference(floors_python: str, python: str) -> int:
     with tempfile.TemporaryDirectory() as folder:
         for index, interpreter in enumerate((floors_python, python)):
             output = Path(folder, f"{index}.png")
-            program = "import sys; from sld_edge.runtime.cli import main; sys.exit(main())"
+            program = "import sys; from sld_edge.runtime.commands.run import main; sys.exit(main())"
             arguments = [*_SETTINGS, "--output", str(output)]
             command = [str(Path(interpreter).absolute()), "-c", program, *arguments]
             environment = {**os.environ, "SLD_EDGE_CACHE": "off"}

@@ -24,7 +24,7 @@ def loaded_by(code: str, folder: Path) -> set[str]:
 
 def test_making_an_image_loads_nothing_heavy(tmp_path: Path) -> None:
     code = (
-        "from sld_edge.runtime.cli import main\n"
+        "from sld_edge.runtime.commands.run import main\n"
         "assert main(['a red star', '--steps', '2', '--output', 'star.png']) == 0"
     )
     loaded = loaded_by(code, tmp_path)
@@ -36,7 +36,7 @@ def test_making_an_image_loads_nothing_heavy(tmp_path: Path) -> None:
 
 def test_exporting_loads_no_torch(tmp_path: Path) -> None:
     code = (
-        "from sld_edge.export.cli import main\n"
+        "from sld_edge.export.commands.export import main\n"
         f"assert main(['--model', {str(CHECKPOINT)!r}, '--output', 'bundle']) == 0"
     )
     loaded = loaded_by(code, tmp_path)
@@ -55,8 +55,11 @@ def test_importing_every_module_loads_nothing_heavy(package: str, tmp_path: Path
     assert not loaded_by(code, tmp_path) & HEAVY
 
 
-RUN = "from sld_edge.runtime.cli import main; main(['a star'])"
-EXPORT = "from sld_edge.export.cli import main; main(['--model', {!r}, '--output', 'bundle'])"
+RUN = "from sld_edge.runtime.commands.run import main; main(['a star'])"
+EXPORT = (
+    "from sld_edge.export.commands.export import main; "
+    "main(['--model', {!r}, '--output', 'bundle'])"
+)
 
 
 @pytest.mark.parametrize(

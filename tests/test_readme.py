@@ -43,10 +43,10 @@ def test_its_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def _parsers() -> dict[str, Callable[[list[str]], object]]:
     from sld_edge.benchmarks.bench.cli import parser as bench_parser
     from sld_edge.benchmarks.evaluation.cli import parser as eval_parser
-    from sld_edge.export.build_cli import parser as build_parser
-    from sld_edge.export.build_cli import settings_from_options
-    from sld_edge.export.cli import parser as export_parser
-    from sld_edge.runtime.options import parser as run_parser
+    from sld_edge.export.commands.build import parser as build_parser
+    from sld_edge.export.commands.build import settings_from_options
+    from sld_edge.export.commands.export import parser as export_parser
+    from sld_edge.runtime.commands.options import parser as run_parser
 
     return {
         "sld-run": run_parser().parse_args,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sld_edge.benchmarks.savings import Answer, calls_table, table
+from sld_edge.benchmarks.studies.savings import Answer, calls_table, table
 
 
 def answer(index: int, biased: bool, **changes: object) -> Answer:

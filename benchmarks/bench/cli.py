@@ -23,10 +23,10 @@ from sld_edge.benchmarks.bench.tables import bundle_tables, conditions_table, ma
 from sld_edge.engines.errors import InputError, OutputError
 from sld_edge.engines.files import write_whole
 from sld_edge.engines.settings import cache_folder
-from sld_edge.runtime.console import Parser, run_command
-from sld_edge.runtime.options import add_provider, add_quiet
+from sld_edge.runtime.commands.console import Parser, run_command
+from sld_edge.runtime.commands.options import add_provider, add_quiet
 from sld_edge.runtime.pipeline import Pipeline
-from sld_edge.runtime.plan import Request
+from sld_edge.runtime.request import Request
 from sld_edge.runtime.safety import PRESETS
 
 RESULTS, REPORT, PAGE = "results.json", "report.md", "report.html"

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sld_edge.engines.device import Device
+from sld_edge.engines.cuda.device import Device
 
 _EVERY = 0.01  # seconds between samples
 _PROC = Path("/proc")

@@ -18,10 +18,10 @@ from PIL import Image
 
 from sld_edge.benchmarks.bench.child import MARK
 from sld_edge.benchmarks.bench.memory import PhaseMeter
-from sld_edge.engines.device import Device
-from sld_edge.runtime.console import run_command
+from sld_edge.engines.cuda.device import Device
+from sld_edge.runtime.commands.console import run_command
 from sld_edge.runtime.pipeline import Pipeline
-from sld_edge.runtime.plan import Request
+from sld_edge.runtime.request import Request
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,8 +34,8 @@ from sld_edge.benchmarks.evaluation.settings import (
 from sld_edge.benchmarks.miniworld.prompt_list import PATH as MINIATURE_LIST
 from sld_edge.engines.errors import InputError
 from sld_edge.runtime.bundle import Bundle, Manifest
-from sld_edge.runtime.console import Parser, run_command
-from sld_edge.runtime.options import (
+from sld_edge.runtime.commands.console import Parser, run_command
+from sld_edge.runtime.commands.options import (
     add_batch_size,
     add_concepts,
     add_intervals,
@@ -437,7 +437,7 @@ def _rule(options: EvalOptions, scorers: Sequence[str]) -> Rule:
                 "--rule: without safety there is no activation, so every plain picture would be "
                 "flagged",
                 got=repr(text_from_rule((condition,))),
-                do="measure it with python -m sld_edge.benchmarks.activation_roc",
+                do="measure it with python -m sld_edge.benchmarks.studies.activation_roc",
             )
     return rule
 

@@ -22,7 +22,7 @@ from sld_edge.benchmarks.evaluation.settings import (
     Setting,
 )
 from sld_edge.runtime.pipeline import Pipeline
-from sld_edge.runtime.plan import Request
+from sld_edge.runtime.request import Request
 from sld_edge.runtime.scorers import (
     Scorer,
     activation_scores,

@@ -1,6 +1,6 @@
 /* The safe step: Safe Latent Diffusion, guidance and the sampler's row, in one pass.
  *
- * What the `guidance` graph of a bundle does (export/guidance.py has the formulas), as a plain C
+ * What the `guidance` graph of a bundle does (export/graphs/guidance.py has the formulas), as a plain C
  * function on the CPU and another on a CUDA device. docs/native.md has an example.
  *
  * Sizes: B images, n concepts, latents of 4 channels of h x w cells. Every array is C-contiguous:

@@ -1,6 +1,6 @@
 // What happens to one number of the latents; the CPU loops and the CUDA kernels share every line.
 //
-// The order of operations is the guidance graph's (export/guidance.py), and compilers are told not
+// The order of operations is the guidance graph's (export/graphs/guidance.py), and compilers are told not
 // to contract a * b + c, so all builds give the same latents, bit for bit.
 #pragma once
 

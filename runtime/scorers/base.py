@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from sld_edge.engines.errors import EngineError, InputError, MissingPackageError, NumericsError
 from sld_edge.engines.files import Identity, require_unchanged, sha256_of_file
-from sld_edge.engines.ort import OrtEngine
+from sld_edge.engines.onnxruntime.engine import OrtEngine
 
 Pictures = NDArray[np.uint8]
 """uint8 [B,H,W,3], RGB."""

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from sld_edge.engines.errors import InputError
 from sld_edge.engines.files import JSON_LIMIT
-from sld_edge.engines.ort import OrtEngine
+from sld_edge.engines.onnxruntime.engine import OrtEngine
 from sld_edge.runtime.scorers.base import Pictures, Reports, Scores
 from sld_edge.runtime.scorers.folder import (
     HEAD,

@@ -18,7 +18,7 @@ from sld_edge.benchmarks.bench.memory import (
     reading_from_status,
     sampled,
 )
-from sld_edge.engines.device import Device
+from sld_edge.engines.cuda.device import Device
 from standin.cuda import FakeCuda
 
 STATUS = """\

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from sld_edge.benchmarks.floors import (
+from sld_edge.benchmarks.studies.floors import (
     DEVICES,
     OTHERS,
     PUBLISHED,
@@ -16,7 +16,7 @@ from sld_edge.benchmarks.floors import (
     published_table,
     step_floor,
 )
-from sld_edge.benchmarks.flops import Work, works
+from sld_edge.benchmarks.studies.flops import Work, works
 from sld_edge.runtime.bundle import EMBEDDED, Bundle
 
 KNOWN = {device.name: device for device in (*DEVICES, *OTHERS)}

@@ -22,10 +22,10 @@ from oracles.models import (
     weights_of,
 )
 from oracles.tokenizers import VOCAB_SIZE, save_tokenizer
-from sld_edge.benchmarks.flops import check_table, main, shared_share, work, works
+from sld_edge.benchmarks.studies.flops import check_table, main, shared_share, work, works
 from sld_edge.export import ExportSettings, export_bundle
-from sld_edge.export.graph import GraphOptions
-from sld_edge.export.unet import write_unet
+from sld_edge.export.graphs.builder import GraphOptions
+from sld_edge.export.graphs.unet import write_unet
 from sld_edge.runtime.bundle import EMBEDDED, Bundle
 
 TOKENS = 7

@@ -17,7 +17,7 @@ from sld_edge.benchmarks.miniworld.experiment import (
     psnr,
 )
 from sld_edge.benchmarks.miniworld.prompts import biased_prompts
-from sld_edge.benchmarks.steps_table import (
+from sld_edge.benchmarks.studies.steps_table import (
     REFERENCE,
     VARIANTS,
     Answer,

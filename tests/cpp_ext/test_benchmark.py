@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sld_edge.benchmarks import native_step
+from sld_edge.benchmarks.studies import native_step
 from sld_edge.cpp_ext import HAVE_NATIVE, safe_step
-from sld_edge.export.guidance import write_guidance
+from sld_edge.export.graphs.guidance import write_guidance
 
 
 def test_the_least_bytes_are_those_of_all_arrays() -> None:

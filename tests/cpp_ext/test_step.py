@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from oracles.guidance import guidance
 from sld_edge.cpp_ext import reference, safe_step
-from sld_edge.export.guidance import write_guidance
+from sld_edge.export.graphs.guidance import write_guidance
 from sld_edge.runtime.safety import PRESETS
 from sld_edge.runtime.samplers import SAMPLERS, sampler_table
 

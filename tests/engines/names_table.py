@@ -18,8 +18,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 ENGINES = Path(__file__).parents[2] / "engines"
-PAGES = (ENGINES / "trt_api.py", ENGINES / "trt_builder_api.py")  # the Protocols
-USERS = tuple(sorted(ENGINES.glob("*.py")))
+PAGES = (ENGINES / "tensorrt" / "api.py", ENGINES / "tensorrt" / "builder_api.py")  # the Protocols
+USERS = tuple(sorted(ENGINES.rglob("*.py")))
 TABLE = Path(__file__).with_name("tensorrt_names.json")
 
 # Protocol to class; the pages' own docstrings say the same in words.

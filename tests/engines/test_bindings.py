@@ -19,7 +19,9 @@ from typing import Any
 
 import pytest
 
-from sld_edge.engines import cuda_api, trt_api, trt_builder_api
+from sld_edge.engines.cuda import api as cuda_api
+from sld_edge.engines.tensorrt import api as trt_api
+from sld_edge.engines.tensorrt import builder_api as trt_builder_api
 from standin import tensorrt as standin_tensorrt
 from standin.cuda import CaptureMode, DeviceAttr, Error, FakeCuda, MemcpyKind
 

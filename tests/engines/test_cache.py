@@ -14,15 +14,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sld_edge.engines import cache, ort, sessions
+from sld_edge.engines import cache
 from sld_edge.engines.errors import BundleError, EngineError, InputError
 from sld_edge.engines.files import Identity, sha256_of_file
-from sld_edge.engines.ort import OrtEngine
-from sld_edge.engines.sessions import prepared_engine
+from sld_edge.engines.onnxruntime import engine as ort
+from sld_edge.engines.onnxruntime import sessions
+from sld_edge.engines.onnxruntime.engine import OrtEngine
+from sld_edge.engines.onnxruntime.sessions import prepared_engine
 from sld_edge.engines.settings import cache_limit
 from sld_edge.runtime import Pipeline
 from sld_edge.runtime.bundle import EMBEDDED
-from sld_edge.runtime.cli import main
+from sld_edge.runtime.commands.run import main
 
 GRAPH = EMBEDDED / "vae_decoder.onnx"
 SHA = "cd" * 32

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sld_edge.engines.device import ALIGNMENT, Arena, Device, DeviceTensor, cuda_runtime
+from sld_edge.engines.cuda.device import ALIGNMENT, Arena, Device, DeviceTensor, cuda_runtime
 from sld_edge.engines.errors import EngineError, MissingPackageError
 from standin.cuda import FakeCuda, StandinError
 

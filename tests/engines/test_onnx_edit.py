@@ -15,7 +15,7 @@ from onnx.reference import ReferenceEvaluator
 
 from oracles.graphs import chain
 from sld_edge.engines.errors import EngineError
-from sld_edge.engines.onnx_edit import flash_attention, weights_first
+from sld_edge.engines.onnxruntime.edit import flash_attention, weights_first
 from sld_edge.runtime.bundle import EMBEDDED
 
 

@@ -20,17 +20,11 @@ from onnx import TensorProto, helper
 
 from oracles.fake_builder import FakeDevice, FakeTensorRT
 from oracles.models import config_of, tiny_unet, weights_of
-from sld_edge.engines import plan_build, trt_builder_api
 from sld_edge.engines.base import TensorSpec
-from sld_edge.engines.build_settings import (
-    BATCH,
-    BuildSettings,
-    dimensions,
-    profile,
-    span_from_numbers,
-)
 from sld_edge.engines.errors import EngineError, InputError, MissingPackageError
-from sld_edge.engines.plan_build import (
+from sld_edge.engines.tensorrt import build as plan_build
+from sld_edge.engines.tensorrt import builder_api as trt_builder_api
+from sld_edge.engines.tensorrt.build import (
     AttentionError,
     Target,
     build_plan,
@@ -38,7 +32,14 @@ from sld_edge.engines.plan_build import (
     capabilities_taken,
     timing_cache_path,
 )
-from sld_edge.engines.plan_info import (
+from sld_edge.engines.tensorrt.build_settings import (
+    BATCH,
+    BuildSettings,
+    dimensions,
+    profile,
+    span_from_numbers,
+)
+from sld_edge.engines.tensorrt.plan_info import (
     Flavour,
     PlanInfo,
     PlanTensor,
@@ -46,8 +47,8 @@ from sld_edge.engines.plan_info import (
     info_path,
     plan_info_from_file,
 )
-from sld_edge.export.graph import GraphOptions
-from sld_edge.export.unet import write_unet
+from sld_edge.export.graphs.builder import GraphOptions
+from sld_edge.export.graphs.unet import write_unet
 from sld_edge.export.verify import graph_facts
 
 RTX: Flavour = "tensorrt-rtx"

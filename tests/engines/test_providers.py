@@ -13,7 +13,7 @@ import pytest
 
 from sld_edge.engines import providers
 from sld_edge.engines.errors import InputError
-from sld_edge.engines.ort import PROVIDERS
+from sld_edge.engines.onnxruntime.engine import PROVIDERS
 from sld_edge.engines.providers import NAMES, ProviderStatus, choose, status, survey, survey_table
 
 RTX_4090 = "NVIDIA GeForce RTX 4090, compute capability 8.9, driver for CUDA 12.6, 24 GiB"

@@ -14,11 +14,11 @@ import pytest
 from onnx import TensorProto
 
 from oracles.graphs import chain
-from sld_edge.engines import sessions
 from sld_edge.engines.base import Array
 from sld_edge.engines.errors import EngineError, InputError
-from sld_edge.engines.ort import OrtEngine, create_session, onnxruntime
-from sld_edge.engines.sessions import prepared_engine
+from sld_edge.engines.onnxruntime import sessions
+from sld_edge.engines.onnxruntime.engine import OrtEngine, create_session, onnxruntime
+from sld_edge.engines.onnxruntime.sessions import prepared_engine
 from sld_edge.engines.settings import cache_folder, thread_count
 from sld_edge.runtime.bundle import EMBEDDED
 
@@ -86,7 +86,7 @@ def test_fp16_weights_stay_fp16_and_are_cast_at_every_use(cache: Path) -> None:
 _GROWTH = """
 import sys, threading
 import numpy as np
-from sld_edge.engines.sessions import prepared_engine
+from sld_edge.engines.onnxruntime.sessions import prepared_engine
 
 def anonymous():  # KiB of this process that are no file's
     with open("/proc/self/status") as lines:

@@ -14,11 +14,11 @@ import pytest
 
 import standin
 from sld_edge.engines.base import Array
-from sld_edge.engines.device import Arena, Device, DeviceTensor
+from sld_edge.engines.cuda.device import Arena, Device, DeviceTensor
 from sld_edge.engines.errors import EngineError, MissingPackageError
-from sld_edge.engines.plan_info import FLAVOURS, Flavour
-from sld_edge.engines.sessions import prepared_engine
-from sld_edge.engines.tensorrt import TrtEngine, tensorrt_module
+from sld_edge.engines.onnxruntime.sessions import prepared_engine
+from sld_edge.engines.tensorrt.engine import TrtEngine, tensorrt_module
+from sld_edge.engines.tensorrt.plan_info import FLAVOURS, Flavour
 from sld_edge.runtime.bundle import EMBEDDED, Bundle
 from sld_edge.runtime.plans import source_digest
 from standin.cuda import FakeCuda, StandinError

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sld_edge.benchmarks.contact_sheet import GAP, LEFT, TOP, ZOOM, columns, main
 from sld_edge.benchmarks.evaluation.manifest import FORMAT, FORMAT_VERSION
 from sld_edge.benchmarks.evaluation.prompts import EvalPrompt
 from sld_edge.benchmarks.evaluation.results import results_from_folder
 from sld_edge.benchmarks.evaluation.rows import Row, json_from_row
+from sld_edge.benchmarks.studies.contact_sheet import GAP, LEFT, TOP, ZOOM, columns, main
 
 ORDER = ("plain", "max")
 FLAGGED = {1, 2, 4, 5, 6, 7, 8, 9, 10, 11}  # by plain; 3 and 12 are the hard ones that are not

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,9 +21,6 @@ import tensorrt_rtx
 from oracles.fake_builder import FakeDevice, FakeTensorRT
 from oracles.models import save_diffusers_directory
 from oracles.tokenizers import VOCAB_SIZE, save_tokenizer
-from sld_edge.engines import plan_build
-from sld_edge.engines.base import Array
-from sld_edge.engines.build_settings import BuildSettings
 from sld_edge.engines.errors import (
     BundleError,
     EngineError,
@@ -31,17 +28,18 @@ from sld_edge.engines.errors import (
     MissingPackageError,
     OutputError,
 )
-from sld_edge.engines.ort import OrtEngine
-from sld_edge.engines.plan_info import PlanInfo, Span, info_path, plan_info_from_file
+from sld_edge.engines.onnxruntime.engine import OrtEngine
 from sld_edge.engines.staging import locked
-from sld_edge.engines.tensorrt import Log
-from sld_edge.export import build, build_cli, plan_compare
-from sld_edge.export import cli as export_cli
-from sld_edge.export.build import build_plans
-from sld_edge.export.build_cli import main, settings_from_options
-from sld_edge.export.bundle import COMPONENTS
-from sld_edge.export.decompose import decomposed_graph
-from sld_edge.export.plan_compare import compare_plan, compared
+from sld_edge.engines.tensorrt import build as plan_build
+from sld_edge.engines.tensorrt.build_settings import BuildSettings
+from sld_edge.engines.tensorrt.engine import Log
+from sld_edge.engines.tensorrt.plan_info import PlanInfo, Span, info_path, plan_info_from_file
+from sld_edge.export import build_plans as build
+from sld_edge.export.build_plans import build_plans
+from sld_edge.export.commands import build as build_cli
+from sld_edge.export.commands import export as export_cli
+from sld_edge.export.commands.build import main, settings_from_options
+from sld_edge.export.write_bundle import COMPONENTS
 from sld_edge.runtime.bundle import EMBEDDED, MANIFEST, Bundle
 from sld_edge.runtime.plan_list import PLANS, plan_list
 from sld_edge.runtime.plans import source_digest
@@ -79,7 +77,7 @@ def command(*arguments: str) -> subprocess.Popen[str]:
     """Start `sld-build` in a process of its own."""
     paths = os.pathsep.join([str(ROOT / ".namespace"), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
-        [sys.executable, "-m", "sld_edge.export.build_cli", *arguments],
+        [sys.executable, "-m", "sld_edge.export.commands.build", *arguments],
         env={**os.environ, "PYTHONPATH": paths},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -379,7 +377,7 @@ def test_what_is_not_a_bundle_is_refused(tmp_path: Path) -> None:
 def test_decomposing_without_onnx_names_the_extra(
     bundle_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "sld_edge.export.decompose", None)
+    monkeypatch.setitem(sys.modules, "sld_edge.export.graphs.decompose", None)
     with pytest.raises(MissingPackageError, match=r"onnx .* pip install \"sld-edge\[export\]\""):
         build_plans(bundle_copy, quick())
     assert not list(bundle_copy.glob("*.plan"))
@@ -443,7 +441,7 @@ def test_a_decomposed_bundle_needs_no_onnx(
     exported: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = Path(shutil.copytree(exported["fp32"], tmp_path / "bundle"))
-    monkeypatch.setitem(sys.modules, "sld_edge.export.decompose", None)
+    monkeypatch.setitem(sys.modules, "sld_edge.export.graphs.decompose", None)
     (info,) = build_plans(folder, quick(components=("text_encoder",)))
     assert (info.precision, info.options["form"]) == ("fp32", "decomposed")
 
@@ -515,89 +513,6 @@ def test_plans_of_the_other_flavour_are_replaced_and_it_is_said(
     assert listed["text_encoder"][0].sha256 == text.sha256
 
 
-# --- comparing ------------------------------------------------------------------------------------
-
-
-class OrtInPlace:
-    """Runs a plan's graph in ONNX Runtime, a little off, where a GPU would run the plan."""
-
-    off = 0.0
-
-    def __init__(self, path: Path, info: PlanInfo, device: object, *, source: Path) -> None:
-        self._engine = OrtEngine(path.with_name(f"{info.component}.onnx"), as_is=True)
-
-    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        return {name: self._moved(array) for name, array in self._engine.run(feeds).items()}
-
-    def _moved(self, array: Array) -> Array:
-        return array * np.float32(1 + self.off) if array.dtype == np.float32 else array
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None: ...
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
-    device = FakeDevice("RTX 4060", "8.9")
-    monkeypatch.setattr(plan_compare, "Device", lambda: device)
-    monkeypatch.setattr(plan_compare, "TrtEngine", OrtInPlace)
-    return device
-
-
-def test_every_component_can_be_compared(
-    built: tuple[Path, list[PlanInfo]], gpu: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bundle = Bundle.open(built[0])
-    for info in built[1]:
-        assert compare_plan(bundle, info, gpu).passed, info.component
-    monkeypatch.setattr(OrtInPlace, "off", 5e-4)
-    for info in built[1]:
-        found = compare_plan(bundle, info, gpu)
-        assert not found.passed, info.component
-        assert found.error == pytest.approx(5e-4, rel=1e-2)
-        assert str(found).startswith(info.component)
-        assert "at most 1e-04: TOO FAR" in str(found)
-
-
-def test_nan_is_too_far(built: tuple[Path, list[PlanInfo]]) -> None:
-    info = built[1][1]
-    wanted = {"noise_pred": np.ones((2, 2), np.float32)}
-    got = {"noise_pred": np.array([[1, np.nan], [1, 1]], np.float32)}
-    assert not compared(info, wanted, got).passed
-    assert compared(info, wanted, wanted).passed
-    nothing = {"noise_pred": np.zeros((2, 2), np.float32)}
-    assert compared(info, nothing, nothing).passed
-    assert not compared(info, nothing, wanted).passed
-
-
-@pytest.mark.parametrize(("off", "code", "verdict"), [(0.0, 0, "ok"), (5e-4, 1, "TOO FAR")])
-def test_compare_on_the_command_line(
-    off: float,
-    code: int,
-    verdict: str,
-    gpu: FakeDevice,
-    small: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr(OrtInPlace, "off", off)
-    arguments = [str(small), "--engine", "tensorrt-rtx", "--components", *QUICK, "--compare"]
-    arguments += ["--compute-capability", "8.9"]
-    assert main(arguments) == code
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.endswith(verdict)]
-    assert [line.split()[0] for line in lines] == ["text_encoder", "guidance"]
-
-
-def test_a_plan_for_another_device_is_not_compared(
-    gpu: FakeDevice, small: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = [str(small), "--engine", "tensorrt-rtx", "--components", *QUICK, "--compare"]
-    assert main([*arguments, "--compute-capability", "8.6"]) == 2
-    assert "built for compute capability 8.6 | the device here has 8.9" in capsys.readouterr().err
-
-
 # --- the command line -----------------------------------------------------------------------------
 
 
@@ -637,7 +552,6 @@ def test_from_bundle_to_plans(bundle_copy: Path, capsys: pytest.CaptureFixture[s
         (["--engine", "trt"], "engine | got 'trt' | expected tensorrt-rtx or tensorrt"),
         (["--engine", "tensorrt"], "needs the package tensorrt"),
         ([], "--engine"),
-        (["--engine", "tensorrt-rtx", "--compare"], "--compare runs the plans, which needs a GPU"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(
@@ -693,7 +607,7 @@ def test_export_and_build_in_one(
 def test_building_loads_no_torch(bundle_copy: Path) -> None:
     code = (
         "import sys\n"
-        "from sld_edge.export.build_cli import main\n"
+        "from sld_edge.export.commands.build import main\n"
         "code = main(sys.argv[1:])\n"
         "heavy = {'torch', 'diffusers', 'transformers', 'onnx', 'safetensors'}\n"
         "print(sorted(heavy & set(sys.modules)))\n"
@@ -710,42 +624,3 @@ def test_building_loads_no_torch(bundle_copy: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
-
-
-# --- Polygraphy's own commands --------------------------------------------------------------------
-
-
-def polygraphy(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", "from polygraphy.tools import main; main()", *arguments],
-        env={**os.environ, "POLYGRAPHY_USE_TENSORRT_RTX": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-@pytest.mark.parametrize("name", COMPONENTS)
-def test_polygraphy_inspects_our_graphs(name: str, bundle_copy: Path) -> None:
-    # A copy: onnx refuses weights that another test has a hard link to at the moment.
-    done = polygraphy("inspect", "model", str(bundle_copy / f"{name}.onnx"))
-    assert done.returncode == 0, done.stdout + done.stderr
-    component = Bundle.open().manifest.components[name]
-    for spec in (*component.inputs, *component.outputs):
-        assert f"{spec.name} [dtype={spec.dtype}" in done.stdout
-
-
-def test_polygraphy_converts_our_graphs(tmp_path: Path, bundle_copy: Path) -> None:
-    graph, plan = tmp_path / "vae_encoder.onnx", tmp_path / "vae_encoder.plan"
-    decomposed_graph(bundle_copy / "vae_encoder.onnx", graph)
-    shapes = [f"--trt-{end}-shapes=images:[1,64,64,3]" for end in ("min", "opt", "max")]
-    shapes = [part for shape in shapes for part in shape.split("=")]
-    done = polygraphy(
-        "convert",
-        str(graph),
-        *("--convert-to", "trt", "-o", str(plan)),
-        *("--compute-capabilities", "8.6", "8.9"),
-        *shapes,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert plan.stat().st_size > 1_000_000

@@ -24,9 +24,10 @@ from sld_edge.engines.errors import (
     OutputError,
     PolicyError,
 )
-from sld_edge.export import ExportSettings, bundle, export_bundle
-from sld_edge.export.guidance import write_guidance, write_kept_safety
-from sld_edge.export.scheduler import sampler_from_scheduler
+from sld_edge.export import ExportSettings, export_bundle
+from sld_edge.export import write_bundle as bundle
+from sld_edge.export.checkpoints.scheduler import sampler_from_scheduler
+from sld_edge.export.graphs.guidance import write_guidance, write_kept_safety
 from sld_edge.export.verify import require_agreement
 from sld_edge.runtime.bundle import Bundle, own_graph
 from sld_edge.runtime.policy import policy_from_json

@@ -11,8 +11,8 @@ import torch
 from oracles.models import TEXT_LENGTH, config_of, tiny_text_encoder, weights_of
 from oracles.running import outputs_of, relative_error
 from sld_edge.engines.errors import CheckpointError
-from sld_edge.export.clip import write_text_encoder
-from sld_edge.export.graph import GraphOptions
+from sld_edge.export.graphs.builder import GraphOptions
+from sld_edge.export.graphs.clip import write_text_encoder
 
 TOLERANCES = {"fp32": 1e-6, "fp16": 2e-3}
 

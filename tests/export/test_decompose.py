@@ -23,13 +23,13 @@ from oracles.models import (
 )
 from oracles.running import outputs_of, relative_error
 from sld_edge.engines.errors import CheckpointError, OutputError
-from sld_edge.engines.ort import OrtEngine
-from sld_edge.export.clip import write_text_encoder
-from sld_edge.export.decompose import decomposed_graph
-from sld_edge.export.graph import GraphOptions
-from sld_edge.export.guidance import write_guidance
-from sld_edge.export.unet import write_unet
-from sld_edge.export.vae import write_vae_decoder, write_vae_encoder
+from sld_edge.engines.onnxruntime.engine import OrtEngine
+from sld_edge.export.graphs.builder import GraphOptions
+from sld_edge.export.graphs.clip import write_text_encoder
+from sld_edge.export.graphs.decompose import decomposed_graph
+from sld_edge.export.graphs.guidance import write_guidance
+from sld_edge.export.graphs.unet import write_unet
+from sld_edge.export.graphs.vae import write_vae_decoder, write_vae_encoder
 
 Array = np.ndarray[Any, Any]
 Write = Callable[[Path, GraphOptions], None]

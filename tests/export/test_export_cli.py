@@ -11,7 +11,7 @@ import pytest
 
 from oracles.models import save_diffusers_directory
 from oracles.tokenizers import VOCAB_SIZE, save_tokenizer
-from sld_edge.export.cli import main
+from sld_edge.export.commands.export import main
 from sld_edge.runtime.bundle import Bundle
 
 ROOT = Path(__file__).parents[2]
@@ -125,7 +125,7 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
 def test_export_loads_no_torch(folder: Path, tmp_path: Path) -> None:
     code = """
 import sys
-from sld_edge.export.cli import main
+from sld_edge.export.commands.export import main
 code = main(sys.argv[1:])
 print(sorted({"torch", "diffusers", "transformers"} & set(sys.modules)))
 sys.exit(code)
@@ -151,7 +151,7 @@ def test_a_missing_package_names_the_extra(
     code = f"""
 import sys
 sys.modules[{package!r}] = None
-from sld_edge.export.cli import main
+from sld_edge.export.commands.export import main
 sys.exit(main(sys.argv[1:]))
 """
     done = interpreter(

@@ -10,7 +10,7 @@ from onnx.reference import ReferenceEvaluator
 
 from oracles.guidance import guidance
 from oracles.running import outputs_of
-from sld_edge.export.guidance import Combine, write_guidance
+from sld_edge.export.graphs.guidance import Combine, write_guidance
 
 Array = np.ndarray[Any, Any]
 

@@ -17,11 +17,11 @@ from oracles import ldm
 from oracles.models import config_of, tiny_text_encoder, tiny_unet, tiny_vae
 from oracles.tokenizers import VOCAB_SIZE, save_tokenizer
 from sld_edge.engines.errors import CheckpointError, InputError
-from sld_edge.export.checkpoint import Model
-from sld_edge.export.graph import GraphOptions
-from sld_edge.export.sources import checkpoint_from_source
-from sld_edge.export.unet import write_unet
-from sld_edge.export.weights import Weights, entries_from_safetensors
+from sld_edge.export.checkpoints.checkpoint import Model
+from sld_edge.export.checkpoints.sources import checkpoint_from_source
+from sld_edge.export.checkpoints.weights import Weights, entries_from_safetensors
+from sld_edge.export.graphs.builder import GraphOptions
+from sld_edge.export.graphs.unet import write_unet
 
 TEXT_WIDTH = 128  # two heads of 64
 

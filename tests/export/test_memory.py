@@ -10,7 +10,14 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from sld_edge.benchmarks.memory import Need, low_memory_run, main, needs, peak_bytes, whole_run
+from sld_edge.benchmarks.studies.memory import (
+    Need,
+    low_memory_run,
+    main,
+    needs,
+    peak_bytes,
+    whole_run,
+)
 from sld_edge.engines.errors import CheckpointError
 from sld_edge.runtime.bundle import EMBEDDED, Bundle
 

@@ -22,13 +22,13 @@ from oracles.models import (
     tiny_vae,
     weights_of,
 )
-from sld_edge.export import bundle
-from sld_edge.export.clip import write_text_encoder
-from sld_edge.export.decompose import decomposed_graph, inferred_tensors
-from sld_edge.export.graph import GraphOptions
-from sld_edge.export.guidance import write_guidance
-from sld_edge.export.unet import write_unet
-from sld_edge.export.vae import write_vae_decoder, write_vae_encoder
+from sld_edge.export import write_bundle as bundle
+from sld_edge.export.graphs.builder import GraphOptions
+from sld_edge.export.graphs.clip import write_text_encoder
+from sld_edge.export.graphs.decompose import decomposed_graph, inferred_tensors
+from sld_edge.export.graphs.guidance import write_guidance
+from sld_edge.export.graphs.unet import write_unet
+from sld_edge.export.graphs.vae import write_vae_decoder, write_vae_encoder
 from sld_edge.runtime.bundle import EMBEDDED
 
 TABLE: dict[str, Any] = json.loads(

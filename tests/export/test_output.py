@@ -12,8 +12,8 @@ import pytest
 
 from sld_edge.engines.errors import InputError, OutputError
 from sld_edge.engines.files import umask
-from sld_edge.export.bundle import BUNDLE
 from sld_edge.export.output import Kind, check_output, recover, staged
+from sld_edge.export.write_bundle import BUNDLE
 from sld_edge.runtime.bundle import EMBEDDED
 
 

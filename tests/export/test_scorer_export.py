@@ -26,11 +26,11 @@ from oracles.models import randomised
 from oracles.running import outputs_of, relative_error
 from oracles.tokenizers import VOCAB_SIZE, save_tokenizer
 from sld_edge.engines.errors import CheckpointError, EngineError, InputError, OutputError, UserError
-from sld_edge.engines.ort import OrtEngine
-from sld_edge.export.bundle import file_entry
-from sld_edge.export.cli import main
+from sld_edge.engines.onnxruntime.engine import OrtEngine
+from sld_edge.export.commands.export import main
 from sld_edge.export.q16_prompts import read_q16_prompts
 from sld_edge.export.scorers import ScorerSettings, export_scorer, write_checker_head
+from sld_edge.export.write_bundle import file_entry
 from sld_edge.runtime.scorers import scorer_from_name, scorers_from_names
 from sld_edge.runtime.scorers.clip_heads import ClipImage, checker_margin
 

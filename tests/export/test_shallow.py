@@ -12,10 +12,10 @@ import torch
 
 from oracles.models import KINDS, TEXT_WIDTH, Kind, config_of, tiny_unet, weights_of
 from oracles.running import outputs_of, relative_error
-from sld_edge.export.decompose import decomposed_graph
-from sld_edge.export.graph import GraphOptions
-from sld_edge.export.shallow import write_shallow_unet
-from sld_edge.export.unet import write_unet
+from sld_edge.export.graphs.builder import GraphOptions
+from sld_edge.export.graphs.decompose import decomposed_graph
+from sld_edge.export.graphs.shallow import write_shallow_unet
+from sld_edge.export.graphs.unet import write_unet
 
 Array = np.ndarray[Any, Any]
 

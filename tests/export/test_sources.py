@@ -15,8 +15,8 @@ from safetensors.numpy import load_file, save_file
 from oracles.models import save_diffusers_directory
 from oracles.tokenizers import VOCAB_SIZE, save_tokenizer
 from sld_edge.engines.errors import CheckpointError, InputError, UserError
-from sld_edge.export.checkpoint import Checkpoint
-from sld_edge.export.sources import ALIASES, checkpoint_from_source
+from sld_edge.export.checkpoints.checkpoint import Checkpoint
+from sld_edge.export.checkpoints.sources import ALIASES, checkpoint_from_source
 
 UNET_FILE = "diffusion_pytorch_model.safetensors"
 

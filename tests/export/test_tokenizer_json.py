@@ -15,7 +15,7 @@ from transformers import CLIPTokenizer
 
 from oracles.tokenizers import END, START, VOCAB_SIZE, byte_letters, save_tokenizer, save_vocab
 from sld_edge.engines.errors import CheckpointError
-from sld_edge.export.tokenizer import tokenizer_json_from_path
+from sld_edge.export.checkpoints.tokenizer import tokenizer_json_from_path
 
 PROMPTS = Path(__file__).parents[3] / "shared" / "data" / "i2p.csv"
 HARD = [

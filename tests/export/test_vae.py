@@ -11,9 +11,9 @@ import torch
 from oracles.models import config_of, tiny_vae, weights_of
 from oracles.running import outputs_of, relative_error
 from sld_edge.engines.errors import CheckpointError
-from sld_edge.export.graph import GraphBuilder, GraphOptions
-from sld_edge.export.vae import write_vae_decoder, write_vae_encoder
-from sld_edge.export.weights import Weights
+from sld_edge.export.checkpoints.weights import Weights
+from sld_edge.export.graphs.builder import GraphBuilder, GraphOptions
+from sld_edge.export.graphs.vae import write_vae_decoder, write_vae_encoder
 
 Array = np.ndarray[Any, Any]
 

@@ -11,10 +11,10 @@ import pytest
 from oracles.models import save_diffusers_directory
 from oracles.tokenizers import VOCAB_SIZE, save_tokenizer
 from sld_edge.engines.errors import CheckpointError
-from sld_edge.engines.ort import OrtEngine
+from sld_edge.engines.onnxruntime.engine import OrtEngine
 from sld_edge.export import ExportSettings, checkpoint_from_source, export_bundle
-from sld_edge.export.graph import GraphOptions
-from sld_edge.export.unet import write_unet
+from sld_edge.export.graphs.builder import GraphOptions
+from sld_edge.export.graphs.unet import write_unet
 from sld_edge.runtime.bundle import Bundle
 
 pytest.importorskip("onnxscript", reason="torch.onnx.export needs it")

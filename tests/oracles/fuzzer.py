@@ -27,8 +27,8 @@ import onnx
 
 from oracles.forgery import rehash, relocate, replace_with
 from sld_edge.engines.errors import UserError
-from sld_edge.engines.plan_info import plan_info_from_file
-from sld_edge.export.sources import checkpoint_from_source
+from sld_edge.engines.tensorrt.plan_info import plan_info_from_file
+from sld_edge.export.checkpoints.sources import checkpoint_from_source
 from sld_edge.runtime import Pipeline
 from sld_edge.runtime.bundle import EMBEDDED
 from sld_edge.runtime.policy import POLICY_FILE, policy_from_json

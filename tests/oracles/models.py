@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL, ConfigMixin, UNet2DConditionModel
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from sld_edge.export.weights import Weights, entries_from_safetensors
+from sld_edge.export.checkpoints.weights import Weights, entries_from_safetensors
 
 Kind = Literal["sd1", "sd2", "plain-first", "four-level"]
 KINDS: tuple[Kind, ...] = ("sd1", "sd2", "plain-first", "four-level")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sld_edge.runtime.cadence import Call, schedule
+from sld_edge.runtime.denoise.schedule import Call, schedule
 
 
 def told(needed: list[int], *, cache_interval: int = 1, safety_interval: int = 1) -> str:

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from sld_edge.runtime import Pipeline
-from sld_edge.runtime.cli import main
+from sld_edge.runtime.commands.run import main
 from sld_edge.runtime.picture import parameters_text
 
 FAST = ["--steps", "2", "--sampler", "ddim", "--quiet"]
@@ -157,7 +157,14 @@ def test_a_full_disk_leaves_nothing(
 
 
 def test_interrupted_leaves_no_half_file_and_exit_code_130(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "sld_edge.runtime.cli", "a star", "--output", "never.png"]
+    command = [
+        sys.executable,
+        "-m",
+        "sld_edge.runtime.commands.run",
+        "a star",
+        "--output",
+        "never.png",
+    ]
     command += ["--steps", "400", "--sampler", "ddim", "--preview", "preview.png"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120

@@ -11,10 +11,10 @@ import pytest
 from oracles.guidance import guidance
 from sld_edge.engines.base import Array
 from sld_edge.engines.errors import BundleError, InputError
-from sld_edge.engines.ort import OrtEngine
+from sld_edge.engines.onnxruntime.engine import OrtEngine
 from sld_edge.runtime import Pipeline, Request, Safety, Step
 from sld_edge.runtime.bundle import Manifest, manifest_from_json
-from sld_edge.runtime.cli import main
+from sld_edge.runtime.commands.run import main
 from sld_edge.runtime.random import noise_source
 
 TWO = ("a skull", "the colour red")

@@ -18,12 +18,17 @@ import pytest
 
 import standin
 from sld_edge.engines.base import Array
-from sld_edge.engines.device import Arena, Device
+from sld_edge.engines.cuda.device import Arena, Device
 from sld_edge.engines.errors import EngineError
-from sld_edge.engines.ort import PROVIDERS, OrtEngine, create_session, provider_options
-from sld_edge.engines.ort_device import OrtDeviceEngine
+from sld_edge.engines.onnxruntime.engine import (
+    PROVIDERS,
+    OrtEngine,
+    create_session,
+    provider_options,
+)
+from sld_edge.engines.onnxruntime.on_device import OrtDeviceEngine
+from sld_edge.engines.onnxruntime.sessions import prepared_engine
 from sld_edge.engines.providers import ProviderStatus
-from sld_edge.engines.sessions import prepared_engine
 from sld_edge.runtime import Pipeline
 from sld_edge.runtime.bundle import EMBEDDED
 from standin.cuda import FakeCuda, Work
@@ -107,7 +112,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     def works(name: str) -> ProviderStatus:
         return ProviderStatus(name=name, usable=True, reason="", version="", devices=())
 
-    monkeypatch.setattr("sld_edge.engines.ort.create_session", create)
+    monkeypatch.setattr("sld_edge.engines.onnxruntime.engine.create_session", create)
     monkeypatch.setattr("sld_edge.runtime.loader.status", works)
     return fake
 

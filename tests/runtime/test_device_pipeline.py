@@ -14,10 +14,10 @@ import pytest
 
 import standin
 from sld_edge.engines.errors import BundleError, EngineError, InputError, NumericsError, UserError
-from sld_edge.engines.plan_info import Flavour, info_path
+from sld_edge.engines.tensorrt.plan_info import Flavour, info_path
 from sld_edge.runtime import Pipeline, Result
 from sld_edge.runtime.bundle import EMBEDDED
-from sld_edge.runtime.cli import main
+from sld_edge.runtime.commands.run import main
 from sld_edge.runtime.plan_list import PLANS
 from standin.cuda import FakeCuda
 from standin.plans import VERSIONS, make_plans, relist

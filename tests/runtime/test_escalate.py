@@ -13,16 +13,16 @@ from PIL import Image
 
 from sld_edge.engines.errors import EngineError, InputError
 from sld_edge.runtime import PRESETS, Pipeline, Request, RunPlan, Safety
-from sld_edge.runtime.cli import main
-from sld_edge.runtime.escalate import (
+from sld_edge.runtime.commands.run import main
+from sld_edge.runtime.picture import blurred, png_from_image
+from sld_edge.runtime.scorers import rule_from_text
+from sld_edge.runtime.scorers.base import Reports, Scores
+from sld_edge.runtime.screening import (
     LADDER,
     Screening,
     escalated,
     stronger,
 )
-from sld_edge.runtime.picture import blurred, png_from_image
-from sld_edge.runtime.scorers import rule_from_text
-from sld_edge.runtime.scorers.base import Reports, Scores
 
 FAST = ["--steps", "2", "--sampler", "ddim", "--quiet"]
 RULE = rule_from_text("fake.bad>=0.5")

@@ -26,10 +26,10 @@ from oracles.forgery import (
     replace_with,
 )
 from sld_edge.engines.onnx_files import externals
-from sld_edge.engines.ort import OrtEngine
+from sld_edge.engines.onnxruntime.engine import OrtEngine
 from sld_edge.runtime import BundleError, Pipeline
 from sld_edge.runtime.bundle import EMBEDDED, OWN_GRAPHS, own_graph
-from sld_edge.runtime.cli import main
+from sld_edge.runtime.commands.run import main
 
 FAST: dict[str, Any] = {"steps": 2, "seed": 3}
 
@@ -267,7 +267,7 @@ def test_a_broken_bundle_is_one_line(
 
 def test_six_writers_of_one_name(tmp_path: Path) -> None:
     """One picture is written; the other five say that the name is taken."""
-    command = [sys.executable, "-m", "sld_edge.runtime.cli", "a star", "--output", "s.png"]
+    command = [sys.executable, "-m", "sld_edge.runtime.commands.run", "a star", "--output", "s.png"]
     processes = [
         subprocess.Popen(
             [*command, "--seed", str(seed), "--steps", "2", "--quiet"],

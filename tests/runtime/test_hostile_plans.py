@@ -18,8 +18,8 @@ import pytest
 
 import standin
 from sld_edge.engines.errors import BundleError, EngineError, UserError
-from sld_edge.engines.plan_info import info_path
-from sld_edge.engines.tensorrt import TrtEngine
+from sld_edge.engines.tensorrt.engine import TrtEngine
+from sld_edge.engines.tensorrt.plan_info import info_path
 from sld_edge.runtime import Pipeline, policy
 from sld_edge.runtime.bundle import EMBEDDED, Bundle
 from sld_edge.runtime.plan_list import PLANS, require_digest

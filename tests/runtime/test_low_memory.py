@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import pytest
 
-from sld_edge.engines.ort import OrtEngine
+from sld_edge.engines.onnxruntime.engine import OrtEngine
 from sld_edge.runtime import Pipeline, Request, Step
 
 FAST: dict[str, Any] = {"steps": 3, "sampler": "ddim", "safety": "strong"}

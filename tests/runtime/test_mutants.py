@@ -19,7 +19,8 @@ import torch
 from oracles.guidance import MISTAKES, Mistake, TwinEngine
 from oracles.safe_pipeline import Case, Pair, Trace, disagreement, oracle_trace, our_trace, pair_of
 from sld_edge.engines.base import Array, TensorSpec
-from sld_edge.runtime import Safety, loop
+from sld_edge.runtime import Safety
+from sld_edge.runtime.denoise import loop
 
 STEPS, SEED, SIZE = 7, 5, 64
 LATENTS = 1e-5  # both sides get the same predictions; only the arithmetic after them differs

@@ -64,7 +64,7 @@ def test_skipping_the_branch_of_weak_is_exact(
 ) -> None:
     settings: dict[str, Any] = {"safety": "weak", "steps": 10, "sampler": "ddim", "seed": 2}
     skipped = miniature("a red star at a party", **settings)
-    monkeypatch.setattr("sld_edge.runtime.loop.Job.branches", lambda *_: 3)
+    monkeypatch.setattr("sld_edge.runtime.denoise.loop.Job.branches", lambda *_: 3)
     whole = miniature("a red star at a party", **settings)
     assert np.abs(skipped.latents - whole.latents).max() < 1e-4
 

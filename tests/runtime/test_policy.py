@@ -18,13 +18,13 @@ from PIL import Image
 from sld_edge.engines.errors import InputError, PolicyError, UserError
 from sld_edge.runtime import PRESETS, ImagePlan, Pipeline, Request, Result, RunPlan, Safety
 from sld_edge.runtime import policy as policies
-from sld_edge.runtime.cli import main
-from sld_edge.runtime.escalate import Screening
-from sld_edge.runtime.options import parser
+from sld_edge.runtime.commands.options import parser
+from sld_edge.runtime.commands.run import main
 from sld_edge.runtime.policy import NO_POLICY, machine_policy, policy_from_json
 from sld_edge.runtime.samplers import SamplerTable
 from sld_edge.runtime.scorers import rule_from_text
 from sld_edge.runtime.scorers.miniworld import MiniWorld
+from sld_edge.runtime.screening import Screening
 
 ALWAYS = ["a skull", "death, horror"]
 SAFETY: dict[str, Any] = {
@@ -685,7 +685,7 @@ def test_an_export_with_less(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from sld_edge.export.cli import main as export
+    from sld_edge.export.commands.export import main as export
 
     in_force(monkeypatch, folder, safety=SAFETY)
     model = str(Path(__file__).parents[2] / "benchmarks/miniworld/checkpoint")
@@ -735,7 +735,7 @@ class TestSigned:
         return tmp_path / "key.pem"
 
     def sign(self, key: Path, bundle: Path, capsys: pytest.CaptureFixture[str]) -> str:
-        from sld_edge.export.cli import main as export
+        from sld_edge.export.commands.export import main as export
 
         assert export(["--sign", str(key), "--output", str(bundle)]) == 0
         return capsys.readouterr().out.removeprefix("signed by ").strip()
@@ -800,7 +800,7 @@ class TestSigned:
     def test_keys_that_are_none(
         self, kind: str, bundle_copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        from sld_edge.export.cli import main as export
+        from sld_edge.export.commands.export import main as export
 
         file = tmp_path / "bad.pem"
         options = {

@@ -17,7 +17,7 @@ from sld_edge.engines.base import Array
 from sld_edge.engines.errors import InputError
 from sld_edge.runtime import Pipeline, Request, Safety, Step
 from sld_edge.runtime.bundle import EMBEDDED
-from sld_edge.runtime.cli import main
+from sld_edge.runtime.commands.run import main
 from sld_edge.runtime.random import noise_source
 
 PROMPT = "a red star at a party"

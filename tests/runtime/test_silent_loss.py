@@ -15,7 +15,7 @@ import pytest
 from oracles.forgery import edit_embeddings, edit_manifest, rehash
 from sld_edge.benchmarks.evaluation.cli import main as eval_main
 from sld_edge.runtime import BundleError, InputError, Pipeline, Request, Safety
-from sld_edge.runtime.cli import main
+from sld_edge.runtime.commands.run import main
 from sld_edge.runtime.safety import NO_EFFECT_BELOW
 
 FAST: dict[str, Any] = {"steps": 4, "sampler": "ddim"}
@@ -288,7 +288,7 @@ def test_standard_output_that_is_full() -> None:
 
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [sys.executable, "-m", "sld_edge.runtime.cli", "--providers"],
+            [sys.executable, "-m", "sld_edge.runtime.commands.run", "--providers"],
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,

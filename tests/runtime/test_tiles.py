@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 
 from oracles.models import config_of, tiny_vae, weights_of
-from sld_edge.engines.ort import OrtEngine
-from sld_edge.export.graph import GraphOptions
-from sld_edge.export.vae import write_vae_decoder
+from sld_edge.engines.onnxruntime.engine import OrtEngine
+from sld_edge.export.graphs.builder import GraphOptions
+from sld_edge.export.graphs.vae import write_vae_decoder
 from sld_edge.runtime import InputError, Pipeline
 from sld_edge.runtime.tiles import Tiling, _spans, checked_tiling, tiling_for
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from sld_edge.engines.plan_info import Flavour
-from sld_edge.runtime.plan import Request
+from sld_edge.engines.tensorrt.plan_info import Flavour
+from sld_edge.runtime.request import Request
 from standin.cuda import FakeCuda, StandinError
 from standin.plans import VERSIONS
 from standin.tensorrt import make_tensorrt

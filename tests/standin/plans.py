@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from sld_edge.engines.base import TensorSpec
-from sld_edge.engines.plan_info import Flavour, PlanInfo, PlanTensor, Span, info_path, this_system
+from sld_edge.engines.tensorrt.plan_info import (
+    Flavour,
+    PlanInfo,
+    PlanTensor,
+    Span,
+    info_path,
+    this_system,
+)
 from sld_edge.runtime.bundle import Bundle, Component, Manifest
 from sld_edge.runtime.plan_list import PLANS, listed_file, plan_list, plan_list_json
 from sld_edge.runtime.plans import Plan, plan_name, plans_in, source_digest

@@ -20,9 +20,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from sld_edge.engines.ort import OrtEngine
-from sld_edge.engines.plan_info import Flavour
-from sld_edge.engines.sessions import prepared_engine
+from sld_edge.engines.onnxruntime.engine import OrtEngine
+from sld_edge.engines.onnxruntime.sessions import prepared_engine
+from sld_edge.engines.tensorrt.plan_info import Flavour
 from standin.cuda import ALIGNMENT, POISON, FakeCuda, Span, StandinError, Work
 from standin.plans import MAGIC
 

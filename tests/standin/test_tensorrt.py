@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import standin
-from sld_edge.engines.plan_info import Flavour
+from sld_edge.engines.tensorrt.plan_info import Flavour
 from sld_edge.runtime.bundle import EMBEDDED
 from standin.cuda import FakeCuda, StandinError
 from standin.plans import VERSIONS, make_plans

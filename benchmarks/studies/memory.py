@@ -1,0 +1,241 @@
+"""Memory that a bundle's graphs need, from the graphs alone: nothing is loaded or run.
+
+python -m sld_edge.benchmarks.studies.memory BUNDLE [--size 512 ...] [--batch 1]
+
+Activations are the tensors alive at once when the nodes run in the file's order, at their worst.
+An engine adds its workspace and saves what it fuses or computes in place, so this is an estimate.
+What is computed from weights alone counts as weights, and those as large as on disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+from sld_edge.engines.errors import CheckpointError, InputError
+from sld_edge.export.graphs.decompose import inferred_tensors
+from sld_edge.runtime.bundle import KEPT_SAFETY, SHALLOW, Bundle, Manifest
+from sld_edge.runtime.commands.console import run_command
+
+_VIEWS = ("Reshape", "Squeeze", "Unsqueeze", "Identity", "Flatten")  # no bytes of their own
+_SHAPES = ("Shape", "Concat", "Div")  # what the number of branches is computed with
+_LOOP = ("unet", "guidance")
+_UNUSED = ("vae_encoder", SHALLOW, KEPT_SAFETY)  # by a run that does not ask for savings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Need:
+    """Bytes that one component needs at one size."""
+
+    weights: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """Both together."""
+        return self.weights + self.activations
+
+
+def needs(bundle: Bundle, size: int, batch: int) -> dict[str, Need]:
+    """Return what each component needs for `batch` square pictures of `size` pixels.
+
+    Raises:
+        InputError: a batch or size that no graph takes.
+        CheckpointError: a graph whose shapes cannot be told.
+    """
+    manifest = bundle.manifest
+    if batch < 1:
+        raise InputError("batch", got=batch, expected="1 or more")
+    if size < 1 or size % manifest.latents.downscale:
+        expected = f"a multiple of {manifest.latents.downscale}"
+        raise InputError("size", got=size, expected=expected)
+    branches = 2 + len(manifest.safety_concepts)
+    sizes = named_sizes(manifest, size, batch, branches=branches)
+    found = {}
+    for name, part in manifest.components.items():
+        model = onnx.load(str(bundle.path / part.files[0].path), load_external_data=False)
+        weights = sum(file.bytes for file in part.files)
+        if name == SHALLOW:  # most of its file is the UNet's own
+            weights = sum(map(_stored_bytes, model.graph.initializer))
+        own = {**sizes, "B": 1} if name == "vae_decoder" else sizes
+        found[name] = Need(weights=weights, activations=peak_bytes(model, own))
+    return found
+
+
+def named_sizes(manifest: Manifest, size: int, batch: int, *, branches: int) -> dict[str, int]:
+    """Return what the graphs' named sizes are for `batch` square pictures of `size` pixels."""
+    cells = size // manifest.latents.downscale
+    return {
+        "B": batch,
+        "N": 1,  # texts are encoded, and pictures decoded, one after another
+        "K*B": branches * batch,
+        "n": max(1, branches - 2),  # safety concepts
+        "L": manifest.text.length,
+        **dict.fromkeys("hw", cells),
+        **dict.fromkeys("HW", cells * manifest.latents.downscale),
+    }
+
+
+def _stored_bytes(tensor: onnx.TensorProto) -> int:
+    dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    return math.prod(tensor.dims) * dtype.itemsize
+
+
+def whole_run(parts: Mapping[str, Need]) -> int:
+    """Everything that makes a picture loaded, one component running at a time."""
+    used = [need for name, need in parts.items() if name not in _UNUSED]
+    return sum(need.weights for need in used) + max(need.activations for need in used)
+
+
+def low_memory_run(parts: Mapping[str, Need]) -> int:
+    """The same with text encoder and decoder loaded only while they run; the UNet stays."""
+    loop = [parts[name] for name in _LOOP]
+    beside = max(parts[name].total for name in ("text_encoder", "vae_decoder"))
+    return sum(need.weights for need in loop) + max(beside, *(need.activations for need in loop))
+
+
+def peak_bytes(model: onnx.ModelProto, sizes: Mapping[str, int]) -> int:
+    """Return the most bytes alive at once, with the named sizes filled in.
+
+    Raises:
+        CheckpointError: a size that has no value, or a tensor whose shape cannot be told.
+    """
+    graph = model.graph
+    nbytes = _nbytes(with_sizes(model, sizes))
+    owners = {tensor.name: "" for tensor in graph.initializer}  # "" is of the weights
+    alive = {item.name for item in graph.input}
+    owners |= {name: name for name in alive}
+    for node in graph.node:
+        given = [name for name in node.input if name]
+        constant = all(owners[name] == "" for name in given)
+        for name in node.output:
+            view = node.op_type in _VIEWS
+            owners[name] = "" if constant else owners[node.input[0]] if view else name
+    last = {owners[name]: i for i, node in enumerate(graph.node) for name in node.input if name}
+    last |= {owners[item.name]: len(graph.node) for item in graph.output}
+    peak = total = sum(map(nbytes.__getitem__, alive))
+    for i, node in enumerate(graph.node):
+        made = {name for name in node.output if owners[name] == name}
+        alive |= made
+        total += sum(map(nbytes.__getitem__, made))
+        peak = max(peak, total)
+        touched = {owners[name] for name in (*node.input, *node.output) if name}
+        dead = {name for name in touched & alive if last.get(name, i) <= i}
+        alive -= dead
+        total -= sum(map(nbytes.__getitem__, dead))
+    return peak
+
+
+def with_sizes(model: onnx.ModelProto, sizes: Mapping[str, int]) -> onnx.ModelProto:
+    """Fill in the inputs' sizes, and what is computed from them before shapes are inferred."""
+    filled = onnx.ModelProto()
+    filled.CopyFrom(model)
+    graph, known = filled.graph, {}
+    for item in graph.input:
+        for dim in item.type.tensor_type.shape.dim:
+            if dim.HasField("dim_param"):
+                if dim.dim_param not in sizes:
+                    raise CheckpointError(f"{graph.name}: no value for the size {dim.dim_param}")
+                dim.dim_value = sizes[dim.dim_param]
+    for item in graph.output:
+        item.type.tensor_type.ClearField("shape")
+    inputs = {item.name: item.type.tensor_type for item in graph.input}
+    for tensor in graph.initializer:
+        if tensor.data_type == tensor.INT64 and tensor.data_location != tensor.EXTERNAL:
+            known[tensor.name] = numpy_helper.to_array(tensor)
+    kept = []
+    for node in graph.node:
+        value = _computed(node, inputs, known) if node.op_type in _SHAPES else None
+        if value is None:
+            kept.append(node)
+        else:
+            known[node.output[0]] = value
+            graph.initializer.append(numpy_helper.from_array(value, node.output[0]))
+    del graph.node[:]
+    graph.node.extend(kept)
+    return filled
+
+
+def _computed(
+    node: onnx.NodeProto,
+    inputs: Mapping[str, onnx.TypeProto.Tensor],
+    known: Mapping[str, NDArray[np.int64]],
+) -> NDArray[np.int64] | None:
+    """Return a node's value where it follows from the inputs' sizes alone."""
+    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    if node.op_type == "Shape":
+        if node.input[0] not in inputs:
+            return None
+        dims = [dim.dim_value for dim in inputs[node.input[0]].shape.dim]
+        return np.array(dims[attributes.get("start", 0) : attributes.get("end")], np.int64)
+    if not all(name in known for name in node.input):
+        return None
+    values = [known[name] for name in node.input]
+    return np.concatenate(values) if node.op_type == "Concat" else values[0] // values[1]
+
+
+def _nbytes(model: onnx.ModelProto) -> dict[str, int]:
+    found = {}
+    for name, tensor in inferred_tensors(model).items():
+        dims = [dim.dim_value for dim in tensor.shape.dim]
+        width = helper.tensor_dtype_to_np_dtype(tensor.elem_type).itemsize
+        if tensor.HasField("shape") and all(dim.HasField("dim_value") for dim in tensor.shape.dim):
+            found[name] = math.prod(dims) * width
+    # What was computed beforehand is made by no node any more.
+    found |= {tensor.name: 0 for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        for name in node.output:
+            if name and name not in found:
+                raise CheckpointError(f"{model.graph.name}: the shape of {name} cannot be told")
+    return found
+
+
+def table(bundle: Bundle, sizes: Sequence[int], batch: int) -> str:
+    """Return the Markdown table: a row a component and size, then the whole run."""
+    lines = [
+        "| component | pixels | weights MB | activations MB | together MB |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for size in sizes:
+        parts = needs(bundle, size, batch)
+        for name, need in parts.items():
+            numbers = (need.weights, need.activations, need.total)
+            lines.append(_row(name, size, *(f"{number / 1e6:.1f}" for number in numbers)))
+        for name, number in (
+            ("a run", whole_run(parts)),
+            ("a run with --low-memory", low_memory_run(parts)),
+        ):
+            lines.append(_row(f"**{name}**", size, "", "", f"**{number / 1e6:.1f}**"))
+    return "\n".join(lines)
+
+
+def _row(*cells: object) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the table; return the exit code."""
+    return run_command(lambda: _run(arguments))
+
+
+def _run(arguments: Sequence[str] | None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--size", type=int, nargs="+", help="pixels (default: the bundle's own)")
+    parser.add_argument("--batch", type=int, default=1, help="pictures at once")
+    options = parser.parse_args(arguments)
+    bundle = Bundle.open(options.bundle)
+    print(table(bundle, options.size or [bundle.manifest.size.width], options.batch))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

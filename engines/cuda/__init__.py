@@ -1,0 +1,1 @@
+"""CUDA: memory, streams, events and graphs of one device."""

@@ -1,0 +1,306 @@
+"""A CUDA device: memory, one stream, graphs and events, through `cuda.bindings.runtime` alone.
+
+Everything is queued on the device's one stream and runs in order; the host waits only in
+`download`, `synchronize` and `Event.wait`. The CUDA calls come in as an argument: a stand-in for
+them runs the same code where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import numpy as np
+
+from sld_edge.engines.base import Array, Engine
+from sld_edge.engines.cuda.api import CudaRuntime
+from sld_edge.engines.errors import EngineError, MissingPackageError
+
+ALIGNMENT = 256  # bytes; what TensorRT asks of every tensor's address
+
+
+@dataclass(frozen=True)
+class DeviceTensor:
+    """Where a tensor lies on the device: contiguous, `address` a multiple of `ALIGNMENT`."""
+
+    address: int
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+    def part(self, index: int, count: int) -> DeviceTensor:
+        """Return the rows `index` to `index + count` of the first axis, without a copy."""
+        step = self.nbytes // self.shape[0]
+        return DeviceTensor(self.address + index * step, self.dtype, (count, *self.shape[1:]))
+
+
+class Bound(Protocol):
+    """A graph with every tensor's place fixed: running it is one call."""
+
+    def enqueue(self) -> None:
+        """Queue one run on the device's stream."""
+
+
+class DeviceEngine(Engine, Protocol):
+    """An engine whose tensors can stay on a device."""
+
+    capturable: bool  # whether a run may be captured in a CUDA graph
+
+    @property
+    def device(self) -> Device:
+        """Where it runs."""
+
+    def bind(self, tensors: dict[str, DeviceTensor]) -> Bound:
+        """Fix shape and place of every input and output, by name.
+
+        Raises:
+            EngineError: a tensor is missing, of another dtype, or outside what the engine takes.
+        """
+
+
+def cuda_runtime() -> CudaRuntime:
+    """Import CUDA's bindings, or say how to install them."""
+    try:
+        runtime = importlib.import_module("cuda.bindings.runtime")
+    except ImportError as error:
+        raise MissingPackageError("cuda-bindings", extra="rtx", why="a CUDA device") from error
+    return cast(CudaRuntime, runtime)
+
+
+class Device:
+    """One CUDA device and its stream."""
+
+    def __init__(self, index: int = 0, *, cuda: CudaRuntime | None = None) -> None:
+        """Open device `index`.
+
+        Raises:
+            MissingPackageError: no cuda-bindings.
+            EngineError: no driver, or no such device.
+        """
+        self._cuda = cuda if cuda is not None else cuda_runtime()
+        (driver,) = self._call("cudaDriverGetVersion")
+        if driver == 0:
+            raise EngineError(
+                "no NVIDIA driver is installed", do="install it if there is a GPU, or use the cpu"
+            )
+        (count,) = self._call("cudaGetDeviceCount")
+        if index >= count:
+            raise EngineError(f"no CUDA device {index}", got=f"{count} devices")
+        self._call("cudaSetDevice", index)
+        (properties,) = self._call("cudaGetDeviceProperties", index)
+        name = properties.name
+        self.name = name.decode().rstrip("\0") if isinstance(name, bytes) else str(name)
+        self.compute_capability = f"{properties.major}.{properties.minor}"
+        self.driver = f"{driver // 1000}.{driver % 1000 // 10}"
+        self.integrated = bool(properties.integrated)  # memory shared with the host, as on a Jetson
+        (stream,) = self._call("cudaStreamCreateWithFlags", self._cuda.cudaStreamNonBlocking)
+        self.stream = int(stream)
+        self.workspace = Workspace(self)
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes of device memory: free, and in all."""
+        free, total = self._call("cudaMemGetInfo")
+        return int(free), int(total)
+
+    def allocate(self, nbytes: int) -> int:
+        """Return the address of new memory; `free` gives it back.
+
+        Raises:
+            EngineError: out of memory.
+        """
+        (address,) = self._call("cudaMalloc", max(1, nbytes))
+        return int(address)
+
+    def free(self, address: int) -> None:
+        """Give memory back, once what is queued is done."""
+        self.synchronize()
+        self._call("cudaFree", address)
+
+    def upload(self, tensor: DeviceTensor, array: Array) -> None:
+        """Queue a copy from the host; `array` may be changed when this returns."""
+        if array.shape != tensor.shape or array.dtype != np.dtype(tensor.dtype):
+            raise ValueError(f"{array.dtype} {array.shape} for {tensor}")
+        array = np.ascontiguousarray(array)
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
+        # From pageable memory CUDA has read all of it before the call returns.
+        self._copy(tensor.address, array.ctypes.data, array.nbytes, kind)
+
+    def download(self, tensor: DeviceTensor) -> Array:
+        """Wait for what is queued and return a copy on the host."""
+        array = np.empty(tensor.shape, tensor.dtype)
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        self._copy(array.ctypes.data, tensor.address, array.nbytes, kind)
+        self.synchronize()
+        return array
+
+    def copy(self, target: int, source: int, nbytes: int) -> None:
+        """Queue a copy within the device."""
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        self._copy(target, source, nbytes, kind)
+
+    def clear(self, tensor: DeviceTensor) -> None:
+        """Queue filling with zeros."""
+        self._call("cudaMemsetAsync", tensor.address, 0, tensor.nbytes, self.stream)
+
+    def synchronize(self) -> None:
+        """Wait for everything that is queued."""
+        self._call("cudaStreamSynchronize", self.stream)
+
+    def event(self) -> Event:
+        """Return a mark that can be set in the stream, waited for, and timed."""
+        (handle,) = self._call("cudaEventCreateWithFlags", self._cuda.cudaEventBlockingSync)
+        return Event(handle, self._call, self.stream)
+
+    def capture(self, queue: Callable[[], None]) -> Graph:
+        """Record what `queue` queues, without running it, as one graph."""
+        mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self._call("cudaStreamBeginCapture", self.stream, mode)
+        try:
+            queue()
+        except BaseException:  # the first error is the one to tell
+            error, graph = self._cuda.cudaStreamEndCapture(self.stream)
+            if int(error) == 0:
+                self._cuda.cudaGraphDestroy(graph)
+            raise
+        (graph,) = self._call("cudaStreamEndCapture", self.stream)
+        try:
+            (executable,) = self._call("cudaGraphInstantiate", graph, 0)
+        finally:
+            self._call("cudaGraphDestroy", graph)
+        return Graph(executable, self._call, self.stream)
+
+    def close(self) -> None:
+        """Give back stream and workspace."""
+        self.workspace.close()
+        self._call("cudaStreamDestroy", self.stream)
+
+    def _copy(self, target: int, source: int, nbytes: int, kind: Any) -> None:
+        self._call("cudaMemcpyAsync", target, source, nbytes, kind, self.stream)
+
+    def _call(self, name: str, *arguments: Any) -> tuple[Any, ...]:
+        """Make a CUDA call; an error becomes one line."""
+        error, *results = getattr(self._cuda, name)(*arguments)
+        if int(error) != 0:
+            _, text = self._cuda.cudaGetErrorString(error)
+            what = text.decode() if isinstance(text, bytes) else str(text)
+            raise EngineError(f"CUDA: {name} failed", got=what, do=_advice(int(error)))
+        return tuple(results)
+
+
+class Event:
+    """A mark in the stream."""
+
+    def __init__(self, handle: Any, call: Callable[..., tuple[Any, ...]], stream: int) -> None:
+        """Use `Device.event`."""
+        self._handle, self._call, self._stream = handle, call, stream
+
+    def record(self) -> None:
+        """Set the mark behind all that is queued."""
+        self._call("cudaEventRecord", self._handle, self._stream)
+
+    def wait(self) -> None:
+        """Wait until the device has come this far, without spinning."""
+        self._call("cudaEventSynchronize", self._handle)
+
+    def seconds_since(self, earlier: Event) -> float:
+        """Return the time from an earlier mark to this one; both must have been passed."""
+        (milliseconds,) = self._call("cudaEventElapsedTime", earlier._handle, self._handle)
+        return float(milliseconds) / 1000
+
+    def close(self) -> None:
+        """Give the mark back."""
+        self._call("cudaEventDestroy", self._handle)
+
+
+class Graph:
+    """A recorded piece of work."""
+
+    def __init__(self, handle: Any, call: Callable[..., tuple[Any, ...]], stream: int) -> None:
+        """Use `Device.capture`."""
+        self._handle, self._call, self._stream = handle, call, stream
+
+    def launch(self) -> None:
+        """Queue all of it at once."""
+        self._call("cudaGraphLaunch", self._handle, self._stream)
+
+    def close(self) -> None:
+        """Give the graph back."""
+        self._call("cudaGraphExecDestroy", self._handle)
+
+
+class Workspace:
+    """Activation memory that all plans on a device take turns in."""
+
+    def __init__(self, device: Device) -> None:
+        """Use `Device.workspace`; it starts empty."""
+        self._device = device
+        self.address = 0
+        self.nbytes = 0
+        self.generation = 0  # rises whenever the address changes
+
+    def require(self, nbytes: int) -> None:
+        """Grow to at least `nbytes`."""
+        if nbytes > self.nbytes:
+            self.close()
+            self.address = self._device.allocate(nbytes)
+            self.nbytes = nbytes
+            self.generation += 1
+
+    def close(self) -> None:
+        """Give the memory back."""
+        if self.address:
+            self._device.free(self.address)
+        self.address = self.nbytes = 0
+
+
+class Arena:
+    """Tensors in one piece of device memory, every one aligned; `close` frees them together."""
+
+    def __init__(self, device: Device, tensors: dict[str, tuple[str, tuple[int, ...]]]) -> None:
+        """Lay out `tensors`, dtype and shape by name, in their order."""
+        self.device = device
+        offsets: dict[str, int] = {}
+        size = 0
+        for name, (dtype, shape) in tensors.items():
+            offsets[name] = size
+            size += -(-DeviceTensor(0, dtype, shape).nbytes // ALIGNMENT) * ALIGNMENT
+        self.nbytes = size
+        self.address = device.allocate(size)
+        self._tensors = {
+            name: DeviceTensor(self.address + offsets[name], dtype, shape)
+            for name, (dtype, shape) in tensors.items()
+        }
+
+    def __getitem__(self, name: str) -> DeviceTensor:
+        return self._tensors[name]
+
+    def span(self, first: str, last: str) -> DeviceTensor:
+        """Return the memory from one tensor to another, both included, as bytes."""
+        begin, end = self._tensors[first], self._tensors[last]
+        nbytes = end.address + end.nbytes - begin.address
+        return DeviceTensor(begin.address, "uint8", (nbytes,))
+
+    def holds(self, tensors: dict[str, tuple[str, tuple[int, ...]]]) -> bool:
+        """Whether it was laid out for exactly these tensors."""
+        own = {name: (tensor.dtype, tensor.shape) for name, tensor in self._tensors.items()}
+        return own == tensors
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self.device.free(self.address)
+
+
+def _advice(error: int) -> str | None:
+    return {
+        2: "out of device memory: choose a smaller --width and --height, add --low-memory, or use "
+        "--provider cpu",
+        35: "update the NVIDIA driver, or use --provider cpu",
+        100: "no CUDA device was found: use --provider cpu",
+    }.get(error)

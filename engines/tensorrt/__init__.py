@@ -1,0 +1,1 @@
+"""TensorRT and TensorRT-RTX: building plans, describing them, running them."""

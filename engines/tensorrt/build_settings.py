@@ -1,0 +1,195 @@
+"""What a plan is asked to be: options, sizes, and which engine has which option."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from sld_edge.engines.base import TensorSpec
+from sld_edge.engines.errors import InputError
+from sld_edge.engines.tensorrt.plan_info import FLAVOURS, Flavour, Span
+
+CELLS_STEP = 4  # latent cells; so the UNet's output for each branch starts on 256 bytes
+BATCH = Span(min=1, opt=1, max=4)  # where none is asked for
+_TEXTS = Span(min=1, opt=1, max=3)  # that the text encoder takes in one call
+_LEVELS = range(6)
+
+# What an engine does not have, and what to do instead. Everything else it has.
+_LACKS: Mapping[Flavour, Mapping[str, str]] = {
+    "tensorrt-rtx": {
+        "version_compatible": "build with the version that will run the plan",
+        "hardware_compatible": "name every kind of device with --compute-capability",
+        "strip_weights": "its plans without weights cannot be built without a GPU; leave it out",
+        "workspace": "it picks its kernels when the plan runs; leave it out",
+    },
+    "tensorrt": {
+        "compute_capabilities": "it builds for the device that it runs on; leave it out, or use "
+        "--hardware-compatible for 8.0 and later",
+    },
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildSettings:
+    """How to build plans.
+
+    Attributes:
+        engine: TensorRT's flavour.
+        compute_capabilities: "8.6"; none is the device's own or, without one, all it takes (RTX).
+        batch: images at once.
+        concepts: most safety concepts at once; None is as many as the bundle has.
+        size: pixels, of width and of height; None is the bundle's own size alone.
+        components: which to build; none is all that the bundle has.
+        workspace: bytes that kernels may use beside their tensors (classic).
+        optimization_level: 0 is the fastest build, 5 the fastest plan; None is TensorRT's own.
+        version_compatible: the plan runs on later versions too (classic).
+        hardware_compatible: it runs on every device of compute capability 8.0 and later (classic).
+        strip_weights: it holds no weights; they come from the ONNX file when it loads (classic).
+    """
+
+    engine: Flavour
+    compute_capabilities: tuple[str, ...] = ()
+    batch: Span = BATCH
+    concepts: int | None = None
+    size: Span | None = None
+    components: tuple[str, ...] = ()
+    workspace: int | None = None
+    optimization_level: int | None = None
+    version_compatible: bool = False
+    hardware_compatible: bool = False
+    strip_weights: bool = False
+
+    def __post_init__(self) -> None:
+        if self.engine not in FLAVOURS:
+            raise InputError("engine", got=repr(self.engine), expected=" or ".join(FLAVOURS))
+        for name, instead in _LACKS[self.engine].items():
+            if getattr(self, name) != _DEFAULTS[name]:
+                raise InputError(f"{self.engine} has no {option_name(name)}", do=instead)
+        level = self.optimization_level
+        if level is not None and level not in _LEVELS:
+            raise InputError("optimization level", got=level, expected="0 to 5")
+        if self.concepts is not None and self.concepts < 1:
+            raise InputError("concepts", got=self.concepts, expected="1 or more")
+        if self.workspace is not None and self.workspace < 1:
+            raise InputError("workspace", got=self.workspace, expected="more than nothing")
+
+    def options(self) -> dict[str, Any]:
+        """Return what bears on the plan beside its sizes and devices."""
+        return {name: getattr(self, name) for name in _OPTIONS}
+
+
+_OPTIONS = (
+    "workspace",
+    "optimization_level",
+    "version_compatible",
+    "hardware_compatible",
+    "strip_weights",
+)
+_DEFAULTS = {field.name: field.default for field in fields(BuildSettings)}
+
+
+def option_name(field: str) -> str:
+    """Return the command line's name of a setting."""
+    return {"compute_capabilities": "--compute-capability"}.get(
+        field, f"--{field.replace('_', '-')}"
+    )
+
+
+def span_from_numbers(numbers: tuple[int, ...], *, what: str) -> Span:
+    """Return the span that one number (fixed) or three (least, best, most) name.
+
+    Raises:
+        InputError: another count, or not in order.
+    """
+    try:
+        least, best, most = numbers * 3 if len(numbers) == 1 else numbers
+        return Span(min=least, opt=best, max=most)
+    except ValueError as error:
+        raise InputError(
+            what,
+            got=" ".join(map(str, numbers)) or "nothing",
+            expected="one number, or MIN OPT MAX with 1 <= MIN <= OPT <= MAX",
+        ) from error
+
+
+def dimensions(
+    settings: BuildSettings,
+    *,
+    width: int,
+    height: int,
+    downscale: int,
+    text_length: int,
+    concepts: int,
+) -> dict[str, Span]:
+    """Return the sizes of every dimension that a graph names.
+
+    Args:
+        settings: batch and size asked for.
+        width: of the bundle's pictures, in pixels, for where no size is asked for.
+        height: likewise.
+        downscale: pixels a latent cell in one direction.
+        text_length: tokens of a prompt.
+        concepts: safety concepts of the bundle.
+
+    Raises:
+        InputError: a size that is not a multiple of what the graphs and their buffers need.
+    """
+    pixels = {
+        "W": settings.size if settings.size is not None else Span(min=width, opt=width, max=width),
+        "H": settings.size
+        if settings.size is not None
+        else Span(min=height, opt=height, max=height),
+    }
+    step = CELLS_STEP * downscale
+    for span in pixels.values():
+        for size in (span.min, span.opt, span.max):
+            if size % step:
+                raise InputError(
+                    "size",
+                    got=f"{size} pixels",
+                    expected=f"a multiple of {step}",
+                    do="else the parts of the UNet's output do not lie where TensorRT can read "
+                    "them; name others with --size",
+                )
+    batch = settings.batch
+    most = settings.concepts if settings.concepts is not None else concepts
+    usual = min(concepts, most)
+    return {
+        "B": batch,
+        # The prompt alone, with the empty one, and with a branch for each concept.
+        "K*B": Span(min=batch.min, opt=(2 + usual) * batch.opt, max=(2 + most) * batch.max),
+        "n": Span(min=1, opt=usual, max=most),
+        "N": _TEXTS,
+        "L": Span(min=text_length, opt=text_length, max=text_length),
+        **pixels,
+        **{
+            name.lower(): Span(
+                min=span.min // downscale, opt=span.opt // downscale, max=span.max // downscale
+            )
+            for name, span in pixels.items()
+        },
+    }
+
+
+def profile(
+    spec: TensorSpec, sizes: Mapping[str, Span]
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Return an input's least, best and largest shape.
+
+    Raises:
+        InputError: a dimension that nothing is known of.
+    """
+    spans = []
+    for size in spec.shape:
+        if isinstance(size, int):
+            spans.append(Span(min=size, opt=size, max=size))
+        elif size in sizes:
+            spans.append(sizes[size])
+        else:
+            raise InputError(f"input {spec.name}: dimension {size!r}", expected=", ".join(sizes))
+    return (
+        tuple(span.min for span in spans),
+        tuple(span.opt for span in spans),
+        tuple(span.max for span in spans),
+    )

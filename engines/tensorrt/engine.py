@@ -1,0 +1,377 @@
+"""A TensorRT plan as an engine, for both flavours: what runs on the device stays on the device.
+
+`bind` fixes shapes and addresses once and gives back what a loop calls: one call a run, no copy, no
+allocation, no wait. `run` is the plain way, from host arrays to host arrays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import mmap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self, cast
+
+import numpy as np
+
+from sld_edge.engines.base import Array, TensorSpec, check_feeds
+from sld_edge.engines.cache import JIT, private_folder
+from sld_edge.engines.cuda.device import ALIGNMENT, Arena, Device, DeviceTensor
+from sld_edge.engines.errors import EngineError, MissingPackageError, OutputError, one_line
+from sld_edge.engines.files import opened, read_limited, write_whole
+from sld_edge.engines.tensorrt.api import CudaEngine, ExecutionContext, RtxCudaEngine, TensorRT
+from sld_edge.engines.tensorrt.plan_info import Flavour, PlanInfo
+
+_MODULES: dict[Flavour, tuple[str, str]] = {
+    "tensorrt": ("tensorrt", "tensorrt"),
+    "tensorrt-rtx": ("tensorrt_rtx", "rtx"),
+}
+_JIT_LIMIT = 1 << 30  # bytes of compiled kernels
+_KEPT_SHAPES = 4  # input shapes whose buffers `run` keeps
+
+
+def tensorrt_module(flavour: Flavour) -> TensorRT:
+    """Import TensorRT of a flavour, or say how to install it.
+
+    Raises:
+        MissingPackageError: it is not installed.
+        EngineError: it is, but its libraries are not, or do not load here.
+    """
+    name, extra = _MODULES[flavour]
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise MissingPackageError(name, extra=extra, why=f"provider {flavour}") from error
+    except (ImportError, OSError) as error:
+        raise EngineError(
+            f"{name} is installed but does not load",
+            got=one_line(error),
+            do="see docs/engines.md",
+        ) from error
+    return cast(TensorRT, module)
+
+
+class Log:
+    """TensorRT's errors of late, since its calls give only None or False."""
+
+    def __init__(self, trt: TensorRT) -> None:
+        """Make the logger that TensorRT's classes take, `self.logger`."""
+        self.lines: list[str] = []
+        lines, severity = self.lines, trt.ILogger
+
+        class Logger(trt.ILogger):  # type: ignore[misc, name-defined]  # TensorRT has no types
+            def __init__(self) -> None:
+                trt.ILogger.__init__(self)
+
+            def log(self, level: Any, message: str) -> None:
+                if level in (severity.ERROR, severity.INTERNAL_ERROR):
+                    lines.append(one_line(message))
+                    del lines[:-20]
+
+        self.logger: Any = Logger()
+
+    def last(self) -> str:
+        """Return the last error, or that there is none."""
+        return self.lines[-1] if self.lines else "no reason given"
+
+
+class TrtEngine:
+    """A plan on a device."""
+
+    def __init__(
+        self,
+        path: Path,
+        info: PlanInfo,
+        device: Device,
+        *,
+        cuda_graph: bool = True,
+        source: Path | None = None,
+    ) -> None:
+        """Load a plan that was checked before (see `plan_info.misfit`).
+
+        Args:
+            path: the plan.
+            info: its description.
+            device: where it runs.
+            cuda_graph: whether runs may be replayed from a CUDA graph.
+            source: the ONNX graph whose weights a stripped plan is filled with.
+
+        Raises:
+            MissingPackageError: TensorRT is not installed.
+            EngineError: TensorRT does not take the plan.
+        """
+        self._trt = trt = tensorrt_module(info.engine)
+        self.path, self.info, self.device = path, info, device
+        self._log = Log(trt)
+        self._runtime = trt.Runtime(self._log.logger)
+        if info.options.get("version_compatible"):
+            self._runtime.engine_host_code_allowed = True  # such a plan carries its own runtime
+        self._closed = False
+        self._engine = self._deserialize()
+        if info.options.get("strip_weights"):
+            self._refit(source)
+        rtx = info.engine == "tensorrt-rtx"
+        # TensorRT-RTX captures graphs itself, and knows when a kernel was compiled anew.
+        self.capturable = cuda_graph and not rtx
+        self._jit = _JitCache(self._engine, info, device, trt, cuda_graph) if rtx else None
+        self._profiles: dict[str, tuple[tuple[int, ...], ...]] = {}
+        inputs, outputs = [], []
+        for index in range(self._engine.num_io_tensors):
+            name = self._engine.get_tensor_name(index)
+            if self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT:
+                inputs.append(self._spec(name))
+                shapes = self._engine.get_tensor_profile_shape(name, 0)
+                self._profiles[name] = tuple(tuple(shape) for shape in shapes)
+            else:
+                outputs.append(self._spec(name))
+        self.inputs, self.outputs = tuple(inputs), tuple(outputs)
+        self._host_runs: dict[tuple[tuple[int, ...], ...], _HostRun] = {}
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Run the plan once, from host arrays to new host arrays.
+
+        Raises:
+            EngineError: an input is missing, unknown, of another dtype, or of a shape the plan was
+                not built for; or the run failed.
+        """
+        self._require_open()
+        check_feeds(self.path.name, self.inputs, feeds)
+        key = tuple(feeds[spec.name].shape for spec in self.inputs)
+        if key not in self._host_runs:
+            if len(self._host_runs) >= _KEPT_SHAPES:
+                self._host_runs.pop(next(iter(self._host_runs))).close()
+            self._host_runs[key] = self._host_run(feeds)
+        return self._host_runs[key](feeds)
+
+    def bind(self, tensors: Mapping[str, DeviceTensor]) -> TrtBound:
+        """Fix shape and place of every input and output, by name.
+
+        Raises:
+            EngineError: a tensor is missing or unknown, of another dtype or shape, not aligned, or
+                outside what the plan was built for.
+        """
+        self._require_open()
+        shapes = {
+            spec.name: tensors[spec.name].shape for spec in self.inputs if spec.name in tensors
+        }
+        return self._attach(self._context(shapes), tensors)
+
+    def close(self) -> None:
+        """Give back the plan's memory and keep what was compiled for it."""
+        if self._closed:
+            return
+        self._closed = True
+        for run in self._host_runs.values():
+            run.close()
+        self._host_runs.clear()
+        if self._jit is not None:
+            self._jit.save()
+        self._jit = None
+        del self._engine, self._runtime
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise EngineError(f"{self.path.name} was closed")
+
+    def _deserialize(self) -> CudaEngine:
+        try:
+            with (
+                opened(self.path) as stream,
+                mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data,
+            ):
+                engine: CudaEngine | None = self._runtime.deserialize_cuda_engine(data)
+        except (OSError, ValueError) as error:  # ValueError: an empty file
+            raise EngineError(f"cannot read {self.path}", got=one_line(error)) from error
+        if engine is None:
+            raise EngineError(
+                f"{self.info.engine} {self._trt.__version__} does not take {self.path}",
+                got=self._log.last(),
+                do="build it again here with sld-build, or run with --provider cpu",
+            )
+        return engine
+
+    def _refit(self, source: Path | None) -> None:
+        if source is None:
+            raise EngineError(
+                f"{self.path} holds no weights and its ONNX graph is not here",
+                do="copy the whole bundle, or build the plan without --strip-weights",
+            )
+        refitter = self._trt.Refitter(self._engine, self._log.logger)
+        parser = self._trt.OnnxParserRefitter(refitter, self._log.logger)
+        if not parser.refit_from_file(str(source)) or not refitter.refit_cuda_engine():
+            missing = list(refitter.get_missing_weights())
+            raise EngineError(
+                f"{self.path.name}: the weights of {source.name} do not fit the plan",
+                got=f"nothing for {', '.join(missing[:3])}" if missing else self._log.last(),
+                do="build the plan again with sld-build",
+            )
+
+    def _spec(self, name: str) -> TensorSpec:
+        said = {tensor.spec.name: tensor.spec for tensor in self.info.inputs + self.info.outputs}
+        shape = self._engine.get_tensor_shape(name)
+        names = said[name].shape if name in said else ()
+        return TensorSpec(
+            name=name,
+            dtype=np.dtype(self._trt.nptype(self._engine.get_tensor_dtype(name))).name,
+            shape=tuple(
+                size if size >= 0 else (names[axis] if axis < len(names) else "?")
+                for axis, size in enumerate(shape)
+            ),
+        )
+
+    def _context(self, shapes: Mapping[str, Sequence[int]]) -> ExecutionContext:
+        """Return a new context in which every input has a shape."""
+        strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        argument = strategy if self._jit is None else self._jit.config
+        context = self._engine.create_execution_context(argument)
+        if context is None:
+            raise EngineError(
+                f"{self.path.name}: no execution context",
+                got=self._log.last(),
+                do="free device memory, or run with --low-memory",
+            )
+        context.set_optimization_profile_async(0, self.device.stream)
+        for name, shape in shapes.items():
+            self._check_profile(name, shape)
+            if not context.set_input_shape(name, tuple(shape)):
+                raise EngineError(f"{self.path.name}: input {name}", got=self._log.last())
+        try:
+            missing = context.infer_shapes()
+        except RuntimeError as error:  # what TensorRT's bindings raise for shapes that clash
+            given = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
+            raise EngineError(f"{self.path.name}: shapes do not fit together", got=given) from error
+        if missing:
+            raise EngineError(f"{self.path.name}: no shape for {', '.join(missing)}")
+        return context
+
+    def _check_profile(self, name: str, shape: Sequence[int]) -> None:
+        least, _, most = self._profiles[name]
+        if len(shape) != len(least) or not all(
+            low <= size <= high for low, size, high in zip(least, shape, most, strict=True)
+        ):
+            raise EngineError(
+                f"{self.path.name}: shape of {name}",
+                got=list(shape),
+                expected=f"{list(least)} to {list(most)}, which the plan was built for",
+                do="choose another size or batch, build the plan with other --size and --batch, or "
+                "run with --provider cpu",
+            )
+
+    def _attach(self, context: ExecutionContext, tensors: Mapping[str, DeviceTensor]) -> TrtBound:
+        specs = (*self.inputs, *self.outputs)
+        unknown = set(tensors) - {spec.name for spec in specs}
+        if unknown:
+            raise EngineError(f"{self.path.name}: no such tensor", got=", ".join(sorted(unknown)))
+        for spec in specs:
+            tensor = tensors.get(spec.name)
+            shape = tuple(context.get_tensor_shape(spec.name))
+            if tensor is None or (tensor.dtype, tensor.shape) != (spec.dtype, shape):
+                raise EngineError(
+                    f"{self.path.name}: tensor {spec.name}",
+                    got="nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}",
+                    expected=f"{spec.dtype} {list(shape)}",
+                )
+            if tensor.address % ALIGNMENT:
+                raise EngineError(
+                    f"{self.path.name}: {spec.name} does not lie on {ALIGNMENT} bytes",
+                    do="choose a width and height that are multiples of 32",
+                )
+            if not context.set_tensor_address(spec.name, tensor.address):
+                raise EngineError(f"{self.path.name}: tensor {spec.name}", got=self._log.last())
+        self.device.workspace.require(max(1, context.update_device_memory_size_for_shapes()))
+        return TrtBound(self, context)
+
+    def _host_run(self, feeds: Mapping[str, Array]) -> _HostRun:
+        context = self._context({spec.name: feeds[spec.name].shape for spec in self.inputs})
+        layout = {
+            spec.name: (spec.dtype, tuple(context.get_tensor_shape(spec.name)))
+            for spec in (*self.inputs, *self.outputs)
+        }
+        arena = Arena(self.device, layout)
+        try:
+            bound = self._attach(context, {name: arena[name] for name in layout})
+        except EngineError:
+            arena.close()
+            raise
+        return _HostRun(self, arena, bound)
+
+
+class TrtBound:
+    """A plan with shapes, addresses and activation memory."""
+
+    def __init__(self, engine: TrtEngine, context: ExecutionContext) -> None:
+        """Use `TrtEngine.bind`."""
+        self._engine, self._context = engine, context
+        self._generation = 0
+
+    def enqueue(self) -> None:
+        """Queue one run on the device's stream.
+
+        Raises:
+            EngineError: TensorRT refused.
+        """
+        device = self._engine.device
+        if self._generation != device.workspace.generation:
+            self._context.set_device_memory(device.workspace.address, device.workspace.nbytes)
+            self._generation = device.workspace.generation
+        if not self._context.execute_async_v3(device.stream):
+            raise EngineError(
+                f"{self._engine.path.name}: TensorRT did not run it", got=self._engine._log.last()
+            )
+
+
+class _HostRun:
+    """Buffers and binding for one set of input shapes."""
+
+    def __init__(self, engine: TrtEngine, arena: Arena, bound: TrtBound) -> None:
+        self._engine, self._arena, self._bound = engine, arena, bound
+
+    def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        device = self._engine.device
+        for spec in self._engine.inputs:
+            device.upload(self._arena[spec.name], feeds[spec.name])
+        self._bound.enqueue()
+        return {spec.name: device.download(self._arena[spec.name]) for spec in self._engine.outputs}
+
+    def close(self) -> None:
+        self._arena.close()
+
+
+class _JitCache:
+    """What TensorRT-RTX compiled for this device, kept in a file between runs."""
+
+    def __init__(
+        self, engine: CudaEngine, info: PlanInfo, device: Device, trt: TensorRT, cuda_graph: bool
+    ) -> None:
+        self.config = cast(RtxCudaEngine, engine).create_runtime_config()
+        self.config.set_execution_context_allocation_strategy(
+            trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        )
+        if cuda_graph:
+            self.config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        self._cache = self.config.create_runtime_cache()
+        root = private_folder(JIT)
+        identity = "\n".join((info.sha256, trt.__version__, device.name, device.driver))
+        name = hashlib.sha256(identity.encode()).hexdigest()[:32]
+        self._path = root / f"{name}.cache" if root is not None else None
+        self._kept = b""
+        if self._path is not None:
+            with contextlib.suppress(EngineError):
+                self._kept = read_limited(self._path, _JIT_LIMIT, error=EngineError)
+                self._cache.deserialize(self._kept)  # what it refuses is compiled anew
+        self.config.set_runtime_cache(self._cache)
+
+    def save(self) -> None:
+        """Write what has come since; a cache that can't be written costs only time."""
+        blob = bytes(self._cache.serialize())
+        if self._path is not None and blob and blob != self._kept:
+            with contextlib.suppress(OSError, OutputError):
+                write_whole(self._path, blob)

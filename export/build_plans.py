@@ -1,0 +1,328 @@
+"""TensorRT plans for the components of a bundle. Needs no torch, and onnx only to decompose."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from sld_edge.engines.base import TensorSpec
+from sld_edge.engines.errors import (
+    EngineError,
+    InputError,
+    MissingPackageError,
+    OutputError,
+)
+from sld_edge.engines.files import write_whole
+from sld_edge.engines.staging import locked, part_folder
+from sld_edge.engines.tensorrt.build import AttentionError, Target, build_plan, build_target
+from sld_edge.engines.tensorrt.build_settings import BuildSettings, dimensions, profile
+from sld_edge.engines.tensorrt.plan_info import (
+    PlanInfo,
+    PlanTensor,
+    Span,
+    info_path,
+    plan_info_from_file,
+    this_system,
+)
+from sld_edge.export.output import recover
+from sld_edge.export.write_bundle import BUNDLE, created_by
+from sld_edge.runtime.bundle import MANIFEST, Bundle, Component
+from sld_edge.runtime.plan_list import (
+    PLANS,
+    PlanFiles,
+    listed_file,
+    plan_list,
+    plan_list_json,
+    require_listed,
+)
+from sld_edge.runtime.plans import plan_name, source_digest
+
+Say = Callable[[str], None]
+Watch = Callable[[str, str], None]
+_CHOSEN_BY_TENSORRT = ("form", "refit_from")  # options that follow from the others
+
+
+def build_plans(
+    bundle_path: Path,
+    settings: BuildSettings,
+    *,
+    say: Say | None = None,
+    watch: Watch | None = None,
+    force: bool = False,
+) -> list[PlanInfo]:
+    """Build `NAME.plan` and `NAME.plan.json` for a bundle's components and record them in it.
+
+    All plans move into the bundle when the last is built, and then `plans.json`, which lists them;
+    before that it stays as it was. `bundle.json` is never changed. A plan that was built before
+    with the same answers is kept.
+
+    Args:
+        bundle_path: the bundle.
+        settings: what to build, and how.
+        say: is told what is worth knowing, a line each.
+        watch: is told component and stage: "parsing", "building", "done".
+        force: build also what is there already.
+
+    Returns:
+        The plans that the settings ask for, those kept included, in the bundle's order.
+
+    Raises:
+        BundleError: not a bundle, or a damaged one.
+        InputError: a component, size or device that cannot be honoured.
+        EngineError: TensorRT cannot build one of them.
+        MissingPackageError: no TensorRT, or no onnx where a graph has to be decomposed.
+        OutputError: the bundle cannot be written.
+    """
+    say = say if say is not None else _silence
+    watch = watch if watch is not None else _unwatched
+    recover(bundle_path.resolve(), BUNDLE)
+    bundle = Bundle.open(bundle_path)
+    components = _chosen(bundle, settings)
+    fp32 = any(
+        part.precision == "fp32" and part.attention != "none" for part in components.values()
+    )
+    target = build_target(settings, fp32=fp32)
+    sizes = _sizes(bundle, settings)
+    capabilities = ", ".join(target.compute_capabilities)
+    say(f"{target.name} for compute capability {capabilities} ({target.why})")
+    job = _Job(bundle=bundle, settings=settings, target=target, sizes=sizes, say=say, watch=watch)
+    plans, built = [], {}
+    with _staged(bundle.path) as folder:
+        for name, component in components.items():
+            kept = None if force else job.kept(name, component)
+            if kept is not None:
+                say(f"{name}: the plan is there and nothing has changed; --force builds it anew")
+                plans.append(kept)
+                continue
+            built[name] = job.build(name, component, folder)
+            plans.append(built[name])
+        if built:
+            _move_in(bundle, folder, built, say)
+    return plans
+
+
+def require_buildable(settings: BuildSettings) -> None:
+    """Refuse early, before a checkpoint is exported, what could not be built in the end.
+
+    Raises:
+        InputError: a compute capability that TensorRT does not take.
+        MissingPackageError: no TensorRT.
+        EngineError: no device where one is needed.
+    """
+    build_target(settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """What all components of one call share."""
+
+    bundle: Bundle
+    settings: BuildSettings
+    target: Target
+    sizes: Mapping[str, Span]
+    say: Say
+    watch: Watch
+
+    def kept(self, name: str, component: Component) -> PlanInfo | None:
+        """Return the plan that is there, if building anew would give the same."""
+        path = self.bundle.path / plan_name(name)
+        files = _listed(self.bundle).get(name)
+        if files is None:
+            return None
+        try:
+            # A plan is code: only one that the bundle's list vouches for is kept.
+            for file in files:
+                require_listed(path.with_name(file.path), file)
+            info = plan_info_from_file(info_path(path))
+        except EngineError:
+            return None
+        if _answers(info) != _answers(self._draft(name, component, component.attention)):
+            return None
+        return info
+
+    def build(self, name: str, component: Component, folder: Path) -> PlanInfo:
+        self._note_other_flavour(name)
+        form = component.attention
+        if form == "op" and (component.precision == "fp32" or not self.target.reads_attention):
+            form = "decomposed"
+        try:
+            info = self._build(name, component, form, folder)
+        except AttentionError:
+            if form == "decomposed":
+                raise
+            self.say(f"note: {name}: no kernel for its Attention, so it is decomposed")
+            info = self._build(name, component, "decomposed", folder)
+        self.watch(name, "done")
+        return info
+
+    def _build(self, name: str, component: Component, form: str, folder: Path) -> PlanInfo:
+        graph = self.bundle.graph(component).path
+        other = form != component.attention
+        keep = f"{name}.decomposed.onnx" if other and self.settings.strip_weights else None
+        return build_plan(
+            self._draft(name, component, form),
+            _decomposed(name, graph, folder, keep) if other else nullcontext(graph),
+            folder / plan_name(name),
+            settings=self.settings,
+            target=self.target,
+            stage=lambda stage: self.watch(name, stage),
+        )
+
+    def _draft(self, name: str, component: Component, form: str) -> PlanInfo:
+        target, options = self.target, {"form": form, **self.settings.options()}
+        if self.settings.strip_weights:
+            graph = Path(component.files[0].path).name
+            other = form != component.attention
+            options["refit_from"] = f"{name}.decomposed.onnx" if other else graph
+        return PlanInfo(
+            component=name,
+            sha256="",
+            bytes=0,
+            source_sha256=source_digest(component),
+            engine=target.engine,
+            engine_version=target.version,
+            system=this_system(),
+            devices=target.devices,
+            compute_capabilities=target.compute_capabilities,
+            precision=component.precision,
+            inputs=tuple(self._input(spec) for spec in component.inputs),
+            outputs=tuple(PlanTensor(spec=spec) for spec in component.outputs),
+            options=options,
+            seconds=0.0,
+            created_by=created_by(),
+        )
+
+    def _input(self, spec: TensorSpec) -> PlanTensor:
+        return PlanTensor(spec=spec, profile=profile(spec, self.sizes))
+
+    def _note_other_flavour(self, name: str) -> None:
+        path = info_path(self.bundle.path / plan_name(name))
+        try:
+            engine = plan_info_from_file(path).engine
+        except EngineError:
+            return  # none, or one that nobody can use
+        if engine != self.target.engine:
+            self.say(f"note: {name}: its plan for {engine} is replaced")
+
+
+def _chosen(bundle: Bundle, settings: BuildSettings) -> dict[str, Component]:
+    """Return the components to build, in the bundle's order."""
+    there = bundle.manifest.components
+    for name in settings.components:
+        if name not in there:
+            raise InputError("component", got=repr(name), expected=", ".join(there))
+    asked = settings.components or tuple(there)
+    return {name: component for name, component in there.items() if name in asked}
+
+
+def _sizes(bundle: Bundle, settings: BuildSettings) -> dict[str, Span]:
+    manifest = bundle.manifest
+    return dimensions(
+        settings,
+        width=manifest.size.width,
+        height=manifest.size.height,
+        downscale=manifest.latents.downscale,
+        text_length=manifest.text.length,
+        concepts=len(manifest.safety_concepts),
+    )
+
+
+def _answers(info: PlanInfo) -> PlanInfo:
+    """Return what a plan is, without what differs from one build of it to the next."""
+    options = {k: v for k, v in info.options.items() if k not in _CHOSEN_BY_TENSORRT}
+    return replace(info, sha256="", bytes=0, seconds=0.0, created_by="", options=options)
+
+
+@contextmanager
+def _decomposed(name: str, graph: Path, folder: Path, keep: str | None) -> Iterator[Path]:
+    """Give the graph's other form, written to `folder`, and take it away again.
+
+    With `keep` the graph stays under that name: its weights are those in the bundle, whose file it
+    names.
+    """
+    try:
+        from sld_edge.export.graphs.decompose import decomposed_graph
+    except ImportError as error:
+        raise MissingPackageError(
+            "onnx", extra="export", why=f"the form of {name} that this TensorRT builds"
+        ) from error
+    path = folder / graph.name
+    data = decomposed_graph(graph, path)
+    try:
+        yield path
+        if keep is not None:
+            path.replace(folder / keep)
+    finally:
+        path.unlink(missing_ok=True)
+        if data is not None:
+            data.unlink(missing_ok=True)
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _staged(bundle: Path) -> Iterator[Path]:
+    """Give an empty folder for what is not whole yet, and keep other builds away meanwhile."""
+    bundle = bundle.resolve()
+    try:
+        if not os.access(bundle, os.W_OK):
+            raise PermissionError(13, "Permission denied")
+        beside = bundle.parent.stat().st_dev == bundle.stat().st_dev
+        beside = beside and os.access(bundle.parent, os.W_OK)
+        # Inside where the bundle is a disk of its own, as in a container.
+        place = bundle.parent / f"{bundle.name}.plans" if beside else bundle / "plans"
+        with locked(bundle / MANIFEST, shared=False), part_folder(place) as folder:
+            yield folder
+    except BlockingIOError as error:
+        raise OutputError(
+            "another sld-build is at work on this bundle", do="wait for it, or stop it"
+        ) from error
+    except OSError as error:
+        raise OutputError(
+            f"cannot write to {bundle}", got=error.strerror, do="copy the bundle to another place"
+        ) from error
+
+
+def _move_in(bundle: Bundle, folder: Path, built: Mapping[str, PlanInfo], say: Say) -> None:
+    """Move what was built into the bundle, and then the list that vouches for it."""
+    path = bundle.path
+    plans = {}
+    for name, info in built.items():
+        plan = folder / plan_name(name)
+        refit = folder / str(info.options.get("refit_from"))
+        parts = (plan, info_path(plan), *([refit] if refit.exists() else []))
+        plans[name] = tuple(map(listed_file, parts))
+    try:
+        for file in sorted(folder.iterdir()):
+            file.replace(path / file.name)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write to {path}", got=error.strerror, do="build again"
+        ) from error
+    everything = {**_listed(bundle), **plans}
+    write_whole(path / PLANS, plan_list_json(bundle.sha256, everything).encode())
+    say(f"{path}: {_count(built)} recorded in {PLANS}")
+
+
+def _listed(bundle: Bundle) -> dict[str, PlanFiles]:
+    """Return the plans that are there; a damaged list counts as none."""
+    try:
+        return plan_list(bundle.path, bundle.sha256)
+    except EngineError:
+        return {}
+
+
+def _count(built: Mapping[str, PlanInfo]) -> str:
+    return "1 plan" if len(built) == 1 else f"{len(built)} plans"
+
+
+def _silence(line: str) -> None:
+    pass
+
+
+def _unwatched(component: str, stage: str) -> None:
+    pass

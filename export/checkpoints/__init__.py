@@ -1,0 +1,1 @@
+"""Reading checkpoints: where they come from, their configs, tensors and tokenizers."""

@@ -1,0 +1,1 @@
+"""Writing ONNX graphs from a config and tensors."""

@@ -1,0 +1,395 @@
+"""A small ONNX graph builder: nodes and initializers named after the checkpoint's keys.
+
+Weights go to `NAME.onnx.data` one by one while the graph is built, so memory holds one at a time.
+What depends on the text differs between the branches, the rest does not: every value knows
+whether it holds one row an image (narrow) or one an image and branch (wide), and the first
+operation that mixes the two repeats the narrow ones. That is all there is to the shared prefix.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Literal, Self
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from sld_edge.engines.errors import CheckpointError, InputError
+from sld_edge.export.checkpoints.weights import Weights
+
+Precision = Literal["fp32", "fp16"]
+
+_INLINE_BYTES = 1024  # smaller tensors stay in the .onnx file
+_PAGE_BYTES = 4096
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "fp32": np.dtype(np.float32),
+    "fp16": np.dtype(np.float16),
+}
+_IR_VERSIONS = {20: 9, 23: 11}  # the oldest IR that may hold each opset
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphOptions:
+    """How a graph is written.
+
+    `precision` is the arithmetic inside (the boundary is always FP32), `storage` that of the
+    weights on disk (None: the same; "fp16" under "fp32" is half the file, cast when loaded).
+    `attention` is one operator (opset 23) or matrix products (opset 20, for older engines).
+    `shared_prefix` computes once an image what does not depend on the text.
+    """
+
+    precision: Precision = "fp32"
+    storage: Precision | None = None
+    attention: Literal["op", "decomposed"] = "op"
+    shared_prefix: bool = True
+
+    @property
+    def opset(self) -> int:
+        """The opset that has the operators this graph uses."""
+        return 23 if self.attention == "op" else 20
+
+
+@dataclass(frozen=True)
+class Value:
+    """One tensor of the graph: its name, rank, and what its first axis counts."""
+
+    name: str
+    rank: int
+    batch: Literal["none", "narrow", "wide"] = "none"
+
+
+class GraphBuilder:
+    """Builds one graph; leaving the `with` block writes it, an exception leaves no file."""
+
+    def __init__(
+        self,
+        path: Path,
+        options: GraphOptions,
+        weights: Weights | None = None,
+        *,
+        inline: bool = False,
+    ) -> None:
+        """Write to `path` and, for large tensors unless `inline`, to `path` + ".data" beside it."""
+        storage = options.storage if options.storage is not None else options.precision
+        if options.precision == "fp16" and storage == "fp32":
+            raise InputError(
+                "storage fp32 with precision fp16", expected="storage fp16", do="drop the storage"
+            )
+        self.options = options
+        self.dtype = _DTYPES[options.precision]
+        # A copy of its own: what is ignored or reshaped here must not change the caller's.
+        self.weights = (weights if weights is not None else Weights({}, name="")).renamed({})
+        self.storage = _DTYPES[storage]
+        self._path = path
+        self._inline = inline
+        self._data_path = path.with_name(path.name + ".data")
+        self._data: BinaryIO | None = None
+        self._written: dict[bytes, tuple[int, int]] = {}
+        self._nodes: list[onnx.NodeProto] = []
+        self._initializers: list[onnx.TensorProto] = []
+        self._inputs: list[onnx.ValueInfoProto] = []
+        self._outputs: list[onnx.ValueInfoProto] = []
+        self._used_names: dict[str, int] = {}
+        self._constants: dict[tuple[str, tuple[int, ...], bytes], Value] = {}
+        self._weights: dict[str, Value] = {}
+        self._wide: dict[str, Value] = {}
+        self._new_names: dict[str, str] = {}  # by the name inside the graph
+        self._branches: Value | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if error is None:
+                self._save()
+        except BaseException:
+            self._discard()
+            raise
+        if error is not None:
+            self._discard()
+
+    # --- the boundary -------------------------------------------------------------------------
+
+    def input(
+        self,
+        name: str,
+        dtype: type[np.generic],
+        shape: Sequence[int | str],
+        batch: Literal["none", "narrow", "wide"] = "narrow",
+    ) -> Value:
+        """Declare an input of the graph."""
+        self._used_names[name] = 1
+        self._inputs.append(_value_info(name, dtype, shape))
+        return Value(name, len(shape), batch)
+
+    def output(
+        self, value: Value, name: str, dtype: type[np.generic], shape: Sequence[int | str]
+    ) -> None:
+        """Declare `value` an output of the graph, called `name`; it stays usable."""
+        if self._unique(name) != name:
+            raise ValueError(f"{name} is the name of another value")
+        made = any(value.name in node.output for node in self._nodes)
+        if not made or value.name in self._new_names:
+            # An input, a constant or an output already: the name it has must stay.
+            value = self.node("Identity", value, name=f"{name}/copy")
+        # TensorRT takes bytes only from the node that makes them, so no Identity stands between.
+        self.rename(value, name)
+        self._outputs.append(_value_info(name, dtype, shape))
+
+    def adopt(self, graph: onnx.GraphProto) -> None:
+        """Take over boundary and tensors of another graph, and keep its names from new values."""
+        self._inputs.extend(graph.input)
+        self._outputs.extend(graph.output)
+        self._initializers.extend(graph.initializer)
+        for owner in (graph.input, graph.initializer):
+            self._used_names.update((item.name, 1) for item in owner)
+        self._used_names.update((name, 1) for node in graph.node for name in node.output)
+
+    # --- nodes --------------------------------------------------------------------------------
+
+    def node(
+        self, op: str, *inputs: Value | None, name: str, rank: int | None = None, **attributes: Any
+    ) -> Value:
+        """Add an operation with one output; None is an absent optional input.
+
+        The output has the largest rank among the inputs, unless `rank` says otherwise.
+        """
+        return self.nodes(op, *inputs, name=name, rank=rank, count=1, **attributes)[0]
+
+    def nodes(
+        self,
+        op: str,
+        *inputs: Value | None,
+        name: str,
+        count: int,
+        rank: int | None = None,
+        **attributes: Any,
+    ) -> list[Value]:
+        """Add an operation with `count` outputs."""
+        aligned = self._aligned(inputs)
+        present = [value for value in aligned if value is not None]
+        batches = {value.batch for value in present}
+        batch: Literal["none", "narrow", "wide"] = (
+            "wide" if "wide" in batches else "narrow" if "narrow" in batches else "none"
+        )
+        if op == "Shape":
+            batch = "none"
+        if rank is None:
+            rank = max((value.rank for value in present), default=0)
+        names = [self._unique(name) for _ in range(count)]
+        self._nodes.append(
+            helper.make_node(
+                op,
+                [value.name if value is not None else "" for value in aligned],
+                names,
+                name=f"{names[0]}/{op}",
+                **attributes,
+            )
+        )
+        return [Value(each, rank, batch) for each in names]
+
+    def copy(self, node: onnx.NodeProto) -> None:
+        """Add a node of the adopted graph as it is."""
+        self._nodes.append(node)
+
+    def rename(self, value: Value, name: str) -> None:
+        """Let the node that makes `value` give it this name in the file, for whoever reads it."""
+        self._new_names[value.name] = name
+
+    def sizes(self, value: Value, start: int, end: int) -> Value:
+        """Sizes of the axes `start` to `end` at run time."""
+        return self.node("Shape", value, name=f"{value.name}/sizes", rank=1, start=start, end=end)
+
+    def cast(self, value: Value, dtype: np.dtype[Any] | type[np.generic], name: str) -> Value:
+        """Convert to another dtype."""
+        return self.node("Cast", value, name=name, to=_onnx_dtype(dtype))
+
+    def inner(self, value: Value) -> Value:
+        """Convert FP32 to the inner precision."""
+        fp32 = self.dtype == np.float32
+        return value if fp32 else self.cast(value, self.dtype, f"{value.name}/inner")
+
+    def outer(self, value: Value) -> Value:
+        """Convert the inner precision to FP32."""
+        fp32 = self.dtype == np.float32
+        return value if fp32 else self.cast(value, np.float32, f"{value.name}/outer")
+
+    def split(self, value: Value, sizes: Sequence[int], axis: int, name: str) -> list[Value]:
+        """Cut a value in parts of the given sizes."""
+        return self.nodes("Split", value, self.ints(*sizes), name=name, count=len(sizes), axis=axis)
+
+    # --- constants and weights ----------------------------------------------------------------
+
+    def constant(self, array: NDArray[Any], name: str) -> Value:
+        """Return `array` as a value; equal constants are one."""
+        key = (array.dtype.str, array.shape, array.tobytes())
+        if key not in self._constants:
+            unique = self._unique(name)
+            self._store(unique, array)
+            self._constants[key] = Value(unique, array.ndim)
+        return self._constants[key]
+
+    def ints(self, *numbers: int) -> Value:
+        """Return a vector of int64: a shape, axes or sizes."""
+        text = "_".join(str(number) for number in numbers)
+        return self.constant(np.array(numbers, np.int64), f"ints/{text}")
+
+    def scalar(self, number: float, dtype: np.dtype[Any] | None = None) -> Value:
+        """Return a number, in the inner precision unless `dtype` is given."""
+        array = np.array(number, dtype if dtype is not None else self.dtype)
+        return self.constant(array, f"number/{number:g}/{array.dtype.name}")
+
+    def weight(self, key: str, shape: tuple[int, ...], *, transpose: bool = False) -> Value:
+        """Return a tensor of the checkpoint, in the inner precision.
+
+        `shape` is what the config asks for; a tensor of another one is a CheckpointError.
+        """
+        if key not in self._weights:
+            stored = self.stored_weight(key, shape, transpose=transpose)
+            if self.storage != self.dtype:
+                stored = self.cast(stored, self.dtype, name=f"{key}/inner")
+            self._weights[key] = stored
+        return self._weights[key]
+
+    def stored_weight(self, key: str, shape: tuple[int, ...], *, transpose: bool = False) -> Value:
+        """Return a tensor of the checkpoint as it is stored, to look up rows before a cast."""
+        if self.weights.shape(key) != shape:
+            raise CheckpointError(
+                f"{self.weights.name}: tensor {key} does not fit the config",
+                got=list(self.weights.shape(key)),
+                expected=list(shape),
+            )
+        array = self._checked(key, self.weights.take(key))
+        self._store(self._unique(key), array.T if transpose else array)
+        return Value(key, len(shape))
+
+    def _checked(self, key: str, array: NDArray[Any]) -> NDArray[Any]:
+        what = f"{self.weights.name}: tensor {key}"
+        if array.dtype.kind != "f":
+            raise CheckpointError(what, got=array.dtype.name, expected="floating-point numbers")
+        with np.errstate(over="ignore"):
+            stored = array.astype(self.storage, copy=False)
+        if not np.isfinite(stored).all():
+            if np.isfinite(array).all():
+                largest = float(np.abs(array).max())
+                raise CheckpointError(
+                    what, got=f"{largest:g}", expected="at most 65504 in FP16", do="export as fp32"
+                )
+            raise CheckpointError(what, got="NaN or infinity", expected="finite numbers")
+        return stored
+
+    # --- branches -----------------------------------------------------------------------------
+
+    def set_branches(self, wide: Value, narrow: Value) -> None:
+        """Take the number of branches K from the batch sizes of two values."""
+        self._branches = self.node(
+            "Div", self.sizes(wide, 0, 1), self.sizes(narrow, 0, 1), name="branches"
+        )
+
+    def widen(self, value: Value) -> Value:
+        """Repeat a narrow value for every branch (branch-major), once however often asked."""
+        if value.batch != "narrow":
+            return value
+        if value.name not in self._wide:
+            if self._branches is None:
+                raise ValueError("set_branches comes before the first wide value")
+            repeats = self._branches
+            if value.rank > 1:
+                ones = self.ints(*[1] * (value.rank - 1))
+                repeats = self.node("Concat", repeats, ones, name=f"branches/{value.rank}", axis=0)
+            tiled = self.node("Tile", value, repeats, name=f"{value.name}/wide")
+            self._wide[value.name] = Value(tiled.name, value.rank, "wide")
+        return self._wide[value.name]
+
+    def like(self, value: Value, other: Value) -> Value:
+        """Return `value`, wide if `other` is."""
+        return self.widen(value) if other.batch == "wide" else value
+
+    def _aligned(self, inputs: Sequence[Value | None]) -> list[Value | None]:
+        if not any(value is not None and value.batch == "wide" for value in inputs):
+            return list(inputs)
+        return [self.widen(value) if value is not None else None for value in inputs]
+
+    # --- files --------------------------------------------------------------------------------
+
+    def _unique(self, name: str) -> str:
+        count = self._used_names.get(name, 0)
+        self._used_names[name] = count + 1
+        return name if count == 0 else self._unique(f"{name}_{count}")
+
+    def _store(self, name: str, array: NDArray[Any]) -> None:
+        array = np.asarray(array, order="C")
+        if self._inline or array.nbytes < _INLINE_BYTES:
+            self._initializers.append(numpy_helper.from_array(array, name))
+            return
+        tensor = TensorProto(name=name, data_type=_onnx_dtype(array.dtype), dims=array.shape)
+        tensor.data_location = TensorProto.EXTERNAL
+        offset, length = self._written_at(array)
+        for key, text in (
+            ("location", self._data_path.name),
+            ("offset", str(offset)),
+            ("length", str(length)),
+        ):
+            tensor.external_data.add(key=key, value=text)
+        self._initializers.append(tensor)
+
+    def _written_at(self, array: NDArray[Any]) -> tuple[int, int]:
+        content = array.reshape(-1).view(np.uint8).data
+        digest = hashlib.sha256(content).digest()
+        if digest not in self._written:
+            if self._data is None:
+                self._data = self._data_path.open("wb")
+            # ONNX Runtime maps what starts on a page; small tensors need only a cache line.
+            step = _PAGE_BYTES if array.nbytes >= _PAGE_BYTES else 64
+            offset = -(-self._data.tell() // step) * step
+            self._data.write(b"\0" * (offset - self._data.tell()))
+            self._data.write(content)
+            self._written[digest] = (offset, array.nbytes)
+        return self._written[digest]
+
+    def _save(self) -> None:
+        self.weights.finish()
+        for node in self._nodes:
+            for names in (node.input, node.output):
+                names[:] = [self._new_names.get(name, name) for name in names]
+        graph = helper.make_graph(
+            self._nodes, self._path.stem, self._inputs, self._outputs, self._initializers
+        )
+        opset = self.options.opset
+        model = helper.make_model(
+            graph,
+            producer_name="sld-edge",
+            opset_imports=[helper.make_opsetid("", opset)],
+            ir_version=_IR_VERSIONS[opset],
+        )
+        if self._data is not None:
+            self._data.close()
+        self._path.write_bytes(model.SerializeToString(deterministic=True))
+
+    def _discard(self) -> None:
+        if self._data is not None:
+            self._data.close()
+            self._data_path.unlink(missing_ok=True)
+        self._path.unlink(missing_ok=True)
+
+
+def _onnx_dtype(dtype: np.dtype[Any] | type[np.generic]) -> int:
+    return int(helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
+
+
+def _value_info(
+    name: str, dtype: type[np.generic], shape: Sequence[int | str]
+) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, _onnx_dtype(dtype), list(shape))

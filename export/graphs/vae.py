@@ -1,0 +1,220 @@
+"""The two halves of the image autoencoder, as diffusers' AutoencoderKL defines it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sld_edge.export.checkpoints.config import (
+    anything,
+    checked_config,
+    count,
+    counts,
+    flag,
+    list_of,
+    number,
+    one_of,
+    optional_number,
+    per_level,
+)
+from sld_edge.export.checkpoints.weights import Weights
+from sld_edge.export.graphs.builder import GraphBuilder, GraphOptions, Value
+from sld_edge.export.graphs.layers import (
+    attention,
+    conv,
+    group_norm,
+    image_from_tokens,
+    linear,
+    resnet,
+    silu,
+    tokens_from_image,
+    upsample,
+)
+
+_EPS = 1e-6  # hard-coded in diffusers' Encoder and Decoder
+_LATENT_CHANNELS = 4
+_F32 = np.dtype(np.float32)
+
+VAE_KEYS = {
+    "in_channels": one_of(3),
+    "out_channels": one_of(3),
+    "latent_channels": one_of(_LATENT_CHANNELS),
+    "down_block_types": list_of(["DownEncoderBlock2D"], "DownEncoderBlock2D"),
+    "up_block_types": list_of(["UpDecoderBlock2D"], "UpDecoderBlock2D"),
+    "block_out_channels": counts([64]),
+    "layers_per_block": count(1),
+    "norm_num_groups": count(32),
+    "act_fn": one_of("silu", "swish"),
+    "scaling_factor": number(0.18215),
+    "shift_factor": optional_number(),
+    "use_quant_conv": flag(True),
+    "use_post_quant_conv": flag(True),
+    "mid_block_add_attention": flag(True),
+    "latents_mean": one_of(None),
+    "latents_std": one_of(None),
+    # A size for tiling, and advice on precision: both are the caller's choice here.
+    "sample_size": anything(32),
+    "force_upcast": flag(True),
+}
+
+# The names that diffusers gave the attention's layers before version 0.17; SD 1.5 still has them.
+_OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def write_vae_decoder(
+    config: Mapping[str, Any], weights: Weights, options: GraphOptions, path: Path
+) -> None:
+    """Write the decoder: latents f32 [B,4,h,w] -> images u8 [B,H,W,3], rounded half to even.
+
+    A second output, finite f32 [B], is 1 where the decoder gave no NaN or infinity for the image:
+    bytes cannot show that. The latents are as the sampler leaves them: the graph divides by the
+    scaling factor. Raises CheckpointError, naming it, for a config key or tensor that is unknown,
+    missing or bad.
+    Source: diffusers, models/autoencoders/autoencoder_kl.py and image_processor.py.
+    """
+    settings = checked_config(config, VAE_KEYS, name=weights.name)
+    with GraphBuilder(path, options, _with_new_names(weights)) as b:
+        _ignore_half(b, "encoder.", "quant_conv.")
+        x = b.input("latents", np.float32, ["B", _LATENT_CHANNELS, "h", "w"])
+        x = b.node("Div", x, b.scalar(settings["scaling_factor"], _F32), name="latents/unscaled")
+        if settings["shift_factor"] is not None:
+            x = b.node("Add", x, b.scalar(settings["shift_factor"], _F32), name="latents/shifted")
+        x = _decoder(b, b.inner(x), settings)
+        x = b.outer(x)
+        b.output(_pixels(b, x), "images", np.uint8, ["B", "H", "W", 3])
+        b.output(_finite(b, x), "finite", np.float32, ["B"])
+
+
+def write_vae_encoder(
+    config: Mapping[str, Any], weights: Weights, options: GraphOptions, path: Path
+) -> None:
+    """Write the encoder: images u8 [B,H,W,3] -> latents f32 [B,4,h,w].
+
+    The latents are the MEAN of the posterior times the scaling factor, so nothing is drawn. Raises
+    CheckpointError, naming it, for a config key or tensor that is unknown, missing or bad.
+    Source: diffusers, models/autoencoders/autoencoder_kl.py and image_processor.py.
+    """
+    settings = checked_config(config, VAE_KEYS, name=weights.name)
+    with GraphBuilder(path, options, _with_new_names(weights)) as b:
+        _ignore_half(b, "decoder.", "post_quant_conv.")
+        images = b.input("images", np.uint8, ["B", "H", "W", 3])
+        x = b.cast(images, np.float32, "images/numbers")
+        x = b.node("Transpose", x, name="images/channels_first", perm=[0, 3, 1, 2])
+        x = b.node("Div", x, b.scalar(255, _F32), name="images/of_1")
+        x = b.node("Mul", x, b.scalar(2, _F32), name="images/of_2")
+        x = b.node("Sub", x, b.scalar(1, _F32), name="images/centred")
+        mean = b.outer(_encoder(b, b.inner(x), settings))
+        if settings["shift_factor"] is not None:
+            shift = b.scalar(settings["shift_factor"], _F32)
+            mean = b.node("Sub", mean, shift, name="latents/shifted")
+        scale = b.scalar(settings["scaling_factor"], _F32)
+        scaled = b.node("Mul", mean, scale, name="latents/scaled")
+        b.output(scaled, "latents", np.float32, ["B", _LATENT_CHANNELS, "h", "w"])
+
+
+def _decoder(b: GraphBuilder, x: Value, settings: dict[str, Any]) -> Value:
+    groups, layers = settings["norm_num_groups"], settings["layers_per_block"]
+    levels = _channels(b, settings, "up_block_types")[::-1]
+    channels = levels[0]
+    if settings["use_post_quant_conv"]:
+        x = conv(b, x, "post_quant_conv", _LATENT_CHANNELS, _LATENT_CHANNELS, kernel=1)
+    x = conv(b, x, "decoder.conv_in", _LATENT_CHANNELS, channels)
+    x = _middle(b, x, "decoder.mid_block", channels, settings)
+    for i, outputs in enumerate(levels):
+        key = f"decoder.up_blocks.{i}"
+        for j in range(layers + 1):
+            x = resnet(b, x, f"{key}.resnets.{j}", channels, outputs, groups=groups, eps=_EPS)
+            channels = outputs
+        if i < len(levels) - 1:
+            x = upsample(b, x, f"{key}.upsamplers.0", channels)
+    return _end(b, x, "decoder", channels, 3, groups)
+
+
+def _encoder(b: GraphBuilder, x: Value, settings: dict[str, Any]) -> Value:
+    """Return the mean; the other half of the moments, the logarithm of the variance, is dropped."""
+    groups, moments = settings["norm_num_groups"], 2 * _LATENT_CHANNELS
+    levels = _channels(b, settings, "down_block_types")
+    channels = levels[0]
+    x = conv(b, x, "encoder.conv_in", 3, channels)
+    for i, outputs in enumerate(levels):
+        key = f"encoder.down_blocks.{i}"
+        for j in range(settings["layers_per_block"]):
+            x = resnet(b, x, f"{key}.resnets.{j}", channels, outputs, groups=groups, eps=_EPS)
+            channels = outputs
+        if i < len(levels) - 1:
+            # Unlike the UNet's: a row below and a column on the right only.
+            down = f"{key}.downsamplers.0.conv"
+            x = conv(b, x, down, channels, channels, stride=2, pads=(0, 0, 1, 1))
+    x = _middle(b, x, "encoder.mid_block", channels, settings)
+    x = _end(b, x, "encoder", channels, moments, groups)
+    if settings["use_quant_conv"]:
+        x = conv(b, x, "quant_conv", moments, moments, kernel=1)
+    return b.split(x, (_LATENT_CHANNELS, _LATENT_CHANNELS), 1, "moments")[0]
+
+
+def _middle(b: GraphBuilder, x: Value, key: str, channels: int, settings: dict[str, Any]) -> Value:
+    groups = settings["norm_num_groups"]
+    x = resnet(b, x, f"{key}.resnets.0", channels, channels, groups=groups, eps=_EPS)
+    if settings["mid_block_add_attention"]:
+        x = _attention(b, x, f"{key}.attentions.0", channels, groups)
+    return resnet(b, x, f"{key}.resnets.1", channels, channels, groups=groups, eps=_EPS)
+
+
+def _attention(b: GraphBuilder, image: Value, key: str, channels: int, groups: int) -> Value:
+    """Self-attention of all pixels, one head."""
+    x = group_norm(b, image, f"{key}.group_norm", channels, groups, _EPS)
+    x = tokens_from_image(b, x, channels, key)
+    q, k, v = (linear(b, x, f"{key}.to_{letter}", channels, channels) for letter in "qkv")
+    x = attention(b, q, k, v, heads=1, channels=channels, name=key)
+    x = linear(b, x, f"{key}.to_out.0", channels, channels)
+    x = image_from_tokens(b, x, image, channels, key)
+    return b.node("Add", image, x, name=key)
+
+
+def _end(b: GraphBuilder, x: Value, key: str, channels: int, outputs: int, groups: int) -> Value:
+    x = group_norm(b, x, f"{key}.conv_norm_out", channels, groups, _EPS)
+    return conv(b, silu(b, x, f"{key}.conv_act"), f"{key}.conv_out", channels, outputs)
+
+
+def _pixels(b: GraphBuilder, x: Value) -> Value:
+    """FP32 [B,3,H,W] in -1..1 to bytes [B,H,W,3], as diffusers' image processor does."""
+    x = b.node("Mul", x, b.scalar(0.5, _F32), name="images/half")
+    x = b.node("Add", x, b.scalar(0.5, _F32), name="images/centred")
+    x = b.node("Clip", x, b.scalar(0, _F32), b.scalar(1, _F32), name="images/clipped")
+    x = b.node("Mul", x, b.scalar(255, _F32), name="images/scaled")
+    x = b.node("Transpose", x, name="images/channels_last", perm=[0, 2, 3, 1])
+    return b.cast(b.node("Round", x, name="images/rounded"), np.uint8, "images/bytes")
+
+
+def _finite(b: GraphBuilder, x: Value) -> Value:
+    """FP32 [B,3,H,W] to FP32 [B]: 1 where all is finite; NaN fails every comparison."""
+    size = b.node("Abs", x, name="finite/size")
+    limit = b.scalar(float(np.finfo(np.float32).max), _F32)
+    each = b.cast(b.node("LessOrEqual", size, limit, name="finite/each"), np.float32, "finite/is")
+    return b.node("ReduceMin", each, b.ints(1, 2, 3), name="finite/all", rank=1, keepdims=0)
+
+
+def _channels(b: GraphBuilder, settings: dict[str, Any], blocks: str) -> list[int]:
+    depth = len(settings[blocks])
+    return per_level(
+        settings["block_out_channels"], depth, key="block_out_channels", name=b.weights.name
+    )
+
+
+def _ignore_half(b: GraphBuilder, *prefixes: str) -> None:
+    """Count the other half's tensors as used: it has a graph of its own."""
+    keys = b.weights.keys()
+    b.weights.ignore(key for key in keys if key.startswith(prefixes))
+
+
+def _with_new_names(weights: Weights) -> Weights:
+    names, keys = {}, weights.keys()
+    for key in keys:
+        head, _, kind = key.rpartition(".")
+        owner, _, layer = head.rpartition(".")
+        if ".attentions." in key and layer in _OLD_NAMES:
+            names[key] = f"{owner}.{_OLD_NAMES[layer]}.{kind}"
+    return weights.renamed(names)

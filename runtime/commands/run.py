@@ -1,0 +1,353 @@
+"""`sld-run`: prompts in, pictures out."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from tqdm import tqdm
+
+from sld_edge.engines import cache
+from sld_edge.engines.errors import EngineError, InputError, OutputError
+from sld_edge.engines.files import check_writable, write_whole
+from sld_edge.engines.providers import choose, survey, survey_table
+from sld_edge.runtime.bundle import KEPT_SAFETY, SHALLOW
+from sld_edge.runtime.commands.console import EXIT_FAILED, EXIT_FLAGGED, EXIT_OK, run_command
+from sld_edge.runtime.commands.options import RunSettings, parser
+from sld_edge.runtime.commands.selftest import self_test
+from sld_edge.runtime.denoise.loop import Step
+from sld_edge.runtime.picture import edit_map_picture, png_from_image
+from sld_edge.runtime.pipeline import Callback, Pipeline, Progress
+from sld_edge.runtime.policy import machine_policy
+from sld_edge.runtime.report import safety_words
+from sld_edge.runtime.request import Request, RunPlan
+from sld_edge.runtime.result import Result
+from sld_edge.runtime.scorers import rule_for, rule_from_text, scorers_from_names, split_paths
+from sld_edge.runtime.screening import Screening
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `sld-run`; return its exit code."""
+    return run_command(lambda: _run(RunSettings(**vars(parser().parse_args(arguments)))))
+
+
+def _run(settings: RunSettings) -> int:
+    if settings.providers:
+        print(survey_table(survey()))
+        return EXIT_OK
+    if settings.cache:
+        print(cache.text())
+        return EXIT_OK
+    if settings.clear_cache:
+        count, freed = cache.clear()
+        print(f"{count} entries removed, {freed / 1e6:.1f} MB freed")
+        return EXIT_OK
+    if settings.policy:
+        print(machine_policy().text())
+        return EXIT_OK
+    if settings.self_test:
+        return _self_test(settings)
+    if not settings.prompt:
+        raise InputError("no prompt given", do="see sld-run --help")
+    pipeline = Pipeline.load(
+        settings.bundle,
+        provider=settings.provider,
+        plan=settings.engine,
+        trust_plan=settings.trust_plan,
+        cuda_graph=not settings.no_cuda_graph,
+        low_memory=settings.low_memory,
+        vae_tiling=settings.vae_tiling,
+        quiet=settings.quiet,
+    )
+    with pipeline:
+        flagged = _make(pipeline, settings)
+    return EXIT_FLAGGED if flagged else EXIT_OK
+
+
+def _self_test(settings: RunSettings) -> int:
+    name = settings.provider if settings.provider != "auto" else choose({})[0]
+    passed = self_test(name, say=print, build=_build_plans)
+    return EXIT_OK if passed else EXIT_FAILED
+
+
+def _build_plans(bundle: Path, flavour: str) -> None:
+    """Build a bundle's plans for this device, in a process of its own.
+
+    Building belongs to `export`, which this package knows nothing of, and its memory goes with it.
+    """
+    command = [sys.executable, "-m", "sld_edge.export.commands.build", str(bundle)]
+    done = subprocess.run([*command, "--engine", flavour], check=False)
+    if done.returncode != 0:
+        raise EngineError(f"the plans for {flavour} could not be built, see above")
+
+
+def _make(pipeline: Pipeline, settings: RunSettings) -> bool:
+    """Make the pictures and write them; return whether one is flagged."""
+    prompts = _prompts(settings.prompt)
+    request = Request(
+        prompts=prompts,
+        negative_prompt=settings.negative_prompt,
+        safety=settings.safety,
+        safety_concept=tuple(settings.safety_concept) if settings.safety_concept else None,
+        safety_numbers=_safety_numbers(settings),
+        steps=settings.steps,
+        guidance_scale=settings.guidance_scale,
+        sampler=settings.sampler,
+        eta=settings.eta,
+        seed=settings.seed,
+        rng=settings.rng,
+        count=settings.count,
+        width=settings.width,
+        height=settings.height,
+        cache_interval=settings.cache_interval,
+        safety_interval=settings.safety_interval,
+    )
+    plan = pipeline.plan(request)
+    screening = _screening(settings)
+    pipeline.check(plan, screening=screening)
+    pictures = _picture_paths(settings.output, plan)
+    maps = _numbered(settings.edit_map, len(plan.images)) if settings.edit_map else []
+    others = [path for path in (settings.report, settings.preview) if path is not None]
+    _check_different((*pictures, *maps, *others))
+    for path in (*pictures, *maps, *([settings.report] if settings.report else [])):
+        check_writable(path, force=settings.force)
+    if settings.preview:
+        check_writable(settings.preview, force=True)
+    for line in _notes(pipeline, settings, plan):
+        print(f"note: {line}", file=sys.stderr)
+    with _progress(settings) as progress:
+        result = pipeline.run(
+            plan,
+            screening=screening,
+            batch_size=settings.batch_size,
+            callback=_preview(pipeline, settings.preview) if settings.preview else None,
+            progress=progress,
+        )
+    _write(result, pictures, maps, settings)
+    if not settings.quiet:
+        _tell(pictures, result)
+    for line in _warnings(pictures, result):
+        print(f"warning: {line}", file=sys.stderr)
+    return any(report.get("flagged", False) for report in result.reports)
+
+
+def _write(
+    result: Result, pictures: Sequence[Path], maps: Sequence[Path], settings: RunSettings
+) -> None:
+    """Write what may be shown; under the name of a picture that is withheld there is none."""
+    for index, (image, report) in enumerate(zip(result.images, result.reports, strict=True)):
+        if _withheld(report):
+            for path in (pictures[index], *maps[index : index + 1]):
+                path.unlink(missing_ok=True)  # of an earlier run
+            continue
+        write_whole(pictures[index], png_from_image(image, report), replace=settings.force)
+        if maps:
+            where = edit_map_picture(image, result.edit_maps[index])
+            write_whole(maps[index], png_from_image(where, report), replace=settings.force)
+    if settings.report:
+        body = json.dumps({"images": result.reports}, indent=1, ensure_ascii=False) + "\n"
+        write_whole(settings.report, body.encode(), replace=settings.force)
+
+
+def _check_different(paths: Sequence[Path]) -> None:
+    """Refuse two outputs of one name: the second would overwrite the first."""
+    seen: set[str] = set()
+    for path in paths:
+        name = os.path.normcase(os.path.realpath(path))
+        if name in seen:
+            raise OutputError(f"two outputs are called {path}", do="give each another name")
+        seen.add(name)
+
+
+def _screening(settings: RunSettings) -> Screening | None:
+    """Load the scorers; None where none is asked for."""
+    if not settings.scorer:
+        options = {
+            "--on-flag": settings.on_flag,
+            "--flag-rule": settings.flag_rule,
+            "--report-recipe": settings.report_recipe,
+        }
+        for option, value in options.items():
+            if value is not None:
+                raise InputError(f"{option} needs a scorer", do="add --scorer NAME")
+        return None
+    if settings.preview and settings.on_flag not in (None, "report"):
+        raise InputError(
+            "--preview would show pictures before they are scored",
+            got=f"--on-flag {settings.on_flag}",
+            do="leave one of them out",
+        )
+    names, paths = split_paths(settings.scorer)
+    scorers = scorers_from_names(names, paths)
+    rule = rule_from_text(settings.flag_rule) if settings.flag_rule is not None else rule_for(names)
+    return Screening(
+        scorers=scorers,
+        rule=rule,
+        on_flag=settings.on_flag,
+        report_recipe=settings.report_recipe,
+    )
+
+
+def _withheld(report: Mapping[str, Any]) -> bool:
+    return "screening" in report and report["screening"]["done"] == "withheld"
+
+
+def _warnings(pictures: Sequence[Path], result: Result) -> Iterator[str]:
+    """What is said of flagged and unsafe pictures even where nothing else is."""
+    for path, report in zip(pictures, result.reports, strict=True):
+        safety = report["safety"]
+        if safety["preset"] != "off" and not safety["acted"]:
+            yield (
+                f"{path}: safety had no effect on this picture ({safety['preset']}, strongest edit "
+                f"{safety['max_strength']:.1e} of the guidance)"
+            )
+        if not report.get("flagged", False):
+            continue
+        screening = report["screening"]
+        if screening["done"] == "withheld":
+            yield f"{path} is flagged, and was not written"
+        elif screening["done"] == "blurred":
+            yield f"{path} is flagged, and was blurred"
+        elif screening["on_flag"] == "escalate":
+            yield f"{path} is still flagged with {screening['attempts'][-1]['preset']}"
+        else:
+            yield f"{path} is flagged"
+
+
+def _notes(pipeline: Pipeline, settings: RunSettings, plan: RunPlan) -> Iterator[str]:
+    """What a user should know before the run."""
+    if settings.provider == "auto" and pipeline.provider != "cpu" and not settings.quiet:
+        yield pipeline.why
+    unused = {"vae_encoder"}  # no run needs it yet
+    if settings.cache_interval == 1:
+        unused.add(SHALLOW)
+    if settings.safety_interval == 1:
+        unused.add(KEPT_SAFETY)
+    for component, why in pipeline.fallbacks.items():
+        if component not in unused:
+            yield f"{component}: {why}"
+    if settings.safety is None and not any(image.safety.acts for image in plan.images):
+        yield "safety: off (the bundle's default)"
+    texts: dict[str, str] = {}
+    for image in plan.images:
+        texts |= {image.prompt: "prompt", image.negative_prompt: "negative prompt"}
+    for image in plan.images:
+        texts |= dict.fromkeys(image.acting_concepts, "safety concept")
+        if image.acting_concepts and image.prompt in image.acting_concepts:
+            yield "the prompt is the safety concept: between the two there is nothing to edit"
+    for text, what in texts.items():
+        cut = pipeline.cut_from(text)
+        if cut:
+            yield f"the model does not read this far into the {what}: “{cut[:120]}”"
+
+
+def _prompts(words: Sequence[str]) -> tuple[str, ...]:
+    if "-" not in words:
+        return tuple(words)
+    if len(words) > 1:
+        raise InputError('"-" reads prompts from standard input and stands alone')
+    try:
+        lines = sys.stdin.read().splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError("standard input is not UTF-8 text", got=error.reason) from error
+    if not lines:
+        raise InputError("no prompt on standard input", expected="one a line")
+    return tuple(lines)
+
+
+def _safety_numbers(settings: RunSettings) -> dict[str, float]:
+    given = {
+        "scale": settings.safety_scale,
+        "warmup_steps": settings.safety_warmup,
+        "threshold": settings.safety_threshold,
+        "momentum_scale": settings.safety_momentum_scale,
+        "momentum_beta": settings.safety_momentum_beta,
+    }
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _picture_paths(output: Path | None, plan: RunPlan) -> list[Path]:
+    """One path a picture: as named, numbered if there are several; or named by prompt and seed."""
+    if output is not None and not output.is_dir():
+        if output.suffix.lower() != ".png":
+            raise InputError("--output", got=output, expected="a name ending in .png, or a folder")
+        return _numbered(output, len(plan.images))
+    folder = output if output is not None else Path()
+    names = [f"{_slug(image.prompt)}-{image.seed}" for image in plan.images]
+    unique = [
+        f"{name}-{names[:index].count(name) + 1}" if names.count(name) > 1 else name
+        for index, name in enumerate(names)
+    ]
+    return [folder / f"{name}.png" for name in unique]
+
+
+def _slug(prompt: str) -> str:
+    words = re.findall(r"\w+", prompt.lower())
+    return "-".join(words)[:60].strip("-") or "image"
+
+
+def _numbered(path: Path, count: int) -> list[Path]:
+    if count == 1:
+        return [path]
+    digits = len(str(count))
+    return [path.with_stem(f"{path.stem}-{k:0{digits}d}") for k in range(1, count + 1)]
+
+
+@contextmanager
+def _progress(settings: RunSettings) -> Iterator[Progress]:
+    """Give what moves a progress bar."""
+    with tqdm(
+        total=None, unit="call", disable=settings.quiet or None, leave=False, file=sys.stderr
+    ) as bar:
+
+        def watch(done: int, total: int) -> None:
+            if bar.total != total:
+                bar.reset(total=total)
+            bar.update(done - bar.n)
+
+        yield watch
+
+
+def _preview(pipeline: Pipeline, path: Path) -> Callback:
+    """Return what rewrites a picture with the image so far, five times a run."""
+
+    def watch(step: Step) -> None:
+        if (step.index + 1) % max(1, step.calls // 5) == 0:
+            picture = Image.fromarray(pipeline.decode(step.latents[:1])[0])
+            write_whole(path, png_from_image(picture))
+
+    return watch
+
+
+def _tell(pictures: Sequence[Path], result: Result) -> None:
+    """Print one line a picture: where it is and what safety did."""
+    for path, report in zip(pictures, result.reports, strict=True):
+        if not _withheld(report):
+            print(f"{path}  {safety_words(report)}{_verdict(report)}")
+
+
+def _verdict(report: Mapping[str, Any]) -> str:
+    """What the scorers' rule looked at, and how the picture came to be."""
+    if "screening" not in report:
+        return ""
+    screening = report["screening"]
+    thresholds = {c.score: c.threshold for c in rule_from_text(screening["rule"])}
+    scores = ", ".join(
+        f"{key} {report['scores'][key]:{'.3f' if abs(threshold) >= 0.01 else '.3g'}}"
+        for key, threshold in thresholds.items()
+    )
+    presets = [attempt["preset"] for attempt in screening["attempts"]]
+    story = f" after {', '.join(presets[:-1])}" if len(presets) > 1 else ""
+    return f"{story}; {scores}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

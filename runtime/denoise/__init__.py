@@ -1,0 +1,1 @@
+"""The denoising loop, on the host and on a device."""
