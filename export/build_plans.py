@@ -29,7 +29,8 @@ from sld_edge.engines.tensorrt.plan_info import (
 )
 from sld_edge.export.output import recover
 from sld_edge.export.write_bundle import BUNDLE, created_by
-from sld_edge.runtime.bundle import MANIFEST, Bundle, Component
+from sld_edge.runtime.bundle import Bundle
+from sld_edge.runtime.manifest import MANIFEST, Component
 from sld_edge.runtime.plan_list import (
     PLANS,
     PlanFiles,
@@ -225,7 +226,7 @@ def _sizes(bundle: Bundle, settings: BuildSettings) -> dict[str, Span]:
         width=manifest.size.width,
         height=manifest.size.height,
         downscale=manifest.latents.downscale,
-        text_length=manifest.text.length,
+        text_length=manifest.text_length,
         concepts=len(manifest.safety_concepts),
     )
 

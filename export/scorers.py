@@ -23,8 +23,10 @@ from sld_edge.export.checkpoints.weights import Entry, Weights, entries_from_saf
 from sld_edge.export.output import Kind, check_output, staged
 from sld_edge.export.q16_prompts import read_q16_prompts
 from sld_edge.export.refuse import NOT_BUILT, ODD_VALUES, refusing
+from sld_edge.export.shape import Say
 from sld_edge.export.verify import graph_facts, require_onnx, run_checked
-from sld_edge.export.write_bundle import Say, created_by, file_entry
+from sld_edge.export.write_bundle import created_by
+from sld_edge.runtime.manifest import file_entry
 from sld_edge.runtime.scorers.clip_heads import CONCEPTS, SPECIAL_CARE
 from sld_edge.runtime.scorers.folder import (
     HEAD,

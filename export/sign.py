@@ -8,7 +8,8 @@ from sld_edge.engines.errors import InputError, MissingPackageError
 from sld_edge.engines.files import JSON_LIMIT, read_limited, write_whole
 from sld_edge.export.output import recover
 from sld_edge.export.write_bundle import BUNDLE
-from sld_edge.runtime.bundle import MANIFEST, Bundle
+from sld_edge.runtime.bundle import Bundle
+from sld_edge.runtime.manifest import MANIFEST
 from sld_edge.runtime.signatures import SIGNATURE, signer_text
 
 _KEY_LIMIT = 1 << 16

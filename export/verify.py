@@ -78,7 +78,7 @@ def random_feeds(
         shape = [size if isinstance(size, int) else sizes.get(size, 77) for size in spec.shape]
         if spec.name == "input_ids":
             values: NDArray[Any] = rng.integers(0, vocab_size, shape)
-        elif spec.name == "timestep":
+        elif spec.name in ("timestep", "time_ids"):
             values = rng.integers(0, 1000, shape)
         elif spec.dtype == "uint8":
             values = rng.integers(0, 256, shape)
@@ -122,7 +122,7 @@ def errors_against_diffusers(
     from sld_edge.export.via_torch import graph_modules, run_module
 
     modules = graph_modules(checkpoint, precision="fp32")
-    vocab_size = int(checkpoint.text_encoder.config["vocab_size"])
+    vocab_size = int(checkpoint.models["text_encoder"].config["vocab_size"])
     errors = {}
     for name, module in modules.items():
         facts = graphs[name]

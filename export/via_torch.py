@@ -33,6 +33,7 @@ except ImportError as error:
 
 Precision = Literal["fp16", "fp32"]
 _OPSETS = {"op": 23, "decomposed": 20}
+INPUTS = ("context",)  # of the UNet, beside latents and timestep
 _STEP = 8  # a UNet of four levels halves the latents three times
 
 # AutoencoderKL's attention in files from before diffusers 0.17.
@@ -92,22 +93,6 @@ class VaeDecoder(torch.nn.Module):
         return levels.to(torch.uint8), finite
 
 
-class VaeEncoder(torch.nn.Module):
-    """images u8 [B,H,W,3] -> latents f32 [B,4,h,w]: the posterior's mean, scaled."""
-
-    def __init__(self, inner: torch.nn.Module, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.inner, self.dtype = inner, dtype
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Encode."""
-        config = self.inner.config
-        shift = config.shift_factor if config.shift_factor is not None else 0.0
-        pictures = images.float().permute(0, 3, 1, 2) / 127.5 - 1
-        mean = self.inner.encode(pictures.to(self.dtype)).latent_dist.mean.float()
-        return (mean - shift) * config.scaling_factor
-
-
 def graph_modules(checkpoint: Checkpoint, *, precision: Precision) -> dict[str, torch.nn.Module]:
     """Return a module with each graph's interface, by component.
 
@@ -115,15 +100,15 @@ def graph_modules(checkpoint: Checkpoint, *, precision: Precision) -> dict[str, 
         CheckpointError: the weights do not fit the architecture that the config names.
     """
     dtype = torch.float16 if precision == "fp16" else torch.float32
-    text = checkpoint.text_encoder
+    text = checkpoint.models["text_encoder"]
     encoder = _loaded(CLIPTextModel(CLIPTextConfig(**text.config)), text, dtype)
-    unet = _loaded(_from_config(UNet2DConditionModel, checkpoint.unet), checkpoint.unet, dtype)
-    vae = _loaded(_from_config(AutoencoderKL, checkpoint.vae), checkpoint.vae, dtype)
+    models = checkpoint.models
+    unet = _loaded(_from_config(UNet2DConditionModel, models["unet"]), models["unet"], dtype)
+    vae = _loaded(_from_config(AutoencoderKL, models["vae"]), models["vae"], dtype)
     return {
         "text_encoder": TextEncoder(encoder),
         "unet": UNet(unet, dtype),
         "vae_decoder": VaeDecoder(vae, dtype),
-        "vae_encoder": VaeEncoder(vae, dtype),
     }
 
 
@@ -193,9 +178,9 @@ def _write(
     name: str, module: torch.nn.Module, checkpoint: Checkpoint, opset: int, path: Path
 ) -> None:
     """Export one module to `path` and `path`.data, with the interface's names."""
-    text = checkpoint.text_encoder.config
+    text = checkpoint.models["text_encoder"].config
     length, width = text["max_position_embeddings"], text["hidden_size"]
-    channels, images = checkpoint.unet.config["in_channels"], 2
+    channels, images = checkpoint.models["unet"].config["in_channels"], 2
     # Sizes are multiples of what the network halves, else torch.export finds guards.
     cells = {axis: _STEP * Dim(f"{axis}_{_STEP}", min=1, max=64) for axis in "hw"}
     batch = Dim("B", min=1, max=64)
@@ -217,11 +202,6 @@ def _write(
             ["noise_pred"],
         ),
         "vae_decoder": ((latents,), {"latents": latent_axes}, ["images", "finite"]),
-        "vae_encoder": (
-            (torch.zeros(images, 16 * _STEP, 24 * _STEP, 3, dtype=torch.uint8),),
-            {"images": {0: batch, 1: 8 * cells["h"], 2: 8 * cells["w"]}},
-            ["latents"],
-        ),
     }
     inputs, dynamic, outputs = examples[name]
     with warnings.catch_warnings():
@@ -272,7 +252,6 @@ _SIZES: dict[str, dict[str, tuple[str | None, ...]]] = {
         "images": ("B", "H", "W", None),
         "finite": ("B",),
     },
-    "vae_encoder": {"images": ("B", "H", "W", None), "latents": ("B", None, "h", "w")},
 }
 
 

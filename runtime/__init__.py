@@ -13,7 +13,7 @@ from sld_edge.engines.errors import (
 from sld_edge.runtime.bundle import Bundle
 from sld_edge.runtime.denoise.loop import Step
 from sld_edge.runtime.pipeline import Pipeline
-from sld_edge.runtime.request import ImagePlan, Request, RunPlan
+from sld_edge.runtime.request import Framing, ImageRun, Request, Run, Sampling, Savings
 from sld_edge.runtime.result import Result
 from sld_edge.runtime.safety import PAPER_CONCEPT, PRESETS, Safety
 from sld_edge.runtime.samplers import SAMPLERS
@@ -25,7 +25,8 @@ __all__ = [
     "Bundle",
     "BundleError",
     "EngineError",
-    "ImagePlan",
+    "Framing",
+    "ImageRun",
     "InputError",
     "MissingPackageError",
     "NumericsError",
@@ -34,8 +35,10 @@ __all__ = [
     "PolicyError",
     "Request",
     "Result",
-    "RunPlan",
+    "Run",
     "Safety",
+    "Sampling",
+    "Savings",
     "Step",
     "UserError",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,12 @@ from sld_edge.engines.onnxruntime.sessions import prepared_engine
 from sld_edge.engines.providers import choose, status
 from sld_edge.engines.tensorrt.engine import TrtEngine, tensorrt_module
 from sld_edge.engines.tensorrt.plan_info import FLAVOURS, Flavour
-from sld_edge.runtime.bundle import OWN_GRAPHS, Bundle, CheckedGraph, Component, own_graph
+from sld_edge.runtime.bundle import (
+    Bundle,
+    CheckedGraph,
+    own_graph,
+)
+from sld_edge.runtime.manifest import OWN_GRAPHS, Component
 from sld_edge.runtime.plans import (
     Plan,
     bundle_of_plan,
@@ -35,6 +41,8 @@ from sld_edge.runtime.tiles import Tiling, VaeTiling, tiling_for
 
 # Smaller weights are no burden: cast once, kept loaded.
 _HEAVY_BYTES = 64_000_000
+_DECODER_BYTES = 128 * 4 * 3  # a pixel: input, norm and output of the decoder's last block
+_PICTURE_BYTES = 3 * (4 + 4 + 1)  # a pixel of a blended picture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,18 +176,21 @@ class Loader:
             source.confirm()
         return engine
 
-    def identity_of(self, name: str) -> str:
-        """Return what tells apart all that decides what a component gives."""
-        plan = self.plans.get(name)
-        what = self.bundle.sha256 if plan is None else f"{self.bundle.sha256} {plan.info.sha256}"
-        return f"{what} {self.provider_of(name)}"
+    def identity_of(self, *names: str) -> str:
+        """Return a text that differs wherever the outputs of these components may differ."""
+        parts = [self.bundle.sha256]
+        for name in names:
+            plan = self.plans.get(name)
+            parts += [] if plan is None else [plan.info.sha256]
+            parts.append(self.provider_of(name))
+        return " ".join(parts)
 
     def provider_of(self, name: str) -> str:
         """Return what runs a component."""
         return self.provider if name in self.plans else self._ort_provider(name)
 
-    def may_go(self, name: str, engine: Engine) -> bool:
-        """Whether an engine is worth dropping while it rests: heavy, and ready again at once."""
+    def is_reloadable(self, name: str, engine: Engine) -> bool:
+        """Whether an engine is cheap to unload and reload: heavy, and prepared."""
         component = self.bundle.manifest.components[name]
         return isinstance(engine, OrtEngine) and engine.prepared and _is_heavy(component)
 
@@ -196,6 +207,31 @@ class Loader:
         ]
         profile = profiles[0] if profiles else None
         return tiling_for(choice, height, width, profile)
+
+    def require_memory(self, height: int, width: int) -> None:
+        """Refuse a picture whose decoding needs more memory than the processor has free.
+
+        On a device CUDA says so itself. Attention holds no whole matrix of scores, so the largest
+        tensors are the decoder's, of a picture or of a tile.
+
+        Raises:
+            InputError: about how much is needed, and how much there is.
+        """
+        if self.provider_of("vae_decoder") != "cpu":
+            return
+        cell = self.bundle.manifest.latents.downscale
+        tiling = self.tiling(height // cell, width // cell)
+        tile = (height, width) if tiling is None else tuple(side * cell for side in tiling.sides)
+        needed = min(height, tile[0]) * min(width, tile[1]) * _DECODER_BYTES
+        needed += height * width * _PICTURE_BYTES
+        available = memory_available()
+        if needed > available:
+            raise InputError(
+                f"a picture of {width}x{height} pixels is out of this machine's memory",
+                got=f"about {needed / 2**30:.1f} GiB needed",
+                expected=f"at most {available / 2**30:.1f} GiB, which is free",
+                do="choose a smaller --width and --height, or --vae-tiling on",
+            )
 
     def largest_batch(self, concepts: int) -> int | None:
         """Return the most images that the plans take at once; None where there is no limit.
@@ -290,6 +326,18 @@ class _Source:
 def _is_stored_small(component: Component) -> bool:
     """Whether the weights are of half the arithmetic's size, as one asks for to save memory."""
     return component.precision == "fp32" and component.storage == "fp16"
+
+
+def memory_available() -> int:
+    """Return the bytes of memory that are free now; a huge number where the system says nothing."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (OSError, ValueError, AttributeError):
+        return 2**63
 
 
 def _is_heavy(component: Component) -> bool:

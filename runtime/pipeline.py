@@ -1,15 +1,13 @@
-"""The pipeline: a bundle, loaded, that turns prompts into images."""
+"""The pipeline: a loaded bundle that turns prompts into images."""
 
 from __future__ import annotations
 
 import threading
 import time
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,26 +15,32 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from sld_edge.engines.base import Engine, TensorSpec
-from sld_edge.engines.cache import remember, remembered
+from sld_edge.engines.base import Engine
 from sld_edge.engines.checks import shown, whole_number
-from sld_edge.engines.errors import BundleError, InputError, shortened
-from sld_edge.runtime.constants import check_constants, refuse_empty
-from sld_edge.runtime.denoise.loop import Floats, HostStepper, Job, Step, denoise
-from sld_edge.runtime.denoise.on_device import DeviceStage, DeviceStepper, device_engine
+from sld_edge.engines.cuda.device import DeviceEngine
+from sld_edge.engines.errors import InputError
+from sld_edge.runtime.admission import require_admitted
+from sld_edge.runtime.conditioning import Conditioner, Embedding, Texts, most_concepts
+from sld_edge.runtime.denoise.job import Floats, Job
+from sld_edge.runtime.denoise.loop import Step, denoise
+from sld_edge.runtime.denoise.on_device import DeviceStage, DeviceStepper
+from sld_edge.runtime.denoise.on_host import HostStepper
 from sld_edge.runtime.loader import Loader, LoadSettings
 from sld_edge.runtime.numerics import not_finite
 from sld_edge.runtime.random import Rng, noise_source
 from sld_edge.runtime.report import StepReport, image_report
 from sld_edge.runtime.request import (
-    ImagePlan,
+    Framing,
+    ImageRun,
     Request,
-    RunPlan,
-    plan_from_request,
-    require_admitted,
+    Run,
+    Sampling,
+    Savings,
+    run_from_request,
 )
 from sld_edge.runtime.result import Result
 from sld_edge.runtime.safety import Safety
+from sld_edge.runtime.samplers import SafetyUnits
 from sld_edge.runtime.scorers import Scorer
 from sld_edge.runtime.screening import (
     Screening,
@@ -44,13 +48,12 @@ from sld_edge.runtime.screening import (
     screened_run,
     screening_under,
 )
+from sld_edge.runtime.store import Store
 from sld_edge.runtime.tiles import VaeTiling, checked_tiling
-from sld_edge.runtime.tokenizer import Tokenizer, input_ids
 
 Callback = Callable[[Step], object]
-Progress = Callable[[int, int], object]  # told the UNet calls done and those of the whole run
-_CELLS = 64 * 64  # latent cells that are few enough to be run together: those of a 512 px image
-_CACHED_TEXTS = 256
+Progress = Callable[[int, int], object]  # takes the UNet calls done and those of the whole run
+_CELLS = 64 * 64  # latent cells of a 512 px image: fewer are run together
 
 
 class Pipeline:
@@ -74,15 +77,17 @@ class Pipeline:
         self.provider = loader.provider
         self.why = loader.why
         self._loader = loader
-        self._engines: dict[str, Engine] = {}
+        self.store = Store(loader)
         self._stage: DeviceStage | None = None
-        text = self.bundle.manifest.text
-        self._tokenizer = Tokenizer(self.bundle.tokenizer_json(), length=text.length)
+        self._texts = Texts(self.bundle)
+        self._conditioner = Conditioner(
+            self.bundle,
+            self._texts,
+            self.store.engine,
+            identity=lambda: loader.identity_of(*self.bundle.manifest.texts),
+        )
         self._lock = threading.RLock()
         self._walking: set[object] = set()  # generators of `steps` that may still run the UNet
-        self._stored: dict[str, Floats] = self.bundle.embeddings()
-        self._texts: OrderedDict[str, Floats] = OrderedDict()  # the last used one last
-        self._constants_checked = False
 
     @classmethod
     def load(
@@ -163,7 +168,8 @@ class Pipeline:
         height: int | None = None,
         width: int | None = None,
         cache_interval: int = 1,
-        safety_interval: int = 1,
+        safety_units: SafetyUnits = "noise",
+        framing: Framing | None = None,
         latents: NDArray[np.float32] | None = None,
         batch_size: int | None = None,
         callback: Callback | None = None,
@@ -192,8 +198,9 @@ class Pipeline:
             width: in pixels.
             cache_interval: UNet calls from one whole one to the next; between them the deep layers'
                 features are used again (DeepCache). 1 is off.
-            safety_interval: UNet calls from one with the safety branches to the next; between them
-                their distance from the unconditional branch is used again. 1 is off.
+            safety_units: "noise" gives the safety numbers the same meaning on every model, "raw"
+                takes them in units of the model's output, as diffusers does.
+            framing: what SDXL is told of the picture's size and crop.
             latents: float32 [B,4,h,w], starting noise of unit variance, in place of the seeds'.
             batch_size: images denoised at once; by default one on the CPU, elsewhere as many as
                 fill one 512 px image.
@@ -210,41 +217,46 @@ class Pipeline:
             negative_prompt=negative_prompt,
             safety=safety,
             safety_concept=safety_concept,
-            steps=steps,
             guidance_scale=guidance_scale,
-            sampler=sampler,
-            eta=eta,
             seed=seed,
-            rng=rng,
             count=count,
             width=width,
             height=height,
-            cache_interval=cache_interval,
-            safety_interval=safety_interval,
+            sampling=Sampling(
+                steps=steps, sampler=sampler, eta=eta, rng=rng, safety_units=safety_units
+            ),
+            savings=Savings(cache_interval=cache_interval),
+            framing=framing if framing is not None else Framing(),
         )
         return self.run(
-            self.plan(request), latents=latents, batch_size=batch_size, callback=callback
+            self.resolve(request), latents=latents, batch_size=batch_size, callback=callback
         )
 
-    def plan(self, request: Request) -> RunPlan:
-        """Resolve a request against this bundle and policy, without running anything."""
-        return plan_from_request(
-            request, self.bundle.manifest, tokenizer=self._tokenizer, policy=self.policy
-        )
+    def resolve(self, request: Request) -> Run:
+        """Resolve a request against this bundle and policy, without running anything.
 
-    def check(self, plan: RunPlan, *, screening: Screening | None = None) -> Screening | None:
+        Raises:
+            InputError: a setting that cannot be honoured, named with what would be.
+            PolicyError: a setting that the policy does not allow.
+        """
+        run = run_from_request(request, self.bundle.manifest, policy=self.policy)
+        self._require_admitted(run, run.images)
+        return run
+
+    def check(self, run: Run, *, screening: Screening | None = None) -> Screening | None:
         """Refuse what `run` would refuse, before anything runs; return how it would screen.
 
         Raises:
-            InputError: a plan or screening that cannot be honoured.
+            InputError: a run or screening that cannot be honoured.
             PolicyError: what this device's policy does not allow.
         """
-        self._require_admitted(plan, plan.images)
-        return screening_under(self.policy, screening, plan, self._policy_scorers)
+        self._require_admitted(run, run.images)
+        self._loader.require_memory(run.height, run.width)
+        return screening_under(self.policy, screening, run, self._policy_scorers)
 
     def run(
         self,
-        plan: RunPlan,
+        run: Run,
         *,
         screening: Screening | None = None,
         latents: NDArray[np.float32] | None = None,
@@ -252,10 +264,10 @@ class Pipeline:
         callback: Callback | None = None,
         progress: Progress | None = None,
     ) -> Result:
-        """Do what a plan says; see `__call__`.
+        """Make the pictures of a run; see `__call__`.
 
         Args:
-            plan: from `plan`.
+            run: from `resolve`.
             screening: how pictures are judged before they leave, and what happens to flagged ones.
             latents: float32 [B,4,h,w], starting noise of unit variance, in place of the seeds'.
             batch_size: images denoised at once.
@@ -268,19 +280,11 @@ class Pipeline:
             NumericsError: NaN or infinity in what a graph gave.
         """
         with self._lock:
-            plan = replace(plan, images=_copied(plan.images))
-            screening = self.check(plan, screening=screening)
-            rules, safe = self.policy.screening, self.policy.safety
-            self.policy.require(
-                latents is None or (rules is None and safe is None),
-                "starting noise of a caller's own",
-                expected="none",
-            )
-            self.policy.require(
-                callback is None or rules is None or rules.previews == "allow",
-                "a look at unfinished pictures",
-                expected="none",
-            )
+            run = replace(run, images=_copied(run.images), savings=_copied_savings(run.savings))
+            screening = self.check(run, screening=screening)
+            self._require_own_noise(latents)
+            if callback is not None:
+                self.policy.require_previews("a look at unfinished pictures")
             if screening is not None and latents is not None:
                 raise InputError("starting noise of your own and screening", do="leave one out")
             make = partial(
@@ -291,19 +295,19 @@ class Pipeline:
                 progress=progress,
             )
             if screening is None:
-                return make(plan)
-            result = screened_run(make, plan, screening)
-            if rules is None:
+                return make(run)
+            result = screened_run(make, run, screening)
+            if self.policy.screening is None:
                 return result
             return replace(result, latents=np.zeros_like(result.latents))
 
     def steps(
         self,
-        plan: RunPlan,
-        images: Sequence[ImagePlan] | None = None,
+        run: Run,
+        images: Sequence[ImageRun] | None = None,
         latents: NDArray[np.float32] | None = None,
     ) -> Generator[Step, None, None]:
-        """Denoise a plan's images (or some of them) in one batch, one `Step` a UNet call.
+        """Denoise a run's images (or some of them) in one batch, one `Step` a UNet call.
 
         Close the generator to stop; `decode` turns any step's latents into pictures. What a step
         holds is read before the next one, and the last one's before the next run.
@@ -314,35 +318,35 @@ class Pipeline:
         self.policy.require(
             self.policy.screening is None, "pictures that are not screened", expected="run()"
         )
-        self.policy.require(
-            latents is None or self.policy.safety is None,
-            "starting noise of a caller's own",
-            expected="none",
-        )
-        own = _copied(plan.images if images is None else images)
+        self._require_own_noise(latents)
+        copied = _copied(run.images if images is None else images)
         with self._lock:
-            return self._steps(plan, own, latents)
+            return self._steps(run, copied, latents)
 
     def _steps(
         self,
-        plan: RunPlan,
-        images: Sequence[ImagePlan],
+        run: Run,
+        images: Sequence[ImageRun],
         latents: NDArray[np.float32] | None,
     ) -> Generator[Step, None, None]:
-        self._require_admitted(plan, images)
-        noise = [noise_source(plan.rng, image.seed) for image in images]
+        self._require_admitted(run, images)
+        self._loader.require_memory(run.height, run.width)
+        noise = [noise_source(run.rng, image.seed) for image in images]
         if latents is None:
-            latents = np.concatenate([n.normal((1, *self._latent_shape(plan))) for n in noise])
-        context = self._context(images)
+            latents = np.concatenate([n.normal((1, *self._latent_shape(run))) for n in noise])
+        manifest = self.bundle.manifest
+        conditioning = self._conditioner.conditioning(images, run.time_ids)
+        for encoder in manifest.texts:
+            self.store.release(encoder)
         job = Job(
-            table=plan.table,
+            table=run.table,
             images=images,
-            context=context,
+            conditioning=conditioning,
+            classifier_free=manifest.guidance == "classifier-free",
             latents=latents,
             noise=noise,
             unet_precision=self._precision("unet"),
-            cache_interval=plan.cache_interval,
-            safety_interval=plan.safety_interval,
+            savings=run.savings,
         )
         mark = object()
         self._walking.add(mark)
@@ -352,27 +356,27 @@ class Pipeline:
 
     def _made(
         self,
-        plan: RunPlan,
+        run: Run,
         *,
         latents: NDArray[np.float32] | None,
         batch_size: int | None,
         callback: Callback | None,
         progress: Progress | None,
     ) -> Result:
-        """Make a plan's pictures, batch by batch."""
-        largest = self._loader.largest_batch(_concepts(plan.images))
-        size = self._batch_size(plan, largest)
+        """Make a run's pictures, batch by batch."""
+        largest = self._loader.largest_batch(most_concepts(run.images))
+        size = self._batch_size(run, largest)
         if batch_size is not None:
             size = whole_number("batch_size", batch_size, 1, 100_000)
         if latents is not None:
-            self._check_latents(latents, plan)
+            self._check_latents(latents, run)
         parts: list[Result] = []
-        starts = range(0, len(plan.images), size)
-        total = plan.table.calls * len(starts)
+        starts = range(0, len(run.images), size)
+        total = run.table.calls * len(starts)
         for start in starts:
-            images = plan.images[start : start + size]
+            images = run.images[start : start + size]
             own = latents[start : start + size] if latents is not None else None
-            done = plan.table.calls * len(parts)
+            done = run.table.calls * len(parts)
 
             def watch(step: Step, done: int = done) -> None:
                 if progress is not None:
@@ -380,7 +384,7 @@ class Pipeline:
                 if callback is not None:
                     callback(step)
 
-            parts.append(self._run_batch(plan, images, own, watch))
+            parts.append(self._run_batch(run, images, own, watch))
         return Result(
             images=[image for part in parts for image in part.images],
             latents=np.concatenate([part.latents for part in parts]),
@@ -395,12 +399,7 @@ class Pipeline:
             NumericsError: the decoder overflowed.
             PolicyError: this device's policy lets only screened pictures leave.
         """
-        rules = self.policy.screening
-        self.policy.require(
-            rules is None or rules.previews == "allow",
-            "pictures that are not screened",
-            expected="run()",
-        )
+        self.policy.require_previews("pictures that are not screened")
         with self._lock:
             return self._decoded(latents)
 
@@ -419,57 +418,39 @@ class Pipeline:
         for one in latents:  # one at a time: the decoder's activations are the largest of all
             whole = one[None]
             parts.append(decoded(whole) if tiling is None else tiling.decoded(decoded, whole))
-        self._release("vae_decoder")
+        self.store.release("vae_decoder")
         return np.concatenate(parts)
 
-    def encode_text(self, text: str) -> Floats:
-        """Return a text's embedding, float32 [L,C]; repeated texts are encoded once.
+    def encode_text(self, text: str) -> Embedding:
+        """Return a text's embeddings, float32 [...] by UNet input; repeated texts are encoded once.
 
         Raises:
-            NumericsError: the text encoder overflowed.
+            NumericsError: a text encoder overflowed.
         """
         with self._lock:
-            if text in self._stored:
-                return self._stored[text]
-            if text not in self._texts:
-                self._texts[text] = self._encoded(text)
-                if len(self._texts) > _CACHED_TEXTS:
-                    self._texts.popitem(last=False)
-            self._texts.move_to_end(text)
-            return self._texts[text]
-
-    def _encoded(self, text: str) -> Floats:
-        ids = input_ids([self._tokenizer(text)])
-        out = self.engine("text_encoder").run({"input_ids": ids})["hidden_states"]
-        if not np.isfinite(out).all():
-            raise not_finite("text_encoder", precision=self._precision("text_encoder"))
-        embedding: Floats = out[0]
-        return embedding
+            return self._conditioner.embedding(text)
 
     def cut_from(self, text: str) -> str:
         """Return the end of a text that the model does not see; empty where all of it fits."""
-        return self._tokenizer(text).cut
+        return self._texts.cut(text)
 
     def says_nothing(self, text: str) -> bool:
         """Whether a text is to the model what the empty text is."""
-        return self._tokenizer.says_nothing(text)
+        return self._texts.says_nothing(text)
 
     def engine(self, name: str) -> Engine:
-        """Return a component's engine, loaded and checked against the manifest when first asked."""
+        """Return a component's engine, loaded and checked against the manifest when first asked.
+
+        Raises:
+            BundleError: the bundle has no such component, or its graph has other tensors.
+            EngineError: the engine does not take it.
+        """
         with self._lock:
-            if name not in self._engines:
-                components = self.bundle.manifest.components
-                if name not in components:
-                    raise BundleError(f"this bundle has no {name}", do="export it again")
-                engine = self._loader.load(name, components[name])
-                _check_tensors(name, components[name].inputs, engine.inputs)
-                _check_tensors(name, components[name].outputs, engine.outputs)
-                self._engines[name] = engine
-            return self._engines[name]
+            return self.store.engine(name)
 
     def warm_up(self) -> None:
         """Load every graph that a run needs now, not at its first use."""
-        for name in ("text_encoder", "unet", "guidance", "vae_decoder"):
+        for name in (*self.bundle.manifest.texts, "unet", "guidance", "vae_decoder"):
             self.engine(name)
 
     def close(self) -> None:
@@ -478,9 +459,7 @@ class Pipeline:
             if self._stage is not None:
                 self._stage.close()
                 self._stage = None
-            for engine in self._engines.values():
-                engine.close()
-            self._engines.clear()
+            self.store.close()
             self._loader.close()
 
     def __enter__(self) -> Self:
@@ -491,19 +470,23 @@ class Pipeline:
 
     def _stepper(self, job: Job) -> HostStepper | DeviceStepper:
         engines = {name: self.engine(name) for name in job.components}
-        lent = {name: device_engine(engine) for name, engine in engines.items()}
-        on_device = {name: engine for name, engine in lent.items() if engine is not None}
+        on_device = {name: e for name, e in engines.items() if isinstance(e, DeviceEngine)}
         if len(on_device) < len(engines):
             together = self._loader.on_device or job.latents[:, 0].size < _CELLS
             return HostStepper(engines, job, together=together)
-        shapes = (job.latents.shape, job.context.shape)
-        if self._stage is not None and (self._stage.latents, self._stage.context) != shapes:
-            self._stage.close()
-            self._stage = None
-        if self._stage is None:
-            self._stage = DeviceStage(on_device, latents=shapes[0], context=shapes[1])
-        self._stage.engines.update(on_device)
-        return DeviceStepper(self._stage, job)
+        latents, conditioning = job.latents.shape, job.conditioning
+        stage = self._stage
+        if stage is not None and (
+            (stage.latents, stage.shapes, stage.concepts)
+            != (latents, conditioning.shapes(), conditioning.concepts)
+        ):
+            stage.close()
+            stage = None
+        if stage is None:
+            stage = DeviceStage(on_device, latents=latents, conditioning=conditioning)
+        self._stage = stage
+        stage.engines.update(on_device)
+        return DeviceStepper(stage, job)
 
     def _walked(
         self, steps: Generator[Step, None, None], mark: object, *, cells: int
@@ -517,30 +500,24 @@ class Pipeline:
             yield step
         self._walking.discard(mark)
         with self._lock:
-            unet = self._engines.get("unet")
-            if (
-                unet is not None
-                and cells >= _CELLS
-                and not self._walking
-                and self._loader.may_go("unet", unet)
-            ):
-                self._release("unet")  # its mapped weights beside the decoder's work are the peak
+            if cells >= _CELLS and not self._walking:
+                # Its mapped weights beside the decoder's work would be the peak.
+                self.store.release_reloadable("unet")
 
-    def _release(self, name: str) -> None:
-        """Drop an engine that has done its part, where memory is short or nothing is lost."""
-        engine = self._engines.get(name)
-        if engine is None:
-            return
-        if self._loader.settings.low_memory or self._loader.may_go(name, engine):
-            del self._engines[name]
-            engine.close()
+    def _require_own_noise(self, latents: object) -> None:
+        """Refuse starting noise of a caller under a policy: it may hold a finished picture."""
+        self.policy.require(
+            latents is None or (self.policy.screening is None and self.policy.safety is None),
+            "starting noise of a caller's own",
+            expected="none",
+        )
 
-    def _require_admitted(self, plan: RunPlan, images: Sequence[ImagePlan]) -> None:
+    def _require_admitted(self, run: Run, images: Sequence[ImageRun]) -> None:
         require_admitted(
-            plan,
+            run,
             images,
             manifest=self.bundle.manifest,
-            tokenizer=self._tokenizer,
+            texts=self._texts,
             policy=self.policy,
         )
 
@@ -549,14 +526,14 @@ class Pipeline:
 
     def _run_batch(
         self,
-        plan: RunPlan,
-        images: Sequence[ImagePlan],
+        run: Run,
+        images: Sequence[ImageRun],
         latents: NDArray[np.float32] | None,
         callback: Callback,
     ) -> Result:
         clock = time.perf_counter
         begin = clock()
-        steps = self._steps(plan, images, latents)
+        steps = self._steps(run, images, latents)
         encoded = clock()
         made = []
         for step in steps:
@@ -576,11 +553,11 @@ class Pipeline:
         reports = [
             image_report(
                 bundle=self.bundle,
-                plan=plan,
+                run=run,
                 image=image,
                 calls=[
                     StepReport(
-                        timestep=float(plan.table.timesteps[index]),
+                        timestep=float(run.table.timesteps[index]),
                         branches=made[index][0],
                         cached=made[index][1],
                         share=round(float(figures.share[index, position]), 6),
@@ -591,7 +568,7 @@ class Pipeline:
                         ],
                         seconds=round(figures.seconds[index], 6),
                     )
-                    for index in range(plan.table.calls)
+                    for index in range(run.table.calls)
                 ],
                 seconds=seconds,
                 cut=self._cut_texts(image),
@@ -606,55 +583,28 @@ class Pipeline:
             reports=reports,
         )
 
-    def _context(self, images: Sequence[ImagePlan]) -> Floats:
-        """Embeddings of all branches, branch-major, float32 [(2+n)*B,L,C].
-
-        Raises:
-            BundleError: stored embeddings that are not what the text encoder gives.
-            InputError: a safety concept that the text encoder takes for the empty text.
-        """
-        if not self._constants_checked:
-            known = self._loader.identity_of("text_encoder")
-            if not remembered("embeddings", known):
-                check_constants(self.bundle, self._encoded)
-                remember("embeddings", known)
-            self._constants_checked = True
-        for acting in {concept for image in images for concept in image.acting_concepts}:
-            refuse_empty(acting, self.encode_text(acting), self.encode_text(""))
-        uncond = [self.encode_text(image.negative_prompt) for image in images]
-        text = [self.encode_text(image.prompt) for image in images]
-        concepts = []
-        for k in range(_concepts(images)):
-            for index, image in enumerate(images):
-                own = image.acting_concepts
-                # One that has fewer repeats its first: the guidance takes it once.
-                concept = own[k if k < len(own) else 0] if own else None
-                concepts.append(uncond[index] if concept is None else self.encode_text(concept))
-        self._release("text_encoder")
-        return np.stack([*uncond, *text, *concepts])
-
-    def _cut_texts(self, image: ImagePlan) -> dict[str, str]:
-        texts = {"prompt": image.prompt, "negative_prompt": image.negative_prompt}
+    def _cut_texts(self, image: ImageRun) -> dict[str, str]:
+        texts = {"prompt": image.prompt, "negative_prompt": image.negative_prompt or ""}
         several = len(image.acting_concepts) > 1
         for k, concept in enumerate(image.acting_concepts, 1):
             texts[f"safety_concept_{k}" if several else "safety_concept"] = concept
         cuts = {name: self.cut_from(text) for name, text in texts.items()}
         return {name: cut for name, cut in cuts.items() if cut}
 
-    def _latent_shape(self, plan: RunPlan) -> tuple[int, int, int]:
+    def _latent_shape(self, run: Run) -> tuple[int, int, int]:
         latents = self.bundle.manifest.latents
-        return latents.channels, plan.height // latents.downscale, plan.width // latents.downscale
+        return latents.channels, run.height // latents.downscale, run.width // latents.downscale
 
-    def _batch_size(self, plan: RunPlan, largest: int | None) -> int:
+    def _batch_size(self, run: Run, largest: int | None) -> int:
         """One at a time on the CPU, where a batch is no faster and rounds otherwise."""
         if not self._loader.on_device:
             return 1
-        _, height, width = self._latent_shape(plan)
+        _, height, width = self._latent_shape(run)
         size = max(1, _CELLS // (height * width))
         return size if largest is None else min(size, largest)
 
-    def _check_latents(self, latents: NDArray[Any], plan: RunPlan) -> None:
-        shape = (len(plan.images), *self._latent_shape(plan))
+    def _check_latents(self, latents: NDArray[Any], run: Run) -> None:
+        shape = (len(run.images), *self._latent_shape(run))
         if not isinstance(latents, np.ndarray) or latents.shape != shape:
             raise InputError("latents", got=np.shape(latents), expected=shape)
         if latents.dtype != np.float32:
@@ -663,42 +613,13 @@ class Pipeline:
             raise InputError("latents hold NaN or infinity", do="give finite starting noise")
 
 
-def _copied(images: Sequence[ImagePlan]) -> tuple[ImagePlan, ...]:
+def _copied_savings(savings: Savings) -> Savings:
+    return replace(savings) if type(savings) is Savings else savings
+
+
+def _copied(images: Sequence[ImageRun]) -> tuple[ImageRun, ...]:
     """Return copies that no one else holds, so that what was checked is what runs."""
     return tuple(
-        replace(image, safety=replace(image.safety)) if type(image) is ImagePlan else image
+        replace(image, safety=replace(image.safety)) if type(image) is ImageRun else image
         for image in images
     )
-
-
-def _concepts(images: Sequence[ImagePlan]) -> int:
-    """Count the safety branches that images made together need."""
-    return max(1, *(len(image.acting_concepts) for image in images))
-
-
-def _check_tensors(name: str, said: tuple[TensorSpec, ...], found: tuple[TensorSpec, ...]) -> None:
-    """Refuse a graph whose tensors are not those that `bundle.json` says."""
-
-    def alike(a: TensorSpec, b: TensorSpec) -> bool:
-        return (
-            a.name == b.name
-            and a.dtype == b.dtype
-            and len(a.shape) == len(b.shape)
-            and all(
-                isinstance(x, str) or isinstance(y, str) or x == y
-                for x, y in zip(a.shape, b.shape, strict=True)
-            )
-        )
-
-    for want, got in zip_longest(said, found):
-        if want is None or got is None or not alike(want, got):
-            raise BundleError(
-                f"{name}: the graph's tensors are not those that bundle.json says",
-                got=_words(got),
-                expected=shortened(_words(want), 80),
-                do="export the bundle again",
-            )
-
-
-def _words(spec: TensorSpec | None) -> str:
-    return "no more" if spec is None else f"{spec.name} {spec.dtype} {list(spec.shape)}"

@@ -22,12 +22,11 @@ from sld_edge.engines.tensorrt.plan_info import (
     this_system,
 )
 from sld_edge.runtime.bundle import (
-    MANIFEST,
     Bundle,
     CheckedGraph,
-    Component,
     require_own_weights,
 )
+from sld_edge.runtime.manifest import MANIFEST, Component
 from sld_edge.runtime.plan_list import (
     PLANS,
     PlanFiles,

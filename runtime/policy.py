@@ -49,7 +49,6 @@ class SafetyRules:
         custom: "refuse" numbers that are no preset's, or take those that are "stronger" than the
             minimum, number by number.
         concepts_always: texts that are always steered away from, each with a branch of its own.
-        safety_interval_max: largest interval of UNet calls between two with the safety branches.
         cache_interval_max: largest interval between two whole UNet calls.
         guidance_scale: least and most.
         negative_prompt: whether callers may give one; it moves what the edit is measured from.
@@ -58,7 +57,6 @@ class SafetyRules:
     minimum: str = "off"
     custom: Custom = "refuse"
     concepts_always: tuple[str, ...] = ()
-    safety_interval_max: int = 1
     cache_interval_max: int = 1
     guidance_scale: tuple[float, float] = (0.0, 100.0)
     negative_prompt: Allow = "refuse"
@@ -157,6 +155,16 @@ class Policy:
         if not allowed:
             raise self.error(what, got=got, expected=expected)
 
+    def require_previews(self, what: str) -> None:
+        """Refuse to show pictures that were not screened, where the policy forbids previews.
+
+        Raises:
+            PolicyError: it does.
+        """
+        rules = self.screening
+        allowed = rules is None or rules.previews == "allow"
+        self.require(allowed, what, expected="none, or run()")
+
     def error(
         self, what: str, *, got: object = None, expected: object, do: str | None = None
     ) -> PolicyError:
@@ -177,8 +185,7 @@ class Policy:
                 + ("refused" if rules.custom == "refuse" else "each at least as strong"),
                 f"guidance scale: {rules.guidance_scale[0]:g} to {rules.guidance_scale[1]:g}; "
                 f"negative prompt: {rules.negative_prompt}",
-                f"intervals: safety at most {rules.safety_interval_max}, cache at most "
-                f"{rules.cache_interval_max}",
+                f"cache interval: at most {rules.cache_interval_max}",
             ]
             lines += [f"always steered away from: {text}" for text in rules.concepts_always]
         if self.screening is not None:
@@ -288,11 +295,11 @@ def _policy(entries: _Entries, digest: str) -> Policy:
 
 def _safety_rules(name: str, body: object) -> SafetyRules | None:
     entries = _Entries(name, body)
+    entries.take("safety_interval_max", _count, 1)  # of older policies: no run skips branches now
     rules = SafetyRules(
         minimum=entries.take("minimum", _one_of(_LADDER), "off"),
         custom=entries.take("custom", _one_of(get_args(Custom)), "refuse"),
         concepts_always=entries.take("concepts_always", _texts, ()),
-        safety_interval_max=entries.take("safety_interval_max", _count, 1),
         cache_interval_max=entries.take("cache_interval_max", _count, 1),
         guidance_scale=entries.take("guidance_scale", _range, (0.0, 100.0)),
         negative_prompt=entries.take("negative_prompt", _one_of(get_args(Allow)), "refuse"),

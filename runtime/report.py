@@ -10,7 +10,7 @@ from importlib import metadata
 from typing import Any
 
 from sld_edge.runtime.bundle import Bundle
-from sld_edge.runtime.request import ImagePlan, RunPlan
+from sld_edge.runtime.request import ImageRun, Run
 from sld_edge.runtime.safety import NO_EFFECT_BELOW
 
 # What tells how to make a picture again, and so goes where a recipe must not be told.
@@ -33,8 +33,8 @@ class StepReport:
 def image_report(
     *,
     bundle: Bundle,
-    plan: RunPlan,
-    image: ImagePlan,
+    run: Run,
+    image: ImageRun,
     calls: Sequence[StepReport],
     seconds: dict[str, float],
     cut: dict[str, str],
@@ -58,18 +58,18 @@ def image_report(
         "negative_prompt": image.negative_prompt,
         "cut_from_prompts": cut,
         "seed": image.seed,
-        "rng": plan.rng,
-        "steps": plan.steps,
-        "sampler": plan.table.name,
-        "eta": plan.eta,
+        "rng": run.rng,
+        "steps": run.steps,
+        "sampler": run.table.name,
+        "eta": run.eta,
         "guidance_scale": image.guidance_scale,
-        "width": plan.width,
-        "height": plan.height,
-        "cache_interval": plan.cache_interval,
-        "safety_interval": plan.safety_interval,
+        "width": run.width,
+        "height": run.height,
+        "cache_interval": run.savings.cache_interval,
         "safety": {
             "preset": image.preset,
             **safety,
+            "units": run.table.safety_units,
             "concept": " | ".join(image.acting_concepts) or None,
             "concepts": [
                 {"concept": concept, "mean_strength": mean} for concept, mean in strengths.items()
@@ -83,8 +83,8 @@ def image_report(
             "max_strength": strongest,
         },
         "policy": None
-        if plan.policy is None
-        else {"sha256": plan.policy, "raised": list(plan.raised)},
+        if run.policy is None
+        else {"sha256": run.policy, "raised": list(run.raised)},
         "calls": [asdict(call) for call in calls],
         "seconds": {name: round(value, 6) for name, value in seconds.items()},
         "model": asdict(manifest.model),

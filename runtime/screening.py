@@ -17,7 +17,7 @@ from sld_edge.engines.errors import InputError
 from sld_edge.runtime.picture import blurred
 from sld_edge.runtime.policy import ON_FLAG, RECIPES, OnFlag, Policy, Recipe
 from sld_edge.runtime.report import without_recipe
-from sld_edge.runtime.request import ImagePlan, RunPlan
+from sld_edge.runtime.request import ImageRun, Run
 from sld_edge.runtime.result import Result
 from sld_edge.runtime.safety import PRESETS, safety_from_preset
 from sld_edge.runtime.scorers import (
@@ -30,7 +30,7 @@ from sld_edge.runtime.scorers import (
     text_from_rule,
 )
 
-Make = Callable[[RunPlan], Result]
+Make = Callable[[Run], Result]
 LADDER = tuple(PRESETS)
 _OURS = "sld_edge.runtime.scorers."
 _ESCALATES = ("escalate", "escalate-withhold")
@@ -68,14 +68,14 @@ class Verdict:
 
 
 def screening_under(
-    policy: Policy, asked: Screening | None, plan: RunPlan, scorers: Sequence[Scorer]
+    policy: Policy, asked: Screening | None, run: Run, scorers: Sequence[Scorer]
 ) -> Screening | None:
-    """Return how a plan's pictures are screened: as asked for, and never less than the policy says.
+    """Return how a run's pictures are screened: as asked for, and never less than the policy says.
 
     Args:
         policy: this device's.
         asked: the caller's screening.
-        plan: what will be run.
+        run: the run.
         scorers: those that the policy names.
 
     Raises:
@@ -125,7 +125,7 @@ def screening_under(
     if not screening.scorers:
         raise InputError("no scorer to flag a picture", do="name one with --scorer")
     if screening.on_flag in _ESCALATES:
-        for image in plan.images:
+        for image in run.images:
             if image.preset not in LADDER:
                 raise InputError(
                     "escalating starts from a preset",
@@ -158,29 +158,29 @@ def policy_scorers(policy: Policy) -> list[Scorer]:
     return scorers
 
 
-def screened_run(make: Make, plan: RunPlan, screening: Screening) -> Result:
-    """Run a plan, score its pictures, and do with flagged ones what `screening` says.
+def screened_run(make: Make, run: Run, screening: Screening) -> Result:
+    """Make a run, score its pictures, and do with flagged ones what `screening` says.
 
     Each report gains `flagged`, `scores` and `screening` (see docs/scorers.md). Of a picture that
     is withheld, `images` holds a plain grey one and `edit_maps` zeros; `latents`, which any picture
     can be made from again, are zeros wherever it was blurred or withheld.
 
     Args:
-        make: makes a plan's pictures.
-        plan: what to make.
+        make: makes a run's pictures.
+        run: the run.
         screening: from `screening_under`.
 
     Raises:
         InputError: a rule that names a score no scorer gives.
         UserError: a run or a scorer that failed.
     """
-    result = make(plan)
-    verdicts = _judge(result, plan.images, screening)
+    result = make(run)
+    verdicts = _judge(result, run.images, screening)
     attempts = [
         [_attempt(image, verdict, report)]
-        for image, verdict, report in zip(plan.images, verdicts, result.reports, strict=True)
+        for image, verdict, report in zip(run.images, verdicts, result.reports, strict=True)
     ]
-    images = list(plan.images)
+    images = list(run.images)
     while screening.on_flag in _ESCALATES:
         places = [
             place
@@ -190,8 +190,8 @@ def screened_run(make: Make, plan: RunPlan, screening: Screening) -> Result:
         if not places:
             break
         for place in places:
-            images[place] = escalated(images[place], calls=plan.table.calls)
-        again = replace(plan, images=tuple(images[place] for place in places))
+            images[place] = escalated(images[place], calls=run.table.calls)
+        again = replace(run, images=tuple(images[place] for place in places))
         part = make(again)
         found = _judge(part, again.images, screening)
         for index, place in enumerate(places):
@@ -208,8 +208,8 @@ def stronger(preset: str) -> str | None:
     return LADDER[LADDER.index(preset) + 1]
 
 
-def escalated(image: ImagePlan, *, calls: int) -> ImagePlan:
-    """Return the same picture's plan with the next stronger preset, the same concept and seed.
+def escalated(image: ImageRun, *, calls: int) -> ImageRun:
+    """Return the same picture with the next stronger preset, the same concept and seed.
 
     Raises:
         InputError: no preset is stronger.
@@ -221,7 +221,7 @@ def escalated(image: ImagePlan, *, calls: int) -> ImagePlan:
     return replace(image, preset=preset, safety=safety)
 
 
-def _judge(result: Result, images: Sequence[ImagePlan], screening: Screening) -> list[Verdict]:
+def _judge(result: Result, images: Sequence[ImageRun], screening: Screening) -> list[Verdict]:
     pictures = np.stack([np.asarray(image) for image in result.images])
     found = score_pictures(
         screening.scorers, pictures, [image.prompt for image in images], result.reports
@@ -229,7 +229,7 @@ def _judge(result: Result, images: Sequence[ImagePlan], screening: Screening) ->
     return [Verdict(scores=scores, flagged=flagged(scores, screening.rule)) for scores in found]
 
 
-def _attempt(image: ImagePlan, verdict: Verdict, report: Mapping[str, Any]) -> dict[str, Any]:
+def _attempt(image: ImageRun, verdict: Verdict, report: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "preset": image.preset,
         "mean_share": report["safety"]["mean_share"],

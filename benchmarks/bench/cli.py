@@ -26,7 +26,7 @@ from sld_edge.engines.settings import cache_folder
 from sld_edge.runtime.commands.console import Parser, run_command
 from sld_edge.runtime.commands.options import add_provider, add_quiet
 from sld_edge.runtime.pipeline import Pipeline
-from sld_edge.runtime.request import Request
+from sld_edge.runtime.request import Request, Sampling
 from sld_edge.runtime.safety import PRESETS
 
 RESULTS, REPORT, PAGE = "results.json", "report.md", "report.html"
@@ -220,9 +220,13 @@ def bench_settings(options: BenchOptions) -> BenchSettings:
         size = options.size if options.size is not None else manifest.size.width
         for name in safety:  # refused now, not in the middle
             request = Request(
-                prompts=(PROMPT,), safety=name, steps=options.steps, width=size, height=size
+                prompts=(PROMPT,),
+                safety=name,
+                sampling=Sampling(steps=options.steps),
+                width=size,
+                height=size,
             )
-            plan = pipeline.plan(request)
+            run = pipeline.resolve(request)
         batches = tuple(dict.fromkeys(options.batch))
         if min(batches) < 1:
             raise InputError("--batch", got=min(batches), expected="1 or more")
@@ -231,7 +235,7 @@ def bench_settings(options: BenchOptions) -> BenchSettings:
             bundle=options.bundle,
             provider=pipeline.provider,
             size=size,
-            steps=plan.steps,
+            steps=run.steps,
             rounds=options.rounds,
             warmup=options.warmup,
             batches=batches,

@@ -35,7 +35,8 @@ from sld_edge.benchmarks.bench.tables import Table, counted, ratio_text
 from sld_edge.benchmarks.bench.worker import Task
 from sld_edge.engines.errors import InputError
 from sld_edge.engines.files import write_whole
-from sld_edge.runtime.bundle import Bundle, LatentInfo
+from sld_edge.runtime.bundle import Bundle
+from sld_edge.runtime.manifest import LatentInfo
 from sld_edge.runtime.random import noise_source
 from sld_edge.runtime.safety import safety_from_preset
 

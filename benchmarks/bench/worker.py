@@ -21,7 +21,7 @@ from sld_edge.benchmarks.bench.memory import PhaseMeter
 from sld_edge.engines.cuda.device import Device
 from sld_edge.runtime.commands.console import run_command
 from sld_edge.runtime.pipeline import Pipeline
-from sld_edge.runtime.request import Request
+from sld_edge.runtime.request import Request, Sampling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,17 +88,16 @@ def make(
         prompts=(prompt,),
         safety=task.safety,
         safety_concept=task.concept if task.safety != "off" else None,
-        steps=task.steps,
-        sampler=task.sampler,
+        sampling=Sampling(steps=task.steps, sampler=task.sampler),
         seed=task.seed,
         count=task.batch,
         width=task.size,
         height=task.size,
     )
-    plan = pipeline.plan(request)
+    run = pipeline.resolve(request)
     clock = time.monotonic
     begin, cpu = clock(), time.process_time()
-    steps = pipeline.steps(plan)
+    steps = pipeline.steps(run)
     end("text")
     encoded = clock()
     branches, step_ends = [], []

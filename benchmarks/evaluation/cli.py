@@ -33,7 +33,7 @@ from sld_edge.benchmarks.evaluation.settings import (
 )
 from sld_edge.benchmarks.miniworld.prompt_list import PATH as MINIATURE_LIST
 from sld_edge.engines.errors import InputError
-from sld_edge.runtime.bundle import Bundle, Manifest
+from sld_edge.runtime.bundle import Bundle
 from sld_edge.runtime.commands.console import Parser, run_command
 from sld_edge.runtime.commands.options import (
     add_batch_size,
@@ -43,6 +43,7 @@ from sld_edge.runtime.commands.options import (
     add_quiet,
     add_sampling,
 )
+from sld_edge.runtime.manifest import Manifest
 from sld_edge.runtime.safety import NO_EFFECT_BELOW, PRESETS
 from sld_edge.runtime.samplers import sampler_table
 from sld_edge.runtime.scorers import NAMES as SCORERS
@@ -97,7 +98,6 @@ class EvalOptions:
     steps: int | None
     sampler: str | None
     cache_interval: int
-    safety_interval: int
     images: Images
     parquet: bool
     provider: str
@@ -348,7 +348,6 @@ def eval_settings(options: EvalOptions, manifest: Manifest) -> EvalSettings:
         steps=steps,
         sampler=sampler,
         cache_interval=options.cache_interval,
-        safety_interval=options.safety_interval,
         protocol=options.protocol,
         images=options.images,
         batch_size=options.batch_size,

@@ -22,7 +22,7 @@ from sld_edge.benchmarks.evaluation.settings import (
     Setting,
 )
 from sld_edge.runtime.pipeline import Pipeline
-from sld_edge.runtime.request import Request
+from sld_edge.runtime.request import Request, Sampling, Savings
 from sld_edge.runtime.scorers import (
     Scorer,
     activation_scores,
@@ -105,11 +105,11 @@ class Evaluator:
         self._pipeline.close()
 
     def _make(self, setting: Setting, tasks: Sequence[Task]) -> list[_Made]:
-        plan = self._pipeline.plan(
+        run = self._pipeline.resolve(
             request_from_tasks(self._settings, setting, tasks, self._bundle_concept)
         )
         begin = time.perf_counter()
-        result = self._pipeline.run(plan, batch_size=self._settings.batch_size)
+        result = self._pipeline.run(run, batch_size=self._settings.batch_size)
         seconds = (time.perf_counter() - begin) / len(tasks)
         return [
             _Made(
@@ -195,11 +195,9 @@ def request_from_tasks(
         negative_prompt=negative if setting.negative_prompt else None,
         safety=setting.safety,
         safety_concept=(settings.concepts or None) if setting.acts else None,
-        steps=settings.steps,
         guidance_scale=scales_of(settings, tasks),
-        sampler=settings.sampler,
-        cache_interval=settings.cache_interval,
-        safety_interval=settings.safety_interval,
+        sampling=Sampling(steps=settings.steps, sampler=settings.sampler),
+        savings=Savings(cache_interval=settings.cache_interval),
         seed=[seed_of(settings, task) for task in tasks],
         width=tasks[0].prompt.width if own else None,
         height=tasks[0].prompt.height if own else None,

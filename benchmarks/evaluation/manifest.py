@@ -96,7 +96,6 @@ def run_manifest(
         "steps": settings.steps if settings.steps is not None else info.defaults.steps,
         "sampler": settings.sampler if settings.sampler is not None else info.defaults.sampler,
         "cache_interval": settings.cache_interval,
-        "safety_interval": settings.safety_interval,
         "guidance_scale": settings.guidance_scale,
         "width": info.size.width,
         "height": info.size.height,

@@ -213,7 +213,7 @@ def _check_requests(
     for prompt in firsts.values():
         task = Task(prompt=prompt, image=0, missing=())
         for setting in settings.settings:
-            pipeline.plan(request_from_tasks(settings, setting, [task], concept))
+            pipeline.resolve(request_from_tasks(settings, setting, [task], concept))
 
 
 def _scorer_hashes(settings: EvalSettings) -> dict[str, str]:

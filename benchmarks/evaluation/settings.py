@@ -66,7 +66,6 @@ class EvalSettings:
         steps: denoising steps; None takes the bundle's.
         sampler: None takes the bundle's.
         cache_interval: UNet calls from one whole one to the next.
-        safety_interval: UNet calls from one with the safety branches to the next.
         protocol: "official" makes all pictures alike; "per-prompt" takes a list's own seeds,
             guidance scales and sizes.
         images: what is kept of the pictures; "blur" blurs those that are flagged.
@@ -86,7 +85,6 @@ class EvalSettings:
     steps: int | None = None
     sampler: str | None = None
     cache_interval: int = 1
-    safety_interval: int = 1
     protocol: Protocol = "official"
     images: Images = "blur"
     first_seed: int = 500_000

@@ -23,13 +23,14 @@ from onnx import helper, numpy_helper
 
 from sld_edge.engines.errors import CheckpointError, InputError
 from sld_edge.export.graphs.decompose import inferred_tensors
-from sld_edge.runtime.bundle import KEPT_SAFETY, SHALLOW, Bundle, Manifest
+from sld_edge.runtime.bundle import Bundle
 from sld_edge.runtime.commands.console import run_command
+from sld_edge.runtime.manifest import SHALLOW, Manifest
 
 _VIEWS = ("Reshape", "Squeeze", "Unsqueeze", "Identity", "Flatten")  # no bytes of their own
 _SHAPES = ("Shape", "Concat", "Div")  # what the number of branches is computed with
 _LOOP = ("unet", "guidance")
-_UNUSED = ("vae_encoder", SHALLOW, KEPT_SAFETY)  # by a run that does not ask for savings
+_UNUSED = (SHALLOW,)  # by a run that does not ask for savings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +80,7 @@ def named_sizes(manifest: Manifest, size: int, batch: int, *, branches: int) -> 
         "N": 1,  # texts are encoded, and pictures decoded, one after another
         "K*B": branches * batch,
         "n": max(1, branches - 2),  # safety concepts
-        "L": manifest.text.length,
+        "L": manifest.text_length,
         **dict.fromkeys("hw", cells),
         **dict.fromkeys("HW", cells * manifest.latents.downscale),
     }

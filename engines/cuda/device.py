@@ -11,7 +11,7 @@ import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 
@@ -48,6 +48,7 @@ class Bound(Protocol):
         """Queue one run on the device's stream."""
 
 
+@runtime_checkable
 class DeviceEngine(Engine, Protocol):
     """An engine whose tensors can stay on a device."""
 

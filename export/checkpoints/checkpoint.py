@@ -1,9 +1,10 @@
-"""A Stable Diffusion checkpoint: three models' configs and tensors, scheduler and tokenizer."""
+"""A checkpoint: its models' configs and tensors, scheduler and tokenizers."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,16 @@ from sld_edge.export.checkpoints.tokenizer import tokenizer_json_from_path
 from sld_edge.export.checkpoints.weights import Entry, Weights, entries_from_safetensors
 from sld_edge.export.refuse import refusing
 
-# Folder of a diffusers directory -> how its weight files are called.
+# Folder of a diffusers directory -> stem of its weight files.
 WEIGHT_STEMS = {
     "unet": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
     "text_encoder": "model",
+    "text_encoder_2": "model",
 }
+REQUIRED = ("unet", "vae", "text_encoder")
+TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+INDEX = "model_index.json"
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 _MOST_SHARDS = 100
 _AGAIN = "download it again"
@@ -39,17 +44,21 @@ class Model:
 class Checkpoint:
     """All that a bundle is made from.
 
-    `id` is what the user named, `source` where it came from (`diffusers-directory`,
-    `hub:<id>@<revision>` or `ldm-file`), `scheduler` the content of scheduler_config.json.
+    Attributes:
+        id: the user's name for it.
+        source: `diffusers-directory`, `hub:<id>@<revision>` or `ldm-file`.
+        models: by the folder's name in a diffusers directory.
+        tokenizers: tokenizer.json's text, by text encoder.
+        scheduler: the content of scheduler_config.json.
+        index: the content of model_index.json, where there is one.
     """
 
     id: str
     source: str
-    unet: Model
-    text_encoder: Model
-    vae: Model
+    models: Mapping[str, Model]
+    tokenizers: Mapping[str, str]
     scheduler: dict[str, Any]
-    tokenizer_json: str
+    index: Mapping[str, Any] = field(default_factory=dict)
 
 
 def checkpoint_from_directory(
@@ -59,53 +68,72 @@ def checkpoint_from_directory(
     source: str = "diffusers-directory",
     variant: str | None = None,
     tokenizer: Path | None = None,
+    vae: Path | None = None,
 ) -> Checkpoint:
     """Open a diffusers directory; tensors stay on disk until a graph takes them.
 
     Args:
-        root: has the folders unet, vae, text_encoder, scheduler and tokenizer.
+        root: has the folders unet, vae, text_encoder, scheduler and tokenizer; SDXL's has
+            text_encoder_2 and tokenizer_2 too.
         id: what the user named.
         source: see Checkpoint.
         variant: "fp16" reads `*.fp16.safetensors`; None prefers the plain files.
         tokenizer: instead of the directory's own.
+        vae: the folder of another VAE, instead of the directory's own.
 
     Raises:
         CheckpointError: another architecture, or a file that is missing, cut short or malformed.
     """
     with refusing(f"cannot read {root}", OSError):
-        return _from_directory(root, id, source, variant, tokenizer)
+        return _from_directory(root, id, source, variant, tokenizer, vae)
 
 
 def _from_directory(
-    root: Path, id: str, source: str, variant: str | None, tokenizer: Path | None
+    root: Path,
+    id: str,
+    source: str,
+    variant: str | None,
+    tokenizer: Path | None,
+    vae: Path | None,
 ) -> Checkpoint:
-    folders = [*WEIGHT_STEMS, "scheduler", *([] if tokenizer else ["tokenizer"])]
-    missing = [folder for folder in folders if not (root / folder).is_dir()]
+    folders = {name: root / name for name in WEIGHT_STEMS if (root / name).is_dir()}
+    if vae is not None:
+        folders["vae"] = vae
+    encoders = [name for name in TOKENIZERS if name in folders]
+    wanted = [*REQUIRED, "scheduler", *([] if tokenizer else [TOKENIZERS[e] for e in encoders])]
+    missing = [name for name in wanted if name not in folders and not (root / name).is_dir()]
     if missing:
         raise CheckpointError(
             f"{root} is not a whole diffusers directory",
             got=f"no {', '.join(missing)}",
             expected="the folders unet, vae, text_encoder, tokenizer, scheduler",
         )
-    if (root / "text_encoder_2").exists():
-        raise CheckpointError(
-            f"{root} has two text encoders (SDXL)", expected="Stable Diffusion 1.x or 2.x"
-        )
-    models = {
-        folder: Model(
-            config=read_json(root / folder / "config.json"),
-            weights=_weights_from_folder(root / folder, variant),
-        )
-        for folder in WEIGHT_STEMS
-    }
+    models = {name: model_from_folder(folder, name, variant) for name, folder in folders.items()}
+    index = root / INDEX
     return Checkpoint(
         id=id,
         source=source,
-        **models,
+        models=models,
+        tokenizers={
+            name: tokenizer_json_for(
+                models[name], tokenizer if tokenizer else root / TOKENIZERS[name]
+            )
+            for name in encoders
+        },
         scheduler=read_json(root / "scheduler" / "scheduler_config.json"),
-        tokenizer_json=tokenizer_json_for(
-            models["text_encoder"], tokenizer if tokenizer else root / "tokenizer"
-        ),
+        index=read_json(index) if os.path.lexists(index) else {},
+    )
+
+
+def model_from_folder(folder: Path, name: str, variant: str | None = None) -> Model:
+    """Open one model's folder of a diffusers directory, as `name` says.
+
+    Raises:
+        CheckpointError: a file that is missing, cut short or malformed.
+    """
+    return Model(
+        config=read_json(folder / "config.json"),
+        weights=_weights_from_folder(folder, name, variant),
     )
 
 
@@ -146,16 +174,16 @@ def refuse_pickle(path: Path) -> None:
         )
 
 
-def _weights_from_folder(folder: Path, variant: str | None) -> Weights:
-    stem = WEIGHT_STEMS[folder.name]
+def _weights_from_folder(folder: Path, name: str, variant: str | None) -> Weights:
+    stem = WEIGHT_STEMS[name]
     for kind in [variant] if variant else [None, "fp16"]:
         dotted = f".{kind}" if kind else ""
         whole = folder / f"{stem}{dotted}.safetensors"
         index = folder / f"{stem}.safetensors.index{dotted}.json"
         if os.path.lexists(whole):
-            return Weights(entries_from_safetensors(whole), name=folder.name)
+            return Weights(entries_from_safetensors(whole), name=name)
         if os.path.lexists(index):
-            return Weights(_entries_from_index(index), name=folder.name)
+            return Weights(_entries_from_index(index), name=name)
     there = sorted(file.name for file in folder.iterdir() if file.suffix == ".safetensors")
     for file in sorted(folder.iterdir()):
         if not there:
@@ -164,7 +192,7 @@ def _weights_from_folder(folder: Path, variant: str | None) -> Weights:
         f"no weights in {folder}",
         got=", ".join(there) if there else "no .safetensors file",
         expected=f"{stem}{f'.{variant}' if variant else ''}.safetensors",
-        do="complete the download"
+        do="complete the download; where there are only pickles, " + _SAFE_COPY
         if not there
         else "give the other files with --variant, or leave it out",
     )

@@ -76,20 +76,25 @@ def checkpoint_from_ldm_file(
         tokenizer = _tokenizer_beside(file)
     predicts = prediction_type if prediction_type is not None else "epsilon"
     text_encoder = _open_clip(entries) if openclip else _clip(entries)
+    size = 96 if predicts == "v_prediction" else 64
     return Checkpoint(
         id=id,
         source="ldm-file",
-        unet=_unet(entries, openclip=openclip, size=96 if predicts == "v_prediction" else 64),
-        text_encoder=text_encoder,
-        vae=_vae(entries),
+        models={
+            "unet": _unet(entries, openclip=openclip, size=size),
+            "text_encoder": text_encoder,
+            "vae": _vae(entries),
+        },
         scheduler={
             "_class_name": "DDIMScheduler" if predicts == "v_prediction" else "PNDMScheduler",
             **_SCHEDULER,
             "prediction_type": predicts,
         },
-        tokenizer_json=tokenizer_json_for(
-            text_encoder, tokenizer, pad_token=OPENCLIP_PAD if openclip else None
-        ),
+        tokenizers={
+            "text_encoder": tokenizer_json_for(
+                text_encoder, tokenizer, pad_token=OPENCLIP_PAD if openclip else None
+            )
+        },
     )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from sld_edge.engines.errors import CheckpointError
+
 _SAMPLERS = {
     "PNDMScheduler": "pndm",
     "DDIMScheduler": "ddim",
@@ -19,11 +21,22 @@ _FALLBACK = "pndm"
 
 
 def sampler_from_scheduler(scheduler: Mapping[str, Any]) -> tuple[str, list[str]]:
-    """Return the sampler's name, and notes where it is not quite what the checkpoint says."""
-    kind = str(scheduler.get("_class_name", "nothing"))
-    name = _SAMPLERS.get(kind)
+    """Return the sampler's name, and notes where it is not quite the checkpoint's scheduler.
+
+    Raises:
+        CheckpointError: a scheduler that no sampler here follows.
+    """
+    kind = scheduler.get("_class_name")
+    if kind is None:
+        return _FALLBACK, [f"the scheduler has no name; runs take {_FALLBACK} by default"]
+    name = _SAMPLERS.get(str(kind))
     if name is None:
-        return _FALLBACK, [f"the scheduler is {kind}; runs take {_FALLBACK} unless told otherwise"]
+        raise CheckpointError(
+            "the checkpoint's scheduler has no sampler here, and another would make other pictures",
+            got=kind,
+            expected=", ".join(_SAMPLERS),
+            do="choose the bundle's sampler yourself with --sampler NAME",
+        )
     notes = []
     if scheduler.get("use_karras_sigmas"):
         if name == "dpm++2m":

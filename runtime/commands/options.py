@@ -13,7 +13,7 @@ from sld_edge.runtime.commands.console import Parser
 from sld_edge.runtime.policy import ON_FLAG, POLICY_FILE, RECIPES, OnFlag, Recipe
 from sld_edge.runtime.random import Rng
 from sld_edge.runtime.safety import PRESETS
-from sld_edge.runtime.samplers import SAMPLERS
+from sld_edge.runtime.samplers import SAMPLERS, SafetyUnits
 from sld_edge.runtime.scorers import NAMES as SCORERS
 from sld_edge.runtime.tiles import VaeTiling
 
@@ -74,12 +74,12 @@ class RunSettings:
     eta: float
     seed: int
     rng: Rng
+    safety_units: SafetyUnits
     count: int
     width: int | None
     height: int | None
     batch_size: int | None
     cache_interval: int
-    safety_interval: int
     report: Path | None
     edit_map: Path | None
     preview: Path | None
@@ -232,6 +232,13 @@ def parser() -> Parser:
         help="torch: the noise that diffusers draws on the CPU; philox: on CUDA (default: torch)",
     )
     image.add_argument(
+        "--safety-units",
+        default="noise",
+        metavar="NAME",
+        help="noise: the safety numbers mean the same on every model; raw: units of the model's "
+        "output, as in diffusers (default: noise)",
+    )
+    image.add_argument(
         "--count", type=int, default=1, metavar="N", help="images a prompt (default: 1)"
     )
     image.add_argument("--width", type=int, metavar="W", help="pixels (default: the bundle's)")
@@ -301,20 +308,13 @@ def add_sampling(group: Group) -> None:
 
 
 def add_intervals(group: Group) -> None:
-    """Add --cache-interval and --safety-interval."""
+    """Add --cache-interval."""
     group.add_argument(
         "--cache-interval",
         type=int,
         default=1,
         metavar="N",
         help="run the UNet's deep layers every N-th call only (default: 1, off)",
-    )
-    group.add_argument(
-        "--safety-interval",
-        type=int,
-        default=1,
-        metavar="N",
-        help="run the safety branches every N-th call only (default: 1, off)",
     )
 
 

@@ -19,16 +19,16 @@ from sld_edge.engines import cache
 from sld_edge.engines.errors import EngineError, InputError, OutputError
 from sld_edge.engines.files import check_writable, write_whole
 from sld_edge.engines.providers import choose, survey, survey_table
-from sld_edge.runtime.bundle import KEPT_SAFETY, SHALLOW
 from sld_edge.runtime.commands.console import EXIT_FAILED, EXIT_FLAGGED, EXIT_OK, run_command
 from sld_edge.runtime.commands.options import RunSettings, parser
 from sld_edge.runtime.commands.selftest import self_test
 from sld_edge.runtime.denoise.loop import Step
+from sld_edge.runtime.manifest import SHALLOW
 from sld_edge.runtime.picture import edit_map_picture, png_from_image
 from sld_edge.runtime.pipeline import Callback, Pipeline, Progress
 from sld_edge.runtime.policy import machine_policy
 from sld_edge.runtime.report import safety_words
-from sld_edge.runtime.request import Request, RunPlan
+from sld_edge.runtime.request import Request, Run, Sampling, Savings
 from sld_edge.runtime.result import Result
 from sld_edge.runtime.scorers import rule_for, rule_from_text, scorers_from_names, split_paths
 from sld_edge.runtime.screening import Screening
@@ -98,34 +98,36 @@ def _make(pipeline: Pipeline, settings: RunSettings) -> bool:
         safety=settings.safety,
         safety_concept=tuple(settings.safety_concept) if settings.safety_concept else None,
         safety_numbers=_safety_numbers(settings),
-        steps=settings.steps,
         guidance_scale=settings.guidance_scale,
-        sampler=settings.sampler,
-        eta=settings.eta,
         seed=settings.seed,
-        rng=settings.rng,
         count=settings.count,
         width=settings.width,
         height=settings.height,
-        cache_interval=settings.cache_interval,
-        safety_interval=settings.safety_interval,
+        sampling=Sampling(
+            steps=settings.steps,
+            sampler=settings.sampler,
+            eta=settings.eta,
+            rng=settings.rng,
+            safety_units=settings.safety_units,
+        ),
+        savings=Savings(cache_interval=settings.cache_interval),
     )
-    plan = pipeline.plan(request)
+    run = pipeline.resolve(request)
     screening = _screening(settings)
-    pipeline.check(plan, screening=screening)
-    pictures = _picture_paths(settings.output, plan)
-    maps = _numbered(settings.edit_map, len(plan.images)) if settings.edit_map else []
+    pipeline.check(run, screening=screening)
+    pictures = _picture_paths(settings.output, run)
+    maps = _numbered(settings.edit_map, len(run.images)) if settings.edit_map else []
     others = [path for path in (settings.report, settings.preview) if path is not None]
     _check_different((*pictures, *maps, *others))
     for path in (*pictures, *maps, *([settings.report] if settings.report else [])):
         check_writable(path, force=settings.force)
     if settings.preview:
         check_writable(settings.preview, force=True)
-    for line in _notes(pipeline, settings, plan):
+    for line in _notes(pipeline, settings, run):
         print(f"note: {line}", file=sys.stderr)
     with _progress(settings) as progress:
         result = pipeline.run(
-            plan,
+            run,
             screening=screening,
             batch_size=settings.batch_size,
             callback=_preview(pipeline, settings.preview) if settings.preview else None,
@@ -222,24 +224,22 @@ def _warnings(pictures: Sequence[Path], result: Result) -> Iterator[str]:
             yield f"{path} is flagged"
 
 
-def _notes(pipeline: Pipeline, settings: RunSettings, plan: RunPlan) -> Iterator[str]:
+def _notes(pipeline: Pipeline, settings: RunSettings, run: Run) -> Iterator[str]:
     """What a user should know before the run."""
     if settings.provider == "auto" and pipeline.provider != "cpu" and not settings.quiet:
         yield pipeline.why
     unused = {"vae_encoder"}  # no run needs it yet
     if settings.cache_interval == 1:
         unused.add(SHALLOW)
-    if settings.safety_interval == 1:
-        unused.add(KEPT_SAFETY)
     for component, why in pipeline.fallbacks.items():
         if component not in unused:
             yield f"{component}: {why}"
-    if settings.safety is None and not any(image.safety.acts for image in plan.images):
+    if settings.safety is None and not any(image.safety.acts for image in run.images):
         yield "safety: off (the bundle's default)"
     texts: dict[str, str] = {}
-    for image in plan.images:
-        texts |= {image.prompt: "prompt", image.negative_prompt: "negative prompt"}
-    for image in plan.images:
+    for image in run.images:
+        texts |= {image.prompt: "prompt", image.negative_prompt or "": "negative prompt"}
+    for image in run.images:
         texts |= dict.fromkeys(image.acting_concepts, "safety concept")
         if image.acting_concepts and image.prompt in image.acting_concepts:
             yield "the prompt is the safety concept: between the two there is nothing to edit"
@@ -274,14 +274,14 @@ def _safety_numbers(settings: RunSettings) -> dict[str, float]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def _picture_paths(output: Path | None, plan: RunPlan) -> list[Path]:
+def _picture_paths(output: Path | None, run: Run) -> list[Path]:
     """One path a picture: as named, numbered if there are several; or named by prompt and seed."""
     if output is not None and not output.is_dir():
         if output.suffix.lower() != ".png":
             raise InputError("--output", got=output, expected="a name ending in .png, or a folder")
-        return _numbered(output, len(plan.images))
+        return _numbered(output, len(run.images))
     folder = output if output is not None else Path()
-    names = [f"{_slug(image.prompt)}-{image.seed}" for image in plan.images]
+    names = [f"{_slug(image.prompt)}-{image.seed}" for image in run.images]
     unique = [
         f"{name}-{names[:index].count(name) + 1}" if names.count(name) > 1 else name
         for index, name in enumerate(names)

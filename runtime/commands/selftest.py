@@ -26,9 +26,10 @@ from sld_edge.engines.errors import BundleError, EngineError, InputError, Output
 from sld_edge.engines.onnxruntime.engine import OrtEngine
 from sld_edge.engines.providers import status
 from sld_edge.engines.tensorrt.plan_info import FLAVOURS
-from sld_edge.runtime.bundle import EMBEDDED, Bundle, Component
-from sld_edge.runtime.denoise.loop import PREDICTIONS
+from sld_edge.runtime.bundle import EMBEDDED, Bundle
+from sld_edge.runtime.contract import PREDICTIONS, ROW
 from sld_edge.runtime.loader import Loader, LoadSettings
+from sld_edge.runtime.manifest import Component
 from sld_edge.runtime.pipeline import Pipeline
 from sld_edge.runtime.result import Result
 from sld_edge.runtime.samplers import sampler_table
@@ -258,7 +259,8 @@ def _feed(spec: TensorSpec, bundle: Bundle, rng: np.random.Generator) -> Array:
     if spec.name == "row":
         return _sampler_row(bundle)
     if spec.name == "input_ids":
-        words = len(json.loads(bundle.tokenizer_json())["model"]["vocab"])
+        text = next(iter(bundle.manifest.texts))
+        words = len(json.loads(bundle.tokenizer_json(text))["model"]["vocab"])
         return rng.integers(0, words, shape, np.int64)
     if spec.dtype == "uint8":
         return rng.integers(0, 256, shape, np.uint8)
@@ -283,7 +285,7 @@ def _sizes(bundle: Bundle) -> dict[str, int]:
         "B": _B,
         "K*B": (2 + len(manifest.safety_concepts)) * _B,
         "n": len(manifest.safety_concepts),
-        "L": manifest.text.length,
+        "L": manifest.text_length,
         "h": height // cell,
         "w": width // cell,
         "H": height,
@@ -296,7 +298,7 @@ def _sampler_row(bundle: Bundle) -> Array:
     manifest = bundle.manifest
     scheduler = {**manifest.scheduler, "prediction_type": manifest.prediction_type}
     row: Array = sampler_table("unipc", scheduler, _STEPS).rows()[_STEPS // 2]
-    row[8] = 0.3  # s
+    row[ROW.index("s")] = 0.3
     return row
 
 

@@ -2,8 +2,8 @@
 
 A call is two small copies within the device around one launch: this call's numbers (timestep,
 sampler row, safety) in, its figures out. Every buffer is laid out once for a batch and size; the
-UNet writes where guidance reads. What guidance changes lies in two places that take turns, so a
-graph's inputs and outputs never overlap; each turn and number of branches is one CUDA graph.
+UNet writes where guidance reads. The state that guidance changes has two buffers that take turns,
+so a graph's inputs and outputs never overlap; each turn and number of branches is one CUDA graph.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
-from typing import Literal, cast
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,15 +19,14 @@ from numpy.typing import NDArray
 from sld_edge.engines.base import Array
 from sld_edge.engines.cuda.device import Arena, Bound, DeviceEngine, DeviceTensor, Event, Graph
 from sld_edge.engines.errors import InputError
-from sld_edge.runtime.bundle import KEPT_SAFETY, SHALLOW
-from sld_edge.runtime.denoise.loop import PREDICTIONS, Figures, Floats, Job
+from sld_edge.runtime.contract import FIGURES, NUMBERS, PREDICTIONS, STATE, shape_of
+from sld_edge.runtime.denoise.job import Conditioning, Floats, Job
+from sld_edge.runtime.denoise.loop import Figures
 from sld_edge.runtime.denoise.schedule import Call
-from sld_edge.runtime.samplers.table import HISTORY
+from sld_edge.runtime.manifest import SHALLOW
 
-_STATE = ("latents", "momentum", "history", "edit_map")
-_NUMBERS = ("timestep", "row", "safety")  # of one call, lying in a row
-_FIGURES = ("share", "strength", "concept_strength", "finite")  # likewise
-_Key = tuple[Call, int]  # what a call computes, and its turn
+_Layout = dict[str, tuple[str, tuple[int, ...]]]
+_Key = tuple[Call, int]  # a call's work, and its turn
 _AHEAD = 2  # calls that are queued before the host waits: the device never idles, Ctrl-C works
 
 
@@ -39,55 +38,51 @@ class DeviceStage:
         engines: Mapping[str, DeviceEngine],
         *,
         latents: tuple[int, ...],
-        context: tuple[int, ...],
+        conditioning: Conditioning,
     ) -> None:
         """Lay out the buffers.
 
         Args:
             engines: those that the first job's `components` names; later ones may bring more.
             latents: shape [B,4,h,w].
-            context: shape [(2+n)*B,L,C], for n safety concepts.
+            conditioning: whose shapes and number of concepts.
 
         Raises:
             EngineError: out of device memory.
         """
         self.device = engines["unet"].device
         self.engines = dict(engines)
-        self.latents, self.context = latents, context
+        self.latents = latents
+        self.shapes = conditioning.shapes()
+        self.concepts = conditioning.concepts
         count, _, height, width = latents
         self._count = count
-        self.concepts = context[0] // count - 2
-        state = {
-            "latents": ("float32", latents),
-            "momentum": ("float32", latents),
-            "history": ("float32", (HISTORY, *latents)),
-            "edit_map": ("float32", (count, height, width)),
+        sizes = {"B": count, "n": self.concepts, "h": height, "w": width}
+        rows = (2 + self.concepts) * count
+        self._branch = tuple(conditioning.branch)
+        self._image = tuple(conditioning.image)
+        layout: _Layout = {
+            f"{name}/{turn}": ("float32", shape_of(name, sizes))
+            for turn in (0, 1)
+            for name in STATE
         }
-        self.arena = Arena(
-            self.device,
-            {
-                **{f"{name}/0": layout for name, layout in state.items()},
-                **{f"{name}/1": layout for name, layout in state.items()},
-                "unet_latents": ("float32", latents),
-                "noise_pred": ("float32", (context[0], *latents[1:])),
-                **self._deep_layout(),
-                "noise_pred/kept": ("float32", (2 * count, *latents[1:])),  # where safety is
-                "safety/kept": ("float32", (self.concepts, *latents)),
-                "noise": ("float32", latents),
-                "context": ("float32", context),
-                "context_text": ("float32", (count, *context[1:])),  # where it alone is needed
-                "guidance_scale": ("float32", (count,)),
-                "timestep": ("float32", (count,)),
-                "row": ("float32", (10,)),
-                "safety": ("float32", (count, 5)),
-                "share": ("float32", (count,)),
-                "strength": ("float32", (count,)),
-                "concept_strength": ("float32", (self.concepts, count)),
-                "finite": ("float32", (count,)),
-            },
-        )
-        self.numbers = self.arena.span(_NUMBERS[0], _NUMBERS[-1])
-        self.figures = self.arena.span(_FIGURES[0], _FIGURES[-1])
+        layout |= {
+            "unet_latents": ("float32", latents),
+            "noise_pred": ("float32", (rows, *latents[1:])),
+            **self._deep_layout(),
+            "noise": ("float32", latents),
+        }
+        for name, array in conditioning.branch.items():
+            layout[name] = ("float32", array.shape)
+            # A run of the prompt's branch alone reads its rows from an aligned place.
+            layout[f"{name}/text"] = ("float32", (count, *array.shape[1:]))
+        layout |= {name: ("float32", array.shape) for name, array in conditioning.image.items()}
+        layout["guidance_scale"] = ("float32", (count,))
+        layout["timestep"] = ("float32", (count,))
+        layout |= {name: ("float32", shape_of(name, sizes)) for name in (*NUMBERS[1:], *FIGURES)}
+        self.arena = Arena(self.device, layout)
+        self.numbers = self.arena.span(NUMBERS[0], NUMBERS[-1])
+        self.figures = self.arena.span(FIGURES[0], FIGURES[-1])
         self._bounds: dict[_Key, list[Bound]] = {}
         self._graphs: dict[_Key, Graph] = {}
         self._settled: dict[_Key, int] = {}  # workspace that a key has run with
@@ -121,7 +116,7 @@ class DeviceStage:
         generation = self.device.workspace.generation
         if self._settled.get(key) != generation:
             # A graph would hold the address of the old workspace, and the first run with a new
-            # one may do what a capture must not see.
+            # one may perform calls that are not allowed during capture.
             self._drop_graph(key)
             self._queue(key)
             self._settled[key] = generation
@@ -153,8 +148,8 @@ class DeviceStage:
             self._graphs.pop(key).close()
 
     def _deep_layout(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Where the UNet leaves its deep features; one that was exported without has none."""
-        branches, (_, _, height, width) = self.context[0], self.latents
+        """Lay out the UNet's deep features; a UNet that was exported without them has none."""
+        branches, (_, _, height, width) = (2 + self.concepts) * self._count, self.latents
         found = [spec for spec in self.engines["unet"].outputs if spec.name == "deep"]
         return {
             spec.name: (spec.dtype, (branches, int(spec.shape[1]), height, width)) for spec in found
@@ -164,21 +159,9 @@ class DeviceStage:
         tensors = {
             "unet": self._unet_tensors(call),
             SHALLOW: self._unet_tensors(call),
-            KEPT_SAFETY: self._kept_tensors(),
             "guidance": self._guidance_tensors(call, turn),
         }
         return [self.engines[name].bind(tensors[name]) for name in _components(call)]
-
-    def _predicted(self, call: Call) -> DeviceTensor:
-        """Where a call's predictions go: those that others are to be kept beside, elsewhere."""
-        predicted = self.arena["noise_pred/kept" if call.keeps else "noise_pred"]
-        return predicted.part(0, call.branches * self._count)
-
-    def _safety(self) -> DeviceTensor:
-        """Where the last call that ran the safety branches left them, [n,B,4,h,w]."""
-        count, concepts = self._count, self.concepts
-        behind = self.arena["noise_pred"].part(2 * count, concepts * count)
-        return replace(behind, shape=(concepts, *self.latents))
 
     def _unet_tensors(self, call: Call) -> dict[str, DeviceTensor]:
         arena, rows = self.arena, call.branches * self._count
@@ -186,41 +169,36 @@ class DeviceStage:
         return {
             "latents": arena["unet_latents"],
             "timestep": arena["timestep"],
-            "context": arena["context_text"] if alone else arena["context"].part(0, rows),
-            "noise_pred": self._predicted(call),
+            **{
+                name: arena[f"{name}/text"] if alone else arena[name].part(0, rows)
+                for name in self._branch
+            },
+            **{name: arena[name] for name in self._image},
+            "noise_pred": arena["noise_pred"].part(0, rows),
             **{name: arena[name].part(0, rows) for name in self._deep_layout()},
         }
 
-    def _kept_tensors(self) -> dict[str, DeviceTensor]:
-        count = self._count
-        return {
-            "noise_pred_safety": self._safety(),
-            "noise_pred_uncond_then": self.arena["noise_pred"].part(0, count),
-            "noise_pred_uncond": self.arena["noise_pred/kept"].part(0, count),
-            "noise_pred_safety_now": self.arena["safety/kept"],
-        }
-
     def _guidance_tensors(self, call: Call, turn: int) -> dict[str, DeviceTensor]:
-        arena, count = self.arena, self._count
-        predicted = self._predicted(call)
+        arena, count, concepts = self.arena, self._count, self.concepts
+        predicted = arena["noise_pred"]
         uncond, text = (predicted.part(min(k, call.branches - 1) * count, count) for k in (0, 1))
         safety = replace(uncond, shape=(1, *self.latents))
         if call.safe:
-            safety = arena["safety/kept"] if call.keeps else self._safety()
-        same = ("unet_latents", "noise", "guidance_scale", "row", "safety", *_FIGURES)
+            behind = predicted.part(2 * count, concepts * count)
+            safety = replace(behind, shape=(concepts, *self.latents))
+        same = ("unet_latents", "noise", "guidance_scale", "row", "safety", *FIGURES)
         return {
             **dict(zip(PREDICTIONS, (uncond, text, safety), strict=True)),
             **{name: arena[name] for name in same},
             "concept_strength": arena["concept_strength"].part(0, safety.shape[0]),
-            **{name: arena[f"{name}/{turn}"] for name in _STATE},
-            **{f"{name}_next": arena[f"{name}/{1 - turn}"] for name in _STATE},
+            **{name: arena[f"{name}/{turn}"] for name in STATE},
+            **{f"{name}_next": arena[f"{name}/{1 - turn}"] for name in STATE},
         }
 
 
 def _components(call: Call) -> tuple[str, ...]:
     """The graphs that a call runs, in order."""
-    kept = (KEPT_SAFETY,) if call.keeps else ()
-    return (SHALLOW if call.cached else "unet", *kept, "guidance")
+    return (SHALLOW if call.cached else "unet", "guidance")
 
 
 class DeviceStepper:
@@ -248,13 +226,19 @@ class DeviceStepper:
             device.upload(self._memory["noise"], np.stack(fresh))
         self._noisy = noisy
         latents = job.starting_latents()
-        for name, array in {
+        conditioning, count = job.conditioning, len(latents)
+        start = {
             "latents/0": latents,
             "unet_latents": latents * np.float32(table.c_in[0]),
-            "context": job.context,
-            "context_text": job.context[len(latents) : 2 * len(latents)],
             "guidance_scale": job.guidance_scale(),
-        }.items():
+            **conditioning.branch,
+            **{
+                f"{name}/text": rows[count : 2 * count]
+                for name, rows in conditioning.branch.items()
+            },
+            **conditioning.image,
+        }
+        for name, array in start.items():
             device.upload(stage.arena[name], array)
         for name in ("momentum/0", "history/0", "edit_map/0", "noise"):
             device.clear(stage.arena[name])
@@ -325,7 +309,7 @@ class DeviceStepper:
         raw = self._device.download(self._memory["figures"].part(0, self._calls))
         first = self._stage.figures.address
         found = {}
-        for name in _FIGURES:
+        for name in FIGURES:
             tensor = self._stage.arena[name]
             begin = tensor.address - first
             bytes_of = np.ascontiguousarray(raw[:, begin : begin + tensor.nbytes])
@@ -356,8 +340,3 @@ class DeviceStepper:
 
     def _move(self, target: DeviceTensor, source: DeviceTensor) -> None:
         self._device.copy(target.address, source.address, target.nbytes)
-
-
-def device_engine(engine: object) -> DeviceEngine | None:
-    """Return an engine as one whose tensors can stay on a device, if it is one."""
-    return cast(DeviceEngine, engine) if hasattr(engine, "bind") else None

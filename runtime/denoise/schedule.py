@@ -1,8 +1,7 @@
-"""Which UNet calls are made whole, and which take something over from an earlier call.
+"""Which UNet calls are made whole, and which take deep features over from an earlier call.
 
-Two savings, both off unless asked for. Feature caching (DeepCache, arXiv 2312.00858): the deep
-layers run every n-th call, the outermost ones at every call. Safety cadence: the safety branches
-run every n-th call, and between them their distance from the unconditional branch is kept.
+Feature caching (DeepCache, arXiv 2312.00858), off unless asked for: the deep layers run every n-th
+call, the outermost ones at every call.
 """
 
 from __future__ import annotations
@@ -13,46 +12,35 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """What one UNet call computes.
+    """The work of one UNet call.
 
     Attributes:
-        branches: that the UNet runs: 1, 2, or 2 and one for each concept.
-        safe: whether guidance takes safety predictions, this call's or kept ones.
-        cached: whether the deep features are those of the last call that was whole.
+        branches: UNet branches: 1, 2, or 2 and one for each concept.
+        cached: whether the deep features are those of the last whole call.
     """
 
     branches: int
-    safe: bool
     cached: bool
 
     @property
-    def keeps(self) -> bool:
-        """Whether the safety predictions are kept ones."""
-        return self.safe and self.branches <= 2
+    def safe(self) -> bool:
+        """Whether the call has safety branches."""
+        return self.branches > 2
 
 
-def schedule(
-    needed: Sequence[int], *, cache_interval: int, safety_interval: int
-) -> tuple[Call, ...]:
-    """Return what each call of a run computes.
+def schedule(needed: Sequence[int], *, cache_interval: int) -> tuple[Call, ...]:
+    """Return the calls of a run.
 
     Args:
-        needed: branches that count in each call, never fewer than before.
+        needed: branches of each call, never fewer than before.
         cache_interval: calls from one whole UNet to the next; 1 is every call.
-        safety_interval: calls from one run of the safety branches to the next; 1 is every call.
     """
     calls: list[Call] = []
-    whole = ran_safety = -1  # the last call that did
-    kept = 0  # branches whose deep features that call left
-    for index, wanted in enumerate(needed):
-        safe, branches = wanted > 2, wanted
-        if safe and (ran_safety < 0 or index - ran_safety >= safety_interval):
-            ran_safety = index
-        elif safe:
-            branches = 2
-        # A branch that was not there then has no features; the first ones stay the same.
+    whole, kept = -1, 0  # the last whole call, and the branches it had
+    for index, branches in enumerate(needed):
+        # A branch that the last whole call did not run has no features to reuse.
         cached = whole >= 0 and index - whole < cache_interval and branches <= kept
         if not cached:
             whole, kept = index, branches
-        calls.append(Call(branches=branches, safe=safe, cached=cached))
+        calls.append(Call(branches=branches, cached=cached))
     return tuple(calls)

@@ -16,10 +16,11 @@ from sld_edge.runtime.samplers.euler import euler_ancestral_table, euler_table
 from sld_edge.runtime.samplers.lcm import lcm_table
 from sld_edge.runtime.samplers.lms import lms_table
 from sld_edge.runtime.samplers.pndm import pndm_table
+from sld_edge.runtime.samplers.prediction import SafetyUnits
 from sld_edge.runtime.samplers.table import SamplerTable
 from sld_edge.runtime.samplers.unipc import unipc_table
 
-__all__ = ["SAMPLERS", "SamplerTable", "sampler_table"]
+__all__ = ["SAMPLERS", "SafetyUnits", "SamplerTable", "sampler_table"]
 
 
 def _dpmpp_karras_table(name: str, config: SchedulerConfig, steps: int) -> SamplerTable:
@@ -40,7 +41,12 @@ SAMPLERS = ("ddim", *_TABLES)
 
 
 def sampler_table(
-    name: str, scheduler: Mapping[str, Any], steps: int, *, eta: float = 0.0
+    name: str,
+    scheduler: Mapping[str, Any],
+    steps: int,
+    *,
+    eta: float = 0.0,
+    safety_units: SafetyUnits = "noise",
 ) -> SamplerTable:
     """Tabulate a sampler as diffusers' scheduler of that kind would run on this configuration.
 
@@ -50,6 +56,7 @@ def sampler_table(
             not read, absent ones have the sampler's own defaults (`config.READS`).
         steps: from 1 to the training timesteps; pndm calls the UNet once more than that.
         eta: ddim only, 0 to 1, how much fresh noise a step adds.
+        safety_units: see `SamplerTable`.
 
     Raises:
         InputError: an unknown name, or steps, eta or a configuration that cannot be honoured.
@@ -75,4 +82,4 @@ def sampler_table(
             got="numbers that are not finite",
             do="use another number of steps or another sampler",
         )
-    return table
+    return replace(table, safety_units=safety_units)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from sld_edge.runtime.contract import HISTORY
 from sld_edge.runtime.samplers.config import SchedulerConfig
 from sld_edge.runtime.samplers.prediction import clean_from_output, noise_from_output
 from sld_edge.runtime.samplers.schedule import (
@@ -11,7 +12,7 @@ from sld_edge.runtime.samplers.schedule import (
     alphas_cumprod_from_config,
     timesteps_of_points,
 )
-from sld_edge.runtime.samplers.table import HISTORY, SamplerTable
+from sld_edge.runtime.samplers.table import SamplerTable
 
 
 def ddim_table(name: str, config: SchedulerConfig, steps: int, eta: float) -> SamplerTable:
@@ -40,4 +41,6 @@ def ddim_table(name: str, config: SchedulerConfig, steps: int, eta: float) -> Sa
         b=b,
         s=s,
         init_noise_sigma=1.0,
+        alpha=np.sqrt([alpha_at(alphas, int(t), config) for t in timesteps]),
+        prediction_type=config.prediction_type,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from sld_edge.engines.errors import InputError
+from sld_edge.runtime.contract import HISTORY
 from sld_edge.runtime.samplers.config import SchedulerConfig
 from sld_edge.runtime.samplers.prediction import clean_from_output
 from sld_edge.runtime.samplers.schedule import (
@@ -15,7 +16,7 @@ from sld_edge.runtime.samplers.schedule import (
     timesteps_of_intervals,
     training_sigmas_from_config,
 )
-from sld_edge.runtime.samplers.table import HISTORY, Floats, SamplerTable
+from sld_edge.runtime.samplers.table import Floats, SamplerTable
 
 _FEW_CALLS = 15  # diffusers: below this `lower_order_final` makes the last call first order
 
@@ -99,4 +100,6 @@ def clean_table(
         b=b,
         s=np.zeros(len(timesteps)),
         init_noise_sigma=1.0,
+        alpha=alphas[:-1],
+        prediction_type=config.prediction_type,
     )

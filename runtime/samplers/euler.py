@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from sld_edge.runtime.contract import HISTORY
 from sld_edge.runtime.samplers.config import SchedulerConfig
 from sld_edge.runtime.samplers.prediction import slope_from_output
 from sld_edge.runtime.samplers.schedule import (
@@ -15,7 +16,7 @@ from sld_edge.runtime.samplers.schedule import (
     timesteps_of_points,
     training_sigmas_from_config,
 )
-from sld_edge.runtime.samplers.table import HISTORY, Floats, SamplerTable
+from sld_edge.runtime.samplers.table import Floats, SamplerTable
 
 
 def timesteps_and_sigmas(config: SchedulerConfig, steps: int) -> tuple[Floats, Floats]:
@@ -65,4 +66,6 @@ def slope_table(
         b=b,
         s=s,
         init_noise_sigma=first_scale(config, sigmas),
+        alpha=1 / np.hypot(sigmas[:-1], 1.0),
+        prediction_type=config.prediction_type,
     )

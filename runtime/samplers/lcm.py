@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from sld_edge.engines.errors import InputError
+from sld_edge.runtime.contract import HISTORY
 from sld_edge.runtime.samplers.config import SchedulerConfig
 from sld_edge.runtime.samplers.prediction import clean_from_output
 from sld_edge.runtime.samplers.schedule import alpha_at, alphas_cumprod_from_config
-from sld_edge.runtime.samplers.table import HISTORY, SamplerTable
+from sld_edge.runtime.samplers.table import SamplerTable
 
 _SIGMA_DATA = 0.5
 
@@ -52,4 +53,6 @@ def lcm_table(name: str, config: SchedulerConfig, steps: int) -> SamplerTable:
         b=b,
         s=s,
         init_noise_sigma=1.0,
+        alpha=np.sqrt([alpha_at(alphas, int(t), config) for t in timesteps]),
+        prediction_type=config.prediction_type,
     )

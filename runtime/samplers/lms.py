@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from sld_edge.runtime.contract import HISTORY
 from sld_edge.runtime.samplers.config import SchedulerConfig
 from sld_edge.runtime.samplers.euler import slope_table, timesteps_and_sigmas
-from sld_edge.runtime.samplers.table import HISTORY, Floats, SamplerTable
+from sld_edge.runtime.samplers.table import Floats, SamplerTable
 
 _ORDER = 4
 _NODES, _NODE_WEIGHTS = np.polynomial.legendre.leggauss(_ORDER)  # exact to degree 7

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from sld_edge.runtime.contract import HISTORY
 from sld_edge.runtime.samplers.config import SchedulerConfig
 from sld_edge.runtime.samplers.prediction import noise_from_output
 from sld_edge.runtime.samplers.schedule import (
@@ -16,7 +17,7 @@ from sld_edge.runtime.samplers.schedule import (
     alphas_cumprod_from_config,
     timesteps_of_points,
 )
-from sld_edge.runtime.samplers.table import HISTORY, Floats, SamplerTable
+from sld_edge.runtime.samplers.table import Floats, SamplerTable
 
 # Adams-Bashforth weights of outputs i, i-1, ... by call; the outer gap is call 1, left out.
 _WEIGHTS = {
@@ -62,6 +63,8 @@ def pndm_table(name: str, config: SchedulerConfig, steps: int) -> SamplerTable:
         b=b,
         s=np.zeros(calls),
         init_noise_sigma=1.0,
+        alpha=np.sqrt([alpha_at(alphas, int(t), config) for t in timesteps]),
+        prediction_type=config.prediction_type,
     )
 
 

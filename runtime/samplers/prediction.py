@@ -6,6 +6,35 @@ x = alpha * clean + sigma * noise, alpha**2 + sigma**2 = 1; v is of arXiv 2202.0
 from __future__ import annotations
 
 import math
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+
+SafetyUnits = Literal["noise", "raw"]
+_LEAST_ALPHA = 0.068  # of SD 1.5 at its first timestep; below it a first call could never be edited
+
+
+def noise_unit(prediction_type: str, alpha: Floats) -> Floats:
+    """Return the difference in noise for a difference of 1 in the output, at one x.
+
+    Safe Latent Diffusion's numbers are in units of predicted noise. From x = alpha * clean +
+    sigma * noise follows alpha for v, and -alpha / sigma for "sample": there the sign turns.
+
+    Args:
+        prediction_type: "epsilon", "v_prediction" or "sample".
+        alpha: float64 [N], the signal's share of x at each call.
+    """
+    floored = np.maximum(alpha, _LEAST_ALPHA)
+    if prediction_type == "v_prediction":
+        return floored
+    if prediction_type == "sample":
+        # No noise is left at the last calls of some schedules; the float32 limits stay far.
+        return -floored / np.sqrt(np.maximum(1 - alpha**2, 1e-8))
+    return np.ones(len(alpha))
 
 
 def clean_from_output(prediction_type: str, alpha: float, sigma: float) -> tuple[float, float]:

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from sld_edge.runtime.samplers.prediction import SafetyUnits, noise_unit
+
 Floats = NDArray[np.float64]
-HISTORY = 4  # past outputs a row can use
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SamplerTable:
-    """What a sampler does in N UNet calls; x are the running latents, z is fresh unit noise.
+    """A sampler in N UNet calls; x are the running latents, z is fresh unit noise.
 
     Call i feeds `c_in[i] * x` to the UNet at `timesteps[i]`, keeps `m_i = p[i] * x + q[i] * output`
     and moves on to `a[i] * x + sum_j b[i, j] * m_(i-j) + s[i] * z`, j from 0 to 4.
@@ -23,6 +24,10 @@ class SamplerTable:
         timesteps: [N], in training timesteps, each exact in float32.
         c_in: [N]; p: [N]; q: [N]; a: [N]; s: [N]; b: [N,5].
         init_noise_sigma: the standard deviation of the first latents.
+        alpha: [N], the signal's share of x, where its variance is 1.
+        prediction_type: of the UNet's output, "epsilon", "v_prediction" or "sample".
+        safety_units: of Safe Latent Diffusion's numbers: "noise", their published meaning on every
+            kind of output, or "raw", the output's own units as in diffusers.
     """
 
     name: str
@@ -34,6 +39,9 @@ class SamplerTable:
     b: Floats
     s: Floats
     init_noise_sigma: float
+    alpha: Floats
+    prediction_type: str
+    safety_units: SafetyUnits = "noise"
 
     @property
     def calls(self) -> int:
@@ -45,12 +53,15 @@ class SamplerTable:
         """Whether every number can be used."""
         columns = (
             *(self.timesteps, self.c_in, self.p, self.q, self.a, self.b, self.s),
-            self.init_noise_sigma,
+            *(self.alpha, self.init_noise_sigma),
         )
         return all(bool(np.isfinite(column).all()) for column in columns)
 
     def rows(self) -> NDArray[np.float32]:
-        """Give float32 [N,10]: p, q, a, b0 to b4, s, and the next c_in (after the last call, 1)."""
+        """Give float32 [N,11], the columns of `contract.ROW`; after the last call c_in is 1."""
         c_in_next = np.append(self.c_in[1:], 1.0)
-        columns = (self.p, self.q, self.a, *self.b.T, self.s, c_in_next)
+        unit = np.ones(self.calls)
+        if self.safety_units == "noise":
+            unit = noise_unit(self.prediction_type, self.alpha)
+        columns = (self.p, self.q, self.a, *self.b.T, self.s, c_in_next, unit)
         return np.stack(columns, axis=1).astype(np.float32)

@@ -10,9 +10,10 @@ from __future__ import annotations
 import numpy as np
 
 from sld_edge.engines.errors import InputError
+from sld_edge.runtime.contract import HISTORY
 from sld_edge.runtime.samplers.config import SchedulerConfig
 from sld_edge.runtime.samplers.dpmpp import clean_table, timesteps_and_sigmas
-from sld_edge.runtime.samplers.table import HISTORY, Floats, SamplerTable
+from sld_edge.runtime.samplers.table import Floats, SamplerTable
 
 _ORDERS = (1, 2, 3)
 

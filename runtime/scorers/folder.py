@@ -15,7 +15,8 @@ from sld_edge.engines.errors import EngineError, InputError, one_line, shortened
 from sld_edge.engines.files import json_from_file, read_limited
 from sld_edge.engines.onnx_files import GRAPH_LIMIT
 from sld_edge.engines.onnxruntime.engine import OrtEngine
-from sld_edge.runtime.bundle import File, require_own_weights
+from sld_edge.runtime.bundle import require_own_weights
+from sld_edge.runtime.manifest import File
 from sld_edge.runtime.scorers.base import check_model, load_checked
 
 MANIFEST = "scorer.json"

@@ -25,7 +25,7 @@ from standin.cuda import FakeCuda, StandinError
 from standin.plans import VERSIONS, make_plans
 from standin.tensorrt import TensorRTModule
 
-COMPONENTS = ("text_encoder", "unet", "guidance", "vae_decoder", "vae_encoder")
+COMPONENTS = ("text_encoder", "unet", "guidance", "vae_decoder")
 BOTH = pytest.mark.parametrize("flavour", FLAVOURS)
 Open = Callable[..., TrtEngine]
 

@@ -27,7 +27,10 @@ from sld_edge.engines.errors import (
 from sld_edge.export import ExportSettings, export_bundle
 from sld_edge.export import write_bundle as bundle
 from sld_edge.export.checkpoints.scheduler import sampler_from_scheduler
-from sld_edge.export.graphs.guidance import write_guidance, write_kept_safety
+from sld_edge.export.checkpoints.sources import checkpoint_from_source
+from sld_edge.export.families.sd import SD
+from sld_edge.export.graphs.guidance import write_guidance
+from sld_edge.export.shape import shape_of
 from sld_edge.export.verify import require_agreement
 from sld_edge.runtime.bundle import Bundle, own_graph
 from sld_edge.runtime.policy import policy_from_json
@@ -60,6 +63,9 @@ def exported(settings: ExportSettings) -> Bundle:
     return Bundle.open(export_bundle(settings))
 
 
+COMPONENTS = tuple(part.name for part in SD.parts)
+
+
 @pytest.fixture
 def damaged(folder: Path, tmp_path: Path) -> Path:
     """A copy of the checkpoint to change."""
@@ -71,11 +77,11 @@ def change(file: Path, **entries: object) -> None:
 
 
 def test_the_guidance_graphs_are_the_packages_own(exported: Bundle, tmp_path: Path) -> None:
-    """They are copied; what writes them still gives the same bytes."""
-    for name, write in (("guidance", write_guidance), ("kept_safety", write_kept_safety)):
-        assert (exported.path / f"{name}.onnx").read_bytes() == own_graph(name).read_bytes()
-        write(tmp_path / f"{name}.onnx")
-        assert onnx.load(tmp_path / f"{name}.onnx") == onnx.load(own_graph(name))
+    """They are copied; their writer still gives the same graph."""
+    ours = own_graph("guidance")
+    assert (exported.path / "guidance.onnx").read_bytes() == ours.read_bytes()
+    write_guidance(tmp_path / "guidance.onnx")
+    assert onnx.load(tmp_path / "guidance.onnx") == onnx.load(ours)
 
 
 def test_every_file_is_what_the_manifest_says(exported: Bundle) -> None:
@@ -91,13 +97,13 @@ def test_manifest(exported: Bundle) -> None:
     assert manifest.prediction_type == "epsilon"
     assert (manifest.latents.channels, manifest.latents.downscale) == (4, 8)
     assert manifest.latents.scaling_factor == pytest.approx(0.18215)
-    assert (manifest.text.length, manifest.text.width) == (77, 24)
+    assert manifest.text_length == 77
     assert (manifest.size.width, manifest.size.height) == (64, 64)
     assert "_class_name" not in manifest.scheduler
     assert manifest.scheduler["beta_schedule"] == "scaled_linear"
     defaults = manifest.defaults
     assert (defaults.sampler, defaults.steps, defaults.safety) == ("pndm", 50, "strong")
-    assert tuple(manifest.components) == bundle.COMPONENTS
+    assert tuple(manifest.components) == COMPONENTS
 
 
 def test_tensors_are_those_of_the_graphs(exported: Bundle) -> None:
@@ -122,7 +128,7 @@ def test_constant_embeddings_are_the_text_encoders(exported: Bundle, folder: Pat
         with torch.inference_mode():
             want = encoder(ids["input_ids"]).last_hidden_state[0].numpy()
         # Two implementations of the same FP32 sums.
-        np.testing.assert_allclose(got, want, atol=1e-5)
+        np.testing.assert_allclose(got["context"], want, atol=1e-5)
 
 
 def test_the_same_checkpoint_gives_the_same_bytes(
@@ -175,7 +181,6 @@ def test_one_component_in_fp32(
         "vae_decoder": "fp32",
         "vae_encoder": "fp16",
         "guidance": "fp32",
-        "kept_safety": "fp32",
     }
     assert parts["vae_decoder"].storage == ("fp32" if storage is None else "fp16")
     assert (parts["unet"].storage, parts["guidance"].storage) == ("fp16", "fp32")
@@ -214,24 +219,26 @@ def test_torch_exports_one_component_in_fp32(
     settings: ExportSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def writers(checkpoint: Any, *, precision: str, attention: str) -> dict[str, str]:
-        return dict.fromkeys(bundle.COMPONENTS, f"{precision} {attention}")
+        return dict.fromkeys(COMPONENTS, f"{precision} {attention}")
 
     monkeypatch.setattr("sld_edge.export.via_torch.torch_writers", writers)
     mixed = replace(settings, precision="fp16", via="torch", fp32_components=("vae_decoder",))
-    made = bundle._torch_writers(None, mixed)  # type: ignore[arg-type]  # the stand-in reads none
-    assert {name: str(write) for name, write in made.items()} == {
+    said: list[str] = []
+    checkpoint = checkpoint_from_source(mixed.model)
+    shape = shape_of(checkpoint, SD, mixed, said.append)
+    made = bundle._torch_writers(checkpoint, SD, shape, mixed)
+    assert {name: str(write) for name, write in made.items() if name != "guidance"} == {
         "text_encoder": "fp16 op",
         "unet": "fp16 op",
         "vae_decoder": "fp32 op",
-        "vae_encoder": "fp16 op",
     }
 
 
-def test_fp32_components_that_make_no_sense() -> None:
+def test_fp32_components_that_make_no_sense(settings: ExportSettings) -> None:
     for name in ("vae", "guidance"):
-        expected = f"fp32 component .* '{name}' .* text_encoder, unet, vae_decoder, vae_encoder$"
+        expected = f"fp32 component .* '{name}' .* text_encoder, unet, vae_decoder$"
         with pytest.raises(InputError, match=expected):
-            ExportSettings(model="sd-1.5", output=Path("x"), fp32_components=(name,))
+            export_bundle(replace(settings, precision="fp16", fp32_components=(name,)))
     with pytest.raises(InputError, match="where all are"):
         ExportSettings(
             model="sd-1.5", output=Path("x"), precision="fp32", fp32_components=("unet",)
@@ -469,7 +476,7 @@ def test_verify_agrees(settings: ExportSettings, tmp_path: Path) -> None:
     lines: list[str] = []
     export_bundle(replace(settings, output=tmp_path / "x", verify=True), say=lines.append)
     compared = [line.split(":")[0] for line in lines if "distance to diffusers" in line]
-    assert compared == ["text_encoder", "unet", "vae_decoder", "vae_encoder"]
+    assert compared == ["text_encoder", "unet", "vae_decoder"]
 
 
 def test_verify_finds_a_wrong_graph(
@@ -477,11 +484,12 @@ def test_verify_finds_a_wrong_graph(
 ) -> None:
     write = bundle._writers
 
-    def wrong(checkpoint: Any, chosen: Any) -> Any:
+    def wrong(checkpoint: Any, *others: Any) -> Any:
         """Write graphs with another number of heads, which no shape depends on."""
-        config = {**checkpoint.unet.config, "attention_head_dim": 1}
-        unet = replace(checkpoint.unet, config=config)
-        return write(replace(checkpoint, unet=unet), chosen)
+        unet = checkpoint.models["unet"]
+        unet = replace(unet, config={**unet.config, "attention_head_dim": 1})
+        models = {**checkpoint.models, "unet": unet}
+        return write(replace(checkpoint, models=models), *others)
 
     monkeypatch.setattr(bundle, "_writers", wrong)
     with pytest.raises(CheckpointError, match=r"do not agree with diffusers .* unet"):

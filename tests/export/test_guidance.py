@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import onnx
@@ -10,7 +10,7 @@ from onnx.reference import ReferenceEvaluator
 
 from oracles.guidance import guidance
 from oracles.running import outputs_of
-from sld_edge.export.graphs.guidance import Combine, write_guidance
+from sld_edge.export.graphs.guidance import write_guidance
 
 Array = np.ndarray[Any, Any]
 
@@ -47,7 +47,7 @@ def feeds() -> dict[str, Array]:
         "history": normal(4, B, 4, H, W),
         "noise": normal(B, 4, H, W),
         "edit_map": np.abs(normal(B, H, W)),
-        "row": normal(10),
+        "row": np.append(normal(10), np.float32(1)),
         "guidance_scale": np.array([7.5, 1.0, 3.0], np.float32),
         "safety": np.array(
             [[10, 0, 0.3, 0.4, 1], [4, 1 / 64, 0.5, 0.7, 0], [2, 0.25, 0, 0, 1]], np.float32
@@ -64,10 +64,13 @@ def several(feeds: dict[str, Array]) -> dict[str, Array]:
     return {**feeds, "noise_pred_safety": np.concatenate([first, others.astype(np.float32)])}
 
 
-def reference(feeds: dict[str, Array], combine: Combine = "strongest") -> dict[str, Array]:
-    """SLD.md, section 1, image by image in float64, and a row of the sampler's table."""
+def reference(feeds: dict[str, Array]) -> dict[str, Array]:
+    """SLD.md, section 1, image by image in float64, and a row of the sampler's table.
+
+    The UNet's output times `unit` is noise, up to what all branches share.
+    """
     f = {name: array.astype(np.float64) for name, array in feeds.items()}
-    p, q, a, *b, s, c_in = f["row"]
+    p, q, a, *b, s, c_in, unit = f["row"]
     out: dict[str, list[Any]] = {}
     for i in range(B):
         scale, threshold, momentum_scale, momentum_beta, active = f["safety"][i]
@@ -78,22 +81,20 @@ def reference(feeds: dict[str, Array], combine: Combine = "strongest") -> dict[s
         plain = eps_u + guidance_scale * g
         gates, pushes = [], []
         for eps_s in f["noise_pred_safety"][:, i]:
-            d = eps_p - eps_s
+            d = unit * (eps_p - eps_s)
             mu = np.minimum(np.abs(d) * scale, 1)
             mu[d >= threshold] = 0
             gates.append(mu)
-            pushes.append(mu * (eps_s - eps_u))
-        push = sum(pushes)
-        if combine == "strongest":
-            push = np.zeros_like(eps_u)
-            for at in np.ndindex(push.shape):
-                push[at] = max((own[at] for own in pushes), key=lambda x: (abs(x), x))
+            pushes.append(mu * unit * (eps_s - eps_u))
+        push = np.zeros_like(eps_u)
+        for at in np.ndindex(push.shape):
+            push[at] = max((own[at] for own in pushes), key=lambda x: (abs(x), x))
         gam = push + momentum_scale * nu
         nu = momentum_beta * nu + (1 - momentum_beta) * gam
         if active:
-            g = g - gam
+            g = g - gam / unit
         eps = eps_u + guidance_scale * g
-        edit = guidance_scale * gam if active else np.zeros_like(gam)
+        edit = guidance_scale * gam / unit if active else np.zeros_like(gam)
         m = p * x + q * eps
         kept = [m, *f["history"][:, i]]
         following = a * x + sum(bj * mj for bj, mj in zip(b, kept, strict=True))
@@ -109,7 +110,7 @@ def reference(feeds: dict[str, Array], combine: Combine = "strongest") -> dict[s
             "strength": np.linalg.norm(edit) / norm if norm else 0.0,
             "concept_strength": np.array(
                 [
-                    guidance_scale * active * np.linalg.norm(own) / norm if norm else 0.0
+                    guidance_scale * active * np.linalg.norm(own / unit) / norm if norm else 0.0
                     for own in pushes
                 ]
             ),
@@ -143,24 +144,41 @@ def test_is_the_method_in_the_reference_evaluator(path: Path, feeds: dict[str, A
     assert_close({name: np.asarray(array) for name, array in got.items()}, reference(feeds))
 
 
-@pytest.mark.parametrize("combine", get_args(Combine))
-def test_several_concepts(
-    several: dict[str, Array], combine: Combine, path: Path, tmp_path: Path
-) -> None:
-    if combine != "strongest":
-        path = tmp_path / "guidance.onnx"
-        write_guidance(path, combine=combine)
-    wanted = reference(several, combine)
+def test_several_concepts(several: dict[str, Array], path: Path) -> None:
+    wanted = reference(several)
     assert wanted["concept_strength"].shape == (N, B)
     evaluator = ReferenceEvaluator(onnx.load(path))
     got = dict(zip(evaluator.output_names, evaluator.run(None, several), strict=True))
     assert_close({name: np.asarray(array) for name, array in got.items()}, wanted)
     assert_close(outputs_of(path, several), wanted)
-    other = reference(several, "sum" if combine == "strongest" else "strongest")
-    assert np.abs(other["latents_next"] - wanted["latents_next"]).max() > 0.01
-    if combine == "strongest":
-        twin = guidance({name: array.astype(np.float64) for name, array in several.items()})
-        assert_close({name: array.astype(np.float32) for name, array in twin.items()}, wanted)
+    twin = guidance({name: array.astype(np.float64) for name, array in several.items()})
+    assert_close({name: array.astype(np.float32) for name, array in twin.items()}, wanted)
+
+
+@pytest.mark.parametrize("unit", [0.25, 0.068, -4.0])
+def test_outputs_in_other_units_than_noise(
+    several: dict[str, Array], path: Path, unit: float
+) -> None:
+    several["row"][-1] = unit
+    assert_close(outputs_of(path, several), reference(several))
+
+
+@pytest.mark.parametrize("unit", [0.25, 4.0, -0.5])
+def test_a_unit_changes_nothing_but_the_scale_of_the_outputs(
+    several: dict[str, Array], path: Path, unit: float
+) -> None:
+    """Predictions divided by the unit are the same noise, so the next latents are the same."""
+    several["row"][:4] = 0, 1, 0, 1  # the next latents are the guided prediction
+    several["row"][4:9] = 0
+    noise = outputs_of(path, several)
+    other = {name: several[name] / np.float32(unit) for name in PREDICTIONS}
+    got = outputs_of(
+        path, {**several, **other, "row": np.append(several["row"][:-1], unit).astype(np.float32)}
+    )
+    for name in ("momentum_next", "share", "strength", "concept_strength"):
+        np.testing.assert_allclose(got[name], noise[name], rtol=1e-5, atol=1e-6, err_msg=name)
+    moved = got["latents_next"] * np.float32(unit)
+    np.testing.assert_allclose(moved, noise["latents_next"], rtol=1e-5, atol=1e-5)
 
 
 def test_a_concept_given_twice_acts_once(path: Path, feeds: dict[str, Array]) -> None:
@@ -213,7 +231,7 @@ def test_branches_that_were_not_computed(path: Path, feeds: dict[str, Array]) ->
     assert_close(outputs_of(path, feeds), reference(feeds))
     feeds["noise_pred_uncond"] = feeds["noise_pred_text"]
     feeds["noise_pred_safety"] = feeds["noise_pred_text"][None]
-    feeds["row"] = np.array([0, 1, 0, 1, 0, 0, 0, 0, 0, 1], np.float32)
+    feeds["row"] = np.array([0, 1, 0, 1, 0, 0, 0, 0, 0, 1, 1], np.float32)
     got = outputs_of(path, feeds)
     np.testing.assert_array_equal(got["latents_next"], feeds["noise_pred_text"])
     assert (got["share"] == 0).all()
@@ -240,7 +258,7 @@ def test_says_which_image_is_not_finite_and_whose_fault_it_is(
 
 
 def test_a_prediction_that_the_step_hides_is_found(path: Path, feeds: dict[str, Array]) -> None:
-    feeds["row"] = np.array([0, 0, 1, 0, 0, 0, 0, 0, 0, 1], np.float32)
+    feeds["row"] = np.array([0, 0, 1, 0, 0, 0, 0, 0, 0, 1, 1], np.float32)
     feeds["noise_pred_text"][0, 0, 0, 0] = np.finfo(np.float32).max  # the largest is finite
     feeds["guidance_scale"][:] = 1
     feeds["noise_pred_uncond"][0] = 0

@@ -16,7 +16,8 @@ from safetensors.numpy import save_file
 from sld_edge.engines.errors import CheckpointError, EngineError, UserError
 from sld_edge.export.checkpoints.sources import checkpoint_from_source
 from sld_edge.export.scorers import ScorerSettings, export_scorer
-from sld_edge.export.write_bundle import ExportSettings, export_bundle
+from sld_edge.export.settings import ExportSettings
+from sld_edge.export.write_bundle import export_bundle
 from sld_edge.runtime.scorers.folder import ScorerFolder
 
 ORIGINAL = Path(__file__).parents[2] / "benchmarks" / "miniworld" / "checkpoint"

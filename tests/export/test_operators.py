@@ -22,14 +22,13 @@ from oracles.models import (
     tiny_vae,
     weights_of,
 )
-from sld_edge.export import write_bundle as bundle
 from sld_edge.export.graphs.builder import GraphOptions
 from sld_edge.export.graphs.clip import write_text_encoder
 from sld_edge.export.graphs.decompose import decomposed_graph, inferred_tensors
 from sld_edge.export.graphs.guidance import write_guidance
 from sld_edge.export.graphs.unet import write_unet
 from sld_edge.export.graphs.vae import write_vae_decoder, write_vae_encoder
-from sld_edge.runtime.bundle import EMBEDDED
+from sld_edge.runtime.bundle import EMBEDDED, Bundle
 
 TABLE: dict[str, Any] = json.loads(
     Path(__file__).with_name("tensorrt_10_3_operators.json").read_text()
@@ -120,7 +119,7 @@ def test_what_the_builder_decomposes_is_documented(
     assert [(name, complaints(path)) for name, path in paths.items() if complaints(path)] == []
 
 
-@pytest.mark.parametrize("component", bundle.COMPONENTS)
+@pytest.mark.parametrize("component", Bundle.open().manifest.components)
 def test_what_is_decomposed_from_the_miniature_is_documented(
     component: str, tmp_path: Path
 ) -> None:

@@ -30,7 +30,7 @@ from sld_edge.engines.onnxruntime.engine import OrtEngine
 from sld_edge.export.commands.export import main
 from sld_edge.export.q16_prompts import read_q16_prompts
 from sld_edge.export.scorers import ScorerSettings, export_scorer, write_checker_head
-from sld_edge.export.write_bundle import file_entry
+from sld_edge.runtime.manifest import file_entry
 from sld_edge.runtime.scorers import scorer_from_name, scorers_from_names
 from sld_edge.runtime.scorers.clip_heads import ClipImage, checker_margin
 

@@ -36,7 +36,7 @@ def folder(original: Path, tmp_path: Path) -> Path:
 
 
 def unet_tensors(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
-    weights = checkpoint.unet.weights
+    weights = checkpoint.models["unet"].weights
     return {key: weights.take(key) for key in weights.keys()}  # noqa: SIM118 -- no mapping
 
 
@@ -85,7 +85,7 @@ def test_fp16_variant_files(tmp_path: Path) -> None:
     save_tokenizer(tmp_path / "half" / "tokenizer")
     for variant in ("fp16", None):  # only one kind of file is there, so it need not be named
         checkpoint = checkpoint_from_source(str(tmp_path / "half"), variant=variant)
-        assert checkpoint.unet.weights.take("conv_in.weight").dtype == np.float16
+        assert checkpoint.models["unet"].weights.take("conv_in.weight").dtype == np.float16
 
 
 def test_plain_files_go_before_variants(folder: Path) -> None:
@@ -93,7 +93,7 @@ def test_plain_files_go_before_variants(folder: Path) -> None:
     half = {key: tensor.astype(np.float16) for key, tensor in tensors.items()}
     save_file(half, folder / "unet" / "diffusion_pytorch_model.fp16.safetensors")
     plain = checkpoint_from_source(str(folder))
-    assert plain.unet.weights.take("conv_in.weight").dtype == np.float32
+    assert plain.models["unet"].weights.take("conv_in.weight").dtype == np.float32
     with pytest.raises(CheckpointError, match=r"no weights in .*vae") as caught:
         checkpoint_from_source(str(folder), variant="fp16")
     assert_one_line(caught)
@@ -118,7 +118,9 @@ def test_tokenizer_from_elsewhere(folder: Path, tmp_path: Path) -> None:
     shutil.rmtree(folder / "tokenizer")
     save_tokenizer(tmp_path / "words", files="json")
     for place in (tmp_path / "words", tmp_path / "words" / "tokenizer.json"):
-        assert "the" in checkpoint_from_source(str(folder), tokenizer=place).tokenizer_json
+        assert (
+            "the" in checkpoint_from_source(str(folder), tokenizer=place).tokenizers["text_encoder"]
+        )
     with pytest.raises(InputError, match="no tokenizer at"):
         checkpoint_from_source(str(folder), tokenizer=tmp_path / "nowhere")
 

@@ -49,7 +49,7 @@ def exported(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 def test_the_builder_refuses_it_and_names_the_way_out(folder: Path, tmp_path: Path) -> None:
-    unet = checkpoint_from_source(str(folder)).unet
+    unet = checkpoint_from_source(str(folder)).models["unet"]
     with pytest.raises(CheckpointError, match=r"act_fn .* --via torch"):
         write_unet(unet.config, unet.weights, GraphOptions(), tmp_path / "unet.onnx")
 

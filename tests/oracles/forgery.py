@@ -29,7 +29,8 @@ def rehash(bundle: Path) -> None:
     """Put the true hash and size of every listed file into the manifest."""
 
     def mend(body: Json) -> None:
-        entries = [body["tokenizer"], body["embeddings"]]
+        entries = [text["tokenizer"] for text in body["texts"].values()]
+        entries += body["embeddings"]["arrays"].values()
         entries += [file for part in body["components"].values() for file in part["files"]]
         for entry in entries:
             data = (bundle / entry["path"]).read_bytes()
@@ -40,7 +41,7 @@ def rehash(bundle: Path) -> None:
 
 def edit_embeddings(bundle: Path, edit: Callable[[NDArray[np.float32], list[str]], object]) -> None:
     """Change the stored embeddings [texts,L,C], whose texts are given beside them."""
-    file = bundle / "embeddings.npy"
+    file = bundle / "context.npy"
     array = np.load(file)
     edit(array, json.loads((bundle / "bundle.json").read_text())["embeddings"]["texts"])
     stream = io.BytesIO()

@@ -150,7 +150,7 @@ class Worker:
 
     def graph(self, rng: random.Random) -> None:
         """A graph, an array, weights or a tokenizer that is damaged, its hash made right."""
-        names = ["unet.onnx", "vae_decoder.onnx", "text_encoder.onnx", "embeddings.npy"]
+        names = ["unet.onnx", "vae_decoder.onnx", "text_encoder.onnx", "context.npy"]
         name = rng.choice([*names, "unet.onnx.data", "tokenizer.json"])
         data = (EMBEDDED / name).read_bytes()
         if name == "tokenizer.json":

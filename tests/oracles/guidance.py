@@ -23,6 +23,7 @@ Mistake = Literal[
     "edit-not-scaled-by-guidance",
     "edit-added",
     "history-oldest-first",
+    "momentum-in-output-units",
 ]
 MISTAKES: tuple[Mistake, ...] = get_args(Mistake)
 
@@ -38,9 +39,10 @@ def guidance(feeds: Mapping[str, Array], mistake: Mistake | None = None) -> dict
     latents, momentum, history = feeds["latents"], feeds["momentum"], feeds["history"]
     scale, threshold, momentum_scale, beta, active = feeds["safety"].T[..., None, None, None]
     guidance_scale = feeds["guidance_scale"][:, None, None, None]
-    p, q, a, b0, b1, b2, b3, b4, s, c_in = feeds["row"]
+    p, q, a, b0, b1, b2, b3, b4, s, c_in, unit = feeds["row"]
 
-    distance = text - concept
+    distance = unit * (text - concept)
+    direction = unit * (concept - uncond)  # in noise, as the momentum is
     compared = np.abs(distance) if mistake == "absolute-distance" else distance
     unedited = (
         compared > threshold
@@ -49,16 +51,18 @@ def guidance(feeds: Mapping[str, Array], mistake: Mistake | None = None) -> dict
     )
     mu = np.where(unedited, 0, np.minimum(np.abs(distance) * scale, 1)).astype(latents.dtype)
     if mistake == "momentum-before-the-gate":
-        gamma = (mu * (concept - uncond + momentum_scale * momentum))[0]
+        gamma = (mu * (direction + momentum_scale * momentum))[0]
     else:
-        gamma = strongest(mu * (concept - uncond)) + momentum_scale * momentum
+        gamma = strongest(mu * direction) + momentum_scale * momentum
     kept_edit = gamma - momentum_scale * momentum
     if mistake != "momentum-without-itself":
         kept_edit = gamma
     momentum_next = beta * momentum + (1 - beta) * kept_edit
     if mistake == "momentum-only-when-active":
         momentum_next = np.where(active > 0, momentum_next, momentum)
-    edit = active * gamma
+    edit = active * gamma / unit
+    if mistake == "momentum-in-output-units":
+        edit = active * (strongest(mu * direction) / unit + momentum_scale * momentum)
     if mistake == "edit-added":
         edit = -edit
     plain = uncond + guidance_scale * (text - uncond)
@@ -72,7 +76,7 @@ def guidance(feeds: Mapping[str, Array], mistake: Mistake | None = None) -> dict
     new = a * latents + b0 * kept + feeds["noise"] * s
     new = new + sum(b * m for b, m in zip((b1, b2, b3, b4), past, strict=True))
     change = guidance_scale * edit
-    own = guidance_scale * active * mu * (concept - uncond)
+    own = guidance_scale * active * mu * direction / unit
     norms = [np.sqrt((x * x).sum(axis=(-3, -2, -1))) for x in (change, plain, own)]
     return {
         "latents_next": new,

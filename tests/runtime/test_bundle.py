@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from sld_edge.runtime import Bundle, BundleError, NumericsError, Pipeline
-from sld_edge.runtime.bundle import EMBEDDED, manifest_from_json
+from sld_edge.runtime.bundle import EMBEDDED
+from sld_edge.runtime.manifest import manifest_from_json
 
 Edit = Callable[[dict[str, Any]], None]
 
@@ -59,7 +60,7 @@ def test_a_missing_file_is_named(bundle_copy: Path) -> None:
         Bundle.open(bundle_copy)
 
 
-@pytest.mark.parametrize("name", ["unet.onnx.data", "tokenizer.json", "embeddings.npy"])
+@pytest.mark.parametrize("name", ["unet.onnx.data", "tokenizer.json", "context.npy"])
 def test_an_altered_file_is_refused_when_it_is_first_used(bundle_copy: Path, name: str) -> None:
     path = bundle_copy / name
     data = bytearray(path.read_bytes())
@@ -75,17 +76,31 @@ def test_an_altered_file_is_refused_when_it_is_first_used(bundle_copy: Path, nam
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda body: body.update(format_version=3), "format version | got 3 .*update sld-edge"),
+        (lambda body: body.update(format_version=4), "format version | got 4 .*update sld-edge"),
         (lambda body: body.update(format_version=0), "export the bundle again"),
         (lambda body: body.update(format="other"), "not a bundle's manifest"),
-        (lambda body: body.pop("text"), "lacks the entry 'text'"),
+        (lambda body: body.pop("texts"), "lacks the entry 'texts'"),
         (lambda body: body["components"].pop("guidance"), "lacks the entry 'guidance'"),
         (lambda body: body["latents"].update(channels="four"), "wrong kind"),
         (lambda body: body.update(prediction_type="noise"), "prediction_type"),
-        (lambda body: body["tokenizer"].update(path="../tokenizer.json"), "leaves the bundle"),
-        (lambda body: body["tokenizer"].update(path="/etc/passwd"), "leaves the bundle"),
-        (lambda body: body["tokenizer"].update(path="C:\\tokenizer"), "leaves the bundle"),
-        (lambda body: body["embeddings"].update(path="a/../../b"), "leaves the bundle"),
+        (
+            lambda body: body["texts"]["text_encoder"]["tokenizer"].update(
+                path="../tokenizer.json"
+            ),
+            "leaves the bundle",
+        ),
+        (
+            lambda body: body["texts"]["text_encoder"]["tokenizer"].update(path="/etc/passwd"),
+            "leaves the bundle",
+        ),
+        (
+            lambda body: body["texts"]["text_encoder"]["tokenizer"].update(path="C:\\tokenizer"),
+            "leaves the bundle",
+        ),
+        (
+            lambda body: body["embeddings"]["arrays"]["context"].update(path="a/../../b"),
+            "leaves the bundle",
+        ),
     ],
 )
 def test_a_wrong_manifest_says_what_is_wrong(bundle_copy: Path, change: Edit, says: str) -> None:
@@ -123,14 +138,14 @@ def test_a_graph_with_other_tensors_than_it_says(bundle_copy: Path, change: Edit
         change(body["components"]["unet"]["inputs"][0])
 
     edit(bundle_copy, first_input)
-    with pytest.raises(BundleError, match="unet: the graph's tensors are not those"):
+    with pytest.raises(BundleError, match="tensors are not those|UNet's inputs"):
         generate(bundle_copy)
 
 
 def test_embeddings_of_another_shape(bundle_copy: Path) -> None:
-    np.save(bundle_copy / "embeddings.npy", np.zeros((2, 3, 4), np.float32))
-    edit(bundle_copy, lambda body: rehash(bundle_copy, body["embeddings"]))
-    with pytest.raises(BundleError, match=r"embeddings\.npy"):
+    np.save(bundle_copy / "context.npy", np.zeros((2, 3, 4), np.float32))
+    edit(bundle_copy, lambda body: rehash(bundle_copy, body["embeddings"]["arrays"]["context"]))
+    with pytest.raises(BundleError, match=r"context\.npy"):
         Pipeline.load(bundle_copy, provider="cpu")
 
 

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from oracles.guidance import guidance
+from oracles.requests import flat_request
 from sld_edge.engines.base import Array
 from sld_edge.engines.errors import BundleError, InputError
 from sld_edge.engines.onnxruntime.engine import OrtEngine
-from sld_edge.runtime import Pipeline, Request, Safety, Step
-from sld_edge.runtime.bundle import Manifest, manifest_from_json
+from sld_edge.runtime import Pipeline, Safety, Step
 from sld_edge.runtime.commands.run import main
+from sld_edge.runtime.manifest import Manifest, manifest_from_json
 from sld_edge.runtime.random import noise_source
 
 TWO = ("a skull", "the colour red")
@@ -24,7 +25,7 @@ PROMPT = "a red star at a party"
 
 def restated(pipeline: Pipeline, **settings: Any) -> dict[str, Array]:
     """The loop once more, in float64, a branch at a time; only the UNet and texts are ours."""
-    plan = pipeline.plan(Request(prompts=(PROMPT,), **settings))
+    plan = pipeline.resolve(flat_request(prompts=(PROMPT,), **settings))
     (image,) = plan.images
     unet = OrtEngine(pipeline.bundle.path / "unet.onnx")
     safety = image.safety
@@ -44,7 +45,7 @@ def restated(pipeline: Pipeline, **settings: Any) -> dict[str, Array]:
             feeds = {
                 "latents": x.astype(np.float32),
                 "timestep": np.array([plan.table.timesteps[at]], np.float32),
-                "context": pipeline.encode_text(text)[None],
+                "context": pipeline.encode_text(text)["context"][None],
             }
             return unet.run(feeds)["noise_pred"].astype(np.float64)
 
@@ -145,8 +146,8 @@ def test_the_report_names_the_strongest(miniature: Pipeline) -> None:
 
 def test_a_tuple_is_several_concepts_and_a_list_one_each(miniature: Pipeline) -> None:
     def concepts(**settings: Any) -> list[tuple[str, ...]]:
-        asked = Request(prompts=("a", "b"), **settings)
-        return [image.concepts for image in miniature.plan(asked).images]
+        asked = flat_request(prompts=("a", "b"), **settings)
+        return [image.concepts for image in miniature.resolve(asked).images]
 
     assert concepts(safety_concept=("x", "y")) == [("x", "y")] * 2
     assert concepts(safety_concept=["x", "y"]) == [("x",), ("y",)]

@@ -157,7 +157,7 @@ def test_nothing_crosses_to_the_host_inside_the_loop(
     cuda: FakeCuda, planned: Callable[..., Path]
 ) -> None:
     with Pipeline.load(planned(), provider="tensorrt") as pipeline:
-        plan = pipeline.plan(standin.request("a red star", steps=8, sampler="euler-a"))
+        plan = pipeline.resolve(standin.request("a red star", steps=8, sampler="euler-a"))
         seen = []
         for step in pipeline.steps(plan):
             if step.index == 1:
@@ -286,7 +286,7 @@ def test_low_memory_holds_what_it_needs(
 ) -> None:
     with Pipeline.load(planned(), provider="tensorrt", low_memory=True) as pipeline:
         got = pipeline("a red star", **FAST)
-        assert set(pipeline._engines) == {"unet", "guidance"}
+        assert set(pipeline.store.engines) == {"unet", "guidance"}
         pipeline("a blue heart", **FAST)
     assert_same(got, cpu("a red star", **FAST))
 
@@ -307,7 +307,7 @@ def test_steps_can_be_looked_at_on_the_way(
     sampler: str, cuda: FakeCuda, cpu: Pipeline, planned: Callable[..., Path]
 ) -> None:
     def walk(pipeline: Pipeline) -> list[tuple[Any, ...]]:
-        plan = pipeline.plan(standin.request("a red star", steps=5, sampler=sampler))
+        plan = pipeline.resolve(standin.request("a red star", steps=5, sampler=sampler))
         return [
             (step.index, step.latents.copy(), step.share, step.strength, step.edit_map.copy())
             for step in pipeline.steps(plan)

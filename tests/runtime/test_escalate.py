@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from oracles.requests import flat_request
 from sld_edge.engines.errors import EngineError, InputError
-from sld_edge.runtime import PRESETS, Pipeline, Request, RunPlan, Safety
+from sld_edge.runtime import PRESETS, Pipeline, Run, Safety
 from sld_edge.runtime.commands.run import main
 from sld_edge.runtime.picture import blurred, png_from_image
 from sld_edge.runtime.scorers import rule_from_text
@@ -59,8 +60,8 @@ def until(preset: str) -> Callable[[Any], float]:
     return bad
 
 
-def plan_of(pipeline: Pipeline, *prompts: str, **options: Any) -> RunPlan:
-    return pipeline.plan(Request(prompts=prompts, steps=3, sampler="ddim", **options))
+def plan_of(pipeline: Pipeline, *prompts: str, **options: Any) -> Run:
+    return pipeline.resolve(flat_request(prompts=prompts, steps=3, sampler="ddim", **options))
 
 
 def test_the_ladder_is_the_presets() -> None:

@@ -28,8 +28,9 @@ from oracles.forgery import (
 from sld_edge.engines.onnx_files import externals
 from sld_edge.engines.onnxruntime.engine import OrtEngine
 from sld_edge.runtime import BundleError, Pipeline
-from sld_edge.runtime.bundle import EMBEDDED, OWN_GRAPHS, own_graph
+from sld_edge.runtime.bundle import EMBEDDED, own_graph
 from sld_edge.runtime.commands.run import main
+from sld_edge.runtime.manifest import OWN_GRAPHS
 
 FAST: dict[str, Any] = {"steps": 2, "seed": 3}
 
@@ -156,7 +157,7 @@ class TestGuidance:
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder", "circle"])
-@pytest.mark.parametrize("name", ["unet.onnx", "embeddings.npy", "tokenizer.json", "bundle.json"])
+@pytest.mark.parametrize("name", ["unet.onnx", "context.npy", "tokenizer.json", "bundle.json"])
 def test_only_regular_files(kind: str, name: str, bundle_copy: Path) -> None:
     replace_with(bundle_copy / name, kind)
     with pytest.raises(BundleError):
@@ -210,9 +211,9 @@ BROKEN: dict[str, Callable[[Path], object]] = {
     "a path that is a folder": lambda b: set_path(b, "."),
     "a path to the manifest": lambda b: set_path(b, "bundle.json"),
     "a long path": lambda b: set_path(b, "a" * 300),
-    "a zip as embeddings": lambda b: (b / "embeddings.npy").write_bytes(b"PK\x03\x04" + b"0" * 99),
-    "an array of 17 PiB": lambda b: (b / "embeddings.npy").write_bytes(huge_npy()),
-    "an array of objects": lambda b: np.save(b / "embeddings.npy", np.array([{}]), True),
+    "a zip as embeddings": lambda b: (b / "context.npy").write_bytes(b"PK\x03\x04" + b"0" * 99),
+    "an array of 17 PiB": lambda b: (b / "context.npy").write_bytes(huge_npy()),
+    "an array of objects": lambda b: np.save(b / "context.npy", np.array([{}]), True),
     "a tokenizer of bytes": lambda b: (b / "tokenizer.json").write_bytes(b"\xff" * 50),
     "components as a list": lambda b: edit_manifest(b, lambda m: m.update(components=[])),
     "files as a number": lambda b: edit_manifest(

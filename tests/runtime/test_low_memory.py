@@ -8,8 +8,9 @@ import numpy as np
 import onnx
 import pytest
 
+from oracles.requests import flat_request
 from sld_edge.engines.onnxruntime.engine import OrtEngine
-from sld_edge.runtime import Pipeline, Request, Step
+from sld_edge.runtime import Pipeline, Step
 
 FAST: dict[str, Any] = {"steps": 3, "sampler": "ddim", "safety": "strong"}
 
@@ -49,13 +50,13 @@ def test_heavy_graphs_go_when_they_are_done(monkeypatch: pytest.MonkeyPatch) -> 
         decode = pipeline._decoded
 
         def watched(latents: Any) -> Any:
-            decoding.append(set(pipeline._engines))
+            decoding.append(set(pipeline.store.engines))
             return decode(latents)
 
         monkeypatch.setattr(pipeline, "_decoded", watched)
 
         def look(_: Step) -> None:
-            during.append(set(pipeline._engines))
+            during.append(set(pipeline.store.engines))
 
         first = pipeline("a red star", callback=look, **FAST)
         assert during == [{"unet", "guidance"}] * 3
@@ -63,26 +64,26 @@ def test_heavy_graphs_go_when_they_are_done(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr("sld_edge.runtime.pipeline._CELLS", 16 * 16)
         again = pipeline("a red star", **FAST)
         assert decoding[1:] == [{"guidance"}]
-        assert set(pipeline._engines) == {"guidance"}
+        assert set(pipeline.store.engines) == {"guidance"}
         pipeline("a red star", count=2, **FAST)  # and is loaded again
         assert len(decoding) == 4
-        steps = pipeline.steps(pipeline.plan(Request(prompts=("a red star",), **FAST)))
-        held = ["unet" in pipeline._engines for _ in steps]
+        steps = pipeline.steps(pipeline.resolve(flat_request(prompts=("a red star",), **FAST)))
+        held = ["unet" in pipeline.store.engines for _ in steps]
         assert held == [True] * 3
-        assert "unet" not in pipeline._engines  # walked by hand it goes too
+        assert "unet" not in pipeline.store.engines  # walked by hand it goes too
     assert np.abs(first.latents - again.latents).max() < 1e-3  # branches one after another
 
 
 def test_light_graphs_are_kept() -> None:
     with Pipeline.load(provider="cpu") as pipeline:
         pipeline("a red star", **FAST)
-        assert set(pipeline._engines) == {"text_encoder", "unet", "guidance", "vae_decoder"}
+        assert set(pipeline.store.engines) == {"text_encoder", "unet", "guidance", "vae_decoder"}
 
 
 def test_low_memory_drops_light_ones_too() -> None:
     with Pipeline.load(provider="cpu", low_memory=True) as pipeline:
         pipeline("a red star", **FAST)
-        assert set(pipeline._engines) == {"unet", "guidance"}
+        assert set(pipeline.store.engines) == {"unet", "guidance"}
 
 
 @pytest.mark.usefixtures("heavy")
@@ -90,7 +91,7 @@ def test_what_is_not_prepared_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLD_EDGE_CACHE", "off")  # loading again would take long
     with Pipeline.load(provider="cpu") as pipeline:
         pipeline("a red star", **FAST)
-        assert set(pipeline._engines) == {"text_encoder", "unet", "guidance", "vae_decoder"}
+        assert set(pipeline.store.engines) == {"text_encoder", "unet", "guidance", "vae_decoder"}
 
 
 @pytest.mark.usefixtures("heavy")

@@ -20,7 +20,7 @@ from oracles.guidance import MISTAKES, Mistake, TwinEngine
 from oracles.safe_pipeline import Case, Pair, Trace, disagreement, oracle_trace, our_trace, pair_of
 from sld_edge.engines.base import Array, TensorSpec
 from sld_edge.runtime import Safety
-from sld_edge.runtime.denoise import loop
+from sld_edge.runtime.denoise.job import Job
 
 STEPS, SEED, SIZE = 7, 5, 64
 LATENTS = 1e-5  # both sides get the same predictions; only the arithmetic after them differs
@@ -83,9 +83,9 @@ def compare(pair: Pair, oracle: Trace) -> Callable[[TwinEngine | None], float]:
 
     def run(twin: TwinEngine | None) -> float:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(pair.ours._engines, "unet", GridUnet())
+            patch.setitem(pair.ours.store.engines, "unet", GridUnet())
             if twin is not None:
-                patch.setitem(pair.ours._engines, "guidance", twin)
+                patch.setitem(pair.ours.store.engines, "guidance", twin)
             return disagreement(our_trace(pair, CASE), oracle)[0]
 
     return run
@@ -107,6 +107,6 @@ def test_a_mistake_in_the_arithmetic_fails(
 def test_a_warm_up_off_by_one_fails(
     compare: Callable[[TwinEngine | None], float], monkeypatch: pytest.MonkeyPatch, shift: int
 ) -> None:
-    right = loop.Job.safety
-    monkeypatch.setattr(loop.Job, "safety", lambda job, index: right(job, index + shift))
+    right = Job.safety
+    monkeypatch.setattr(Job, "safety", lambda job, index: right(job, index + shift))
     assert compare(None) > 100 * LATENTS

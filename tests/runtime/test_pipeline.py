@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from oracles.requests import flat_request
 from sld_edge.engines.base import Array, Engine
-from sld_edge.runtime import InputError, NumericsError, Pipeline, Request, Safety, Step
+from sld_edge.runtime import InputError, NumericsError, Pipeline, Safety, Step
+from sld_edge.runtime.tokenizer import Tokenizer, input_ids
 
 FAST: dict[str, Any] = {"steps": 4, "sampler": "ddim"}
 
@@ -89,7 +91,7 @@ def test_branches_one_after_another_give_the_same(
 
 
 def test_the_generator_can_be_watched_stopped_and_decoded(miniature: Pipeline) -> None:
-    plan = miniature.plan(Request(prompts=("a star",), steps=6, sampler="ddim"))
+    plan = miniature.resolve(flat_request(prompts=("a star",), steps=6, sampler="ddim"))
     steps = miniature.steps(plan)
     first = next(steps)
     steps.close()
@@ -141,17 +143,18 @@ def test_texts_are_encoded_once_and_constant_ones_never(miniature: Pipeline) -> 
     pipeline = Pipeline.load(miniature.bundle.path, provider="cpu")
     concept = pipeline.bundle.manifest.safety_concept
     pipeline.encode_text(""), pipeline.encode_text(concept)
-    assert "text_encoder" not in pipeline._engines
+    assert "text_encoder" not in pipeline.store.engines
     first = pipeline.encode_text("a star")
     assert pipeline.encode_text("a star") is first
 
 
 def test_stored_embeddings_are_what_the_text_encoder_gives(miniature: Pipeline) -> None:
     fresh = Pipeline.load(miniature.bundle.path, provider="cpu")
-    stored = dict(fresh._stored)
-    fresh._stored.clear()
-    for text, embedding in stored.items():
-        assert np.abs(fresh.encode_text(text) - embedding).max() < 1e-5, repr(text)
+    tokenizer = Tokenizer(fresh.bundle.tokenizer_json("text_encoder"), length=24)
+    for text, stored in fresh.bundle.embeddings().items():
+        feeds = {"input_ids": input_ids([tokenizer(text)])}
+        got = fresh.engine("text_encoder").run(feeds)["hidden_states"][0]
+        assert np.abs(got - stored["context"]).max() < 1e-5, repr(text)
 
 
 def test_safety_acts_where_the_map_says(miniature: Pipeline) -> None:

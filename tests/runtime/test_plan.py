@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from sld_edge.runtime import InputError, Pipeline, Request
+from oracles.requests import flat_request
+from sld_edge.runtime import InputError, Pipeline
 
 
 @pytest.mark.parametrize(
@@ -39,12 +40,12 @@ from sld_edge.runtime import InputError, Pipeline, Request
 )
 def test_refused(miniature: Pipeline, asked: dict[str, Any], says: str) -> None:
     with pytest.raises(InputError, match=says.replace(" | ", r" \| ")) as caught:
-        miniature.plan(Request(**{"prompts": ("a star",), **asked}))
+        miniature.resolve(flat_request(**{"prompts": ("a star",), **asked}))
     assert "\n" not in str(caught.value)
 
 
 def test_defaults_come_from_the_bundle(miniature: Pipeline) -> None:
-    plan = miniature.plan(Request(prompts=("a star",)))
+    plan = miniature.resolve(flat_request(prompts=("a star",)))
     defaults = miniature.bundle.manifest.defaults
     assert plan.steps == defaults.steps
     assert plan.table.name == defaults.sampler
@@ -54,12 +55,12 @@ def test_defaults_come_from_the_bundle(miniature: Pipeline) -> None:
 
 
 def test_zero_is_a_value_and_not_a_default(miniature: Pipeline) -> None:
-    image = miniature.plan(Request(prompts=("",), guidance_scale=0, seed=0)).images[0]
+    image = miniature.resolve(flat_request(prompts=("",), guidance_scale=0, seed=0)).images[0]
     assert (image.guidance_scale, image.seed, image.prompt) == (0.0, 0, "")
 
 
 def test_every_prompt_starts_from_the_seed(miniature: Pipeline) -> None:
-    plan = miniature.plan(Request(prompts=("a", "b"), seed=6, count=2))
+    plan = miniature.resolve(flat_request(prompts=("a", "b"), seed=6, count=2))
     assert [(image.prompt, image.seed) for image in plan.images] == [
         ("a", 6),
         ("a", 7),
@@ -69,13 +70,13 @@ def test_every_prompt_starts_from_the_seed(miniature: Pipeline) -> None:
 
 
 def test_seeds_wrap_at_64_bits(miniature: Pipeline) -> None:
-    plan = miniature.plan(Request(prompts=("a",), seed=2**64 - 1, count=2))
+    plan = miniature.resolve(flat_request(prompts=("a",), seed=2**64 - 1, count=2))
     assert [image.seed for image in plan.images] == [2**64 - 1, 0]
 
 
 def test_single_numbers_replace_a_presets(miniature: Pipeline) -> None:
     numbers = {"scale": 17.0, "warmup_steps": 2}
-    plan = miniature.plan(Request(prompts=("a",), safety="strong", safety_numbers=numbers))
+    plan = miniature.resolve(flat_request(prompts=("a",), safety="strong", safety_numbers=numbers))
     safety = plan.images[0].safety
     assert (safety.scale, safety.warmup_steps, safety.threshold) == (17.0, 2, 0.025)
     assert plan.images[0].preset == "custom"

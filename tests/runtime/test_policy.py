@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from oracles.requests import flat_request
 from sld_edge.engines.errors import InputError, PolicyError, UserError
-from sld_edge.runtime import PRESETS, ImagePlan, Pipeline, Request, Result, RunPlan, Safety
+from sld_edge.runtime import PRESETS, ImageRun, Pipeline, Request, Result, Run, Safety, Savings
 from sld_edge.runtime import policy as policies
 from sld_edge.runtime.commands.options import parser
 from sld_edge.runtime.commands.run import main
@@ -31,7 +32,6 @@ SAFETY: dict[str, Any] = {
     "minimum": "strong",
     "custom": "refuse",
     "concepts_always": ALWAYS,
-    "safety_interval_max": 1,
     "cache_interval_max": 2,
     "guidance_scale": [1, 20],
     "negative_prompt": "refuse",
@@ -98,10 +98,10 @@ def assert_not_lowered(result: Result, digest: str | None) -> None:
         assert safety["momentum_beta"] == strong.momentum_beta
         assert [entry["concept"] for entry in safety["concepts"]][:2] == ALWAYS
         assert len(safety["concepts"]) == 3  # and the bundle's own
-        assert report["safety_interval"] == 1
+        assert report["safety"]["units"] == "noise"
         assert report["cache_interval"] <= 2
         assert 1 <= report["guidance_scale"] <= 20
-        assert report["negative_prompt"].strip() == ""
+        assert (report["negative_prompt"] or "").strip() == ""
         assert report["policy"]["sha256"] == digest
         edits = [call["strength"] for call in report["calls"]]
         assert max(edits) > 0.01 or report["flagged"] is False
@@ -201,7 +201,7 @@ ASKED: list[dict[str, Any]] = [
             *(("life",) * 16, ("life",) * 40, tuple(map(str, range(16)))),
         )
     ),
-    *({"safety_interval": value} for value in (2, 3, 4, 0, -1, True, "1", 2.0, SlyInt(3))),
+    *({"safety_units": value} for value in ("raw", "RAW", "", None, 1, SlyText("raw"))),
     *({"cache_interval": value} for value in (3, 4, 0, -1, True, "2", SlyInt(4), np.int64(4))),
     *(
         {"guidance_scale": value}
@@ -230,21 +230,21 @@ ASKED: list[dict[str, Any]] = [
     {"safety": "max"},
     {"safety": None, "cache_interval": 2},
 ]
-PLANNED: dict[str, Callable[[RunPlan], RunPlan]] = {}
+PLANNED: dict[str, Callable[[Run], Run]] = {}
 
 
-def changed(name: str) -> Callable[[Callable[[RunPlan], RunPlan]], None]:
-    def note(change: Callable[[RunPlan], RunPlan]) -> None:
+def changed(name: str) -> Callable[[Callable[[Run], Run]], None]:
+    def note(change: Callable[[Run], Run]) -> None:
         PLANNED[name] = change
 
     return note
 
 
-def with_image(plan: RunPlan, **changes: Any) -> RunPlan:
+def with_image(plan: Run, **changes: Any) -> Run:
     return replace(plan, images=(replace(plan.images[0], **changes), *plan.images[1:]))
 
 
-def with_safety(plan: RunPlan, **changes: Any) -> RunPlan:
+def with_safety(plan: Run, **changes: Any) -> Run:
     """Change numbers behind the dataclass's back."""
     for name, value in changes.items():
         object.__setattr__(plan.images[0].safety, name, value)
@@ -274,15 +274,23 @@ changed("a sly negative prompt")(lambda plan: with_image(plan, negative_prompt=S
 changed("guidance 0")(lambda plan: with_image(plan, guidance_scale=0.0))
 changed("sly guidance")(lambda plan: with_image(plan, guidance_scale=SlyFloat(0)))
 changed("guidance NaN")(lambda plan: with_image(plan, guidance_scale=float("nan")))
-changed("safety interval")(lambda plan: replace(plan, safety_interval=4))
-changed("sly interval")(lambda plan: replace(plan, safety_interval=SlyInt(4)))
-changed("cache interval")(lambda plan: replace(plan, cache_interval=4))
+changed("cache interval")(lambda plan: replace(plan, savings=Savings(cache_interval=4)))
+changed("sly interval")(lambda plan: replace(plan, savings=Savings(cache_interval=SlyInt(4))))
+changed("sly savings")(lambda plan: replace(plan, savings=SlySavings()))
+changed("raw units")(lambda plan: replace(plan, table=replace(plan.table, safety_units="raw")))
+changed("sly units")(
+    lambda plan: replace(plan, table=replace(plan.table, safety_units=SlyText("raw")))  # type: ignore[arg-type]
+)
 changed("no policy")(lambda plan: replace(plan, policy=None))
 changed("another policy")(lambda plan: replace(plan, policy="0" * 64))
 changed("the prompt that is the concept")(lambda plan: with_image(plan, prompt="a skull"))
 
 
-class SlyImage(ImagePlan):
+class SlySavings(Savings):
+    """Says something else each time."""
+
+
+class SlyImage(ImageRun):
     """Says it has no concepts that act."""
 
     @property
@@ -298,7 +306,7 @@ class SlyTable(SamplerTable):
         return 1000
 
 
-class SlyRun(RunPlan):
+class SlyRun(Run):
     """A run of the caller's own making."""
 
 
@@ -322,7 +330,7 @@ COMMANDS: list[list[str]] = [
             *(("--safety-scale", "0"), ("--safety-scale", "1"), ("--safety-warmup", "2")),
             *(("--safety-warmup", "100"), ("--safety-threshold", "0")),
             *(("--safety-momentum-scale", "0"), ("--safety-momentum-beta", "0.1")),
-            *(("--safety-concept", "life"), ("--safety-concept", ""), ("--safety-interval", "3")),
+            *(("--safety-concept", "life"), ("--safety-concept", ""), ("--safety-units", "raw")),
             *(("--cache-interval", "3"), ("--negative-prompt", "a skull")),
             *(("--guidance-scale", "0"), ("--guidance-scale", "50")),
         )
@@ -366,7 +374,7 @@ def test_asked_in_python(asked: Mapping[str, Any], guarded: Pipeline) -> None:
 
 @pytest.mark.parametrize("name", list(PLANNED))
 def test_a_resolved_run_that_was_changed(name: str, guarded: Pipeline) -> None:
-    plan = guarded.plan(Request(prompts=("a red star",), **FAST))
+    plan = guarded.resolve(flat_request(prompts=("a red star",), **FAST))
     forged = PLANNED[name](plan)
     for run in (guarded.run, lambda p: list(guarded.steps(p))):
         try:
@@ -378,19 +386,19 @@ def test_a_resolved_run_that_was_changed(name: str, guarded: Pipeline) -> None:
 
 
 def test_images_of_another_run_in_steps(guarded: Pipeline) -> None:
-    plan = guarded.plan(Request(prompts=("a red star",), **FAST))
+    plan = guarded.resolve(flat_request(prompts=("a red star",), **FAST))
     weak = [replace(plan.images[0], safety=replace(PRESETS["off"], warmup_steps=0))]
     with pytest.raises(PolicyError):
         guarded.steps(plan, weak)
 
 
 def test_changed_while_it_runs(guarded: Pipeline) -> None:
-    plan = guarded.plan(Request(prompts=("a red star",), **FAST))
-    wanted = guarded.run(guarded.plan(Request(prompts=("a red star",), **FAST)))
+    plan = guarded.resolve(flat_request(prompts=("a red star",), **FAST))
+    wanted = guarded.run(guarded.resolve(flat_request(prompts=("a red star",), **FAST)))
 
     def switch_off(_: object) -> None:
         object.__setattr__(plan.images[0].safety, "scale", 0.0)
-        object.__setattr__(plan, "safety_interval", 4)
+        object.__setattr__(plan.savings, "cache_interval", 4)
 
     result = guarded.run(plan, callback=switch_off)
     np.testing.assert_array_equal(result.latents, wanted.latents)
@@ -399,15 +407,16 @@ def test_changed_while_it_runs(guarded: Pipeline) -> None:
 
 @pytest.mark.parametrize("name", ["safety", "safety_numbers", "negative_prompt"])
 def test_a_request_that_was_changed(name: str, guarded: Pipeline) -> None:
-    request = Request(prompts=("a red star",), **FAST)
+    request = flat_request(prompts=("a red star",), **FAST)
     value = {"safety": "off", "safety_numbers": {"scale": 1.0}, "negative_prompt": "a skull"}
     object.__setattr__(request, name, value[name])
     with pytest.raises(PolicyError):
-        guarded.plan(request)
+        guarded.resolve(request)
 
 
 def test_a_request_that_changes_its_mind(guarded: Pipeline) -> None:
-    result = guarded.run(guarded.plan(SlyRequest(prompts=("a red star",), **FAST)))
+    plain = vars(flat_request(prompts=("a red star",), **FAST))
+    result = guarded.run(guarded.resolve(SlyRequest(**plain)))
     assert_not_lowered(result, guarded.policy.digest)
 
 
@@ -510,7 +519,7 @@ class Blind:
 
 
 def test_only_screened_pictures_leave(screened: Pipeline) -> None:
-    plan = screened.plan(Request(prompts=("a skull in an alley",), **FAST))
+    plan = screened.resolve(flat_request(prompts=("a skull in an alley",), **FAST))
     ways: list[Callable[[], object]] = [
         lambda: screened.steps(plan),
         lambda: screened.decode(np.zeros((1, 4, 16, 16), np.float32)),
@@ -525,7 +534,7 @@ def test_only_screened_pictures_leave(screened: Pipeline) -> None:
 
 
 def test_a_flagged_picture_is_withheld_whatever_is_asked(screened: Pipeline) -> None:
-    plan = screened.plan(Request(prompts=("a skull skull",), **FAST))
+    plan = screened.resolve(flat_request(prompts=("a skull skull",), **FAST))
     never = rule_from_text("miniworld.skull>=9")
     for screening in (
         None,
@@ -575,7 +584,7 @@ class TestFile:
             {"safety": {"concepts_always": "blood"}},
             {"safety": {"concepts_always": ["blood"]}},
             {"safety": {"guidance_scale": [20, 1]}},
-            {"safety": {"safety_interval_max": 0}},
+            {"safety": {"cache_interval_max": 0}},
             {"safety": {"safety_interval_max": "1"}},
             {"screening": {"scorers": {}, "rule_at_least": "x>=1"}},
             {"screening": {"scorers": {"opennsfw": "abc"}, "rule_at_least": "x>=1"}},
@@ -706,7 +715,7 @@ def test_running_again_looks_again(
     folder: Path, monkeypatch: pytest.MonkeyPatch, miniature: Pipeline
 ) -> None:
     """A run that was resolved before there was a policy does not run under one."""
-    plan = miniature.plan(Request(prompts=("a star",), safety="off", **FAST))
+    plan = miniature.resolve(flat_request(prompts=("a star",), safety="off", **FAST))
     in_force(monkeypatch, folder, safety=SAFETY)
     with (
         Pipeline.load(provider="cpu") as pipeline,

@@ -334,7 +334,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("name", "extra", "steps", "options", "message"), REFUSED)
 def test_what_cannot_be_honoured_is_refused(
-    name: str, extra: dict[str, Any], steps: int, options: dict[str, float], message: str
+    name: str, extra: dict[str, Any], steps: int, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(InputError) as caught:
         sampler_table(name, {**SD, **extra}, steps, **options)

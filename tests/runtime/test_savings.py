@@ -1,4 +1,4 @@
-"""Feature caching and safety cadence against the loop restated with plain ONNX Runtime sessions."""
+"""Feature caching against the loop restated with plain ONNX Runtime sessions."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import pytest
 from PIL import Image
 
 from oracles.guidance import guidance
+from oracles.requests import flat_request
 from sld_edge.engines.base import Array
 from sld_edge.engines.errors import InputError
-from sld_edge.runtime import Pipeline, Request, Safety, Step
+from sld_edge.runtime import Pipeline, Safety, Step
 from sld_edge.runtime.bundle import EMBEDDED
 from sld_edge.runtime.commands.run import main
 from sld_edge.runtime.random import noise_source
@@ -25,13 +26,10 @@ TWO = ("a skull", "the colour red")
 FAST: dict[str, Any] = {"sampler": "ddim", "seed": 3}
 GENTLE = Safety(scale=5, threshold=1, warmup_steps=2)  # a gate that does not magnify rounding
 LATE = Safety(scale=5, threshold=1, warmup_steps=2, momentum_scale=0)  # two branches, then more
-# Of eight calls, by hand: whole or cached, and safety run, kept or not needed.
+# Of eight calls, by hand: whole or cached, and safety run or not needed.
 CASES: dict[str, tuple[dict[str, Any], str, str]] = {
     "cache": ({"cache_interval": 2}, "wcwcwcwc", "ssssssss"),
     "cache 3": ({"cache_interval": 3, "safety": LATE}, "wcwccwcc", "..ssssss"),
-    "cadence": ({"safety_interval": 2}, "wwwwwwww", "sksksksk"),
-    "cadence late": ({"safety_interval": 3, "safety": LATE}, "wwwwwwww", "..skkskk"),
-    "both": ({"cache_interval": 2, "safety_interval": 2}, "wcwcwcwc", "sksksksk"),
     "plain": ({"cache_interval": 3, "safety": "off"}, "wccwccwc", "........"),
     "one branch": (
         {"cache_interval": 3, "safety": "off", "guidance_scale": 1.0},
@@ -39,9 +37,9 @@ CASES: dict[str, tuple[dict[str, Any], str, str]] = {
         "........",
     ),
     "two concepts": (
-        {"cache_interval": 2, "safety_interval": 2, "safety_concept": TWO},
+        {"cache_interval": 2, "safety_concept": TWO},
         "wcwcwcwc",
-        "sksksksk",
+        "ssssssss",
     ),
 }
 
@@ -56,7 +54,7 @@ def session(name: str) -> onnxruntime.InferenceSession:
 
 def restated(pipeline: Pipeline, whole: str, safe: str, **settings: Any) -> Array:
     """The loop once more, in float64, a branch at a time; only the graphs and texts are ours."""
-    plan = pipeline.plan(Request(prompts=(PROMPT,), steps=8, **settings))
+    plan = pipeline.resolve(flat_request(prompts=(PROMPT,), steps=8, **settings))
     (image,) = plan.images
     numbers = image.safety
     latents = noise_source("torch", image.seed).normal((1, 4, 16, 16)).astype(np.float64)
@@ -78,7 +76,7 @@ def restated(pipeline: Pipeline, whole: str, safe: str, **settings: Any) -> Arra
         if safe[index] == "s":
             texts += image.concepts
         for text in texts:
-            own = {**feeds, "context": pipeline.encode_text(text)[None]}
+            own = {**feeds, "context": pipeline.encode_text(text)["context"][None]}
             if whole[index] == "w":
                 predicted, deep[text] = session("unet").run(["noise_pred", "deep"], own)
             else:
@@ -132,31 +130,20 @@ def test_is_the_loop_restated(
     wanted = restated(miniature, whole, safe, **settings)
     assert np.abs(got.latents - wanted).max() < 2e-4
     assert "".join("c" if step.cached else "w" for step in seen) == whole
-    exact = miniature(PROMPT, steps=8, **{**settings, "cache_interval": 1, "safety_interval": 1})
+    exact = miniature(PROMPT, steps=8, **{**settings, "cache_interval": 1})
     assert np.abs(got.latents - exact.latents).max() > 0.02, "nothing was saved"
 
 
 def test_off_is_exact(miniature: Pipeline) -> None:
     plain = miniature(PROMPT, steps=6, **FAST)
-    off = miniature(PROMPT, steps=6, cache_interval=1, safety_interval=1, **FAST)
+    off = miniature(PROMPT, steps=6, cache_interval=1, **FAST)
     assert plain.latents.tobytes() == off.latents.tobytes()
     assert not any(call["cached"] for call in off.reports[0]["calls"])
 
 
-def test_kept_safety_still_edits_and_is_told(miniature: Pipeline) -> None:
-    report = miniature(
-        PROMPT, steps=8, safety=GENTLE, safety_interval=2, safety_concept=TWO, **FAST
-    ).reports[0]
-    calls = report["calls"]
-    assert [call["branches"] for call in calls] == [4, 2, 4, 2, 4, 2, 4, 2]
-    assert all(call["share"] > 0 for call in calls[2:])
-    assert all(min(call["concept_strength"]) > 0 for call in calls[2:])
-    assert (report["cache_interval"], report["safety_interval"]) == (1, 2)
-
-
 def test_a_batch_of_different_presets(miniature: Pipeline) -> None:
     own: dict[str, Any] = {"safety": ["off", GENTLE, GENTLE], "guidance_scale": [7.5, 3.0, 1.0]}
-    savings: dict[str, Any] = {"cache_interval": 2, "safety_interval": 2}
+    savings: dict[str, Any] = {"cache_interval": 2}
     together = miniature([PROMPT] * 3, batch_size=3, steps=8, **own, **savings, **FAST)
     for k in range(3):
         alone = miniature(
@@ -166,25 +153,21 @@ def test_a_batch_of_different_presets(miniature: Pipeline) -> None:
         assert difference < 2e-3, f"image {k} differs by {difference}"
 
 
-@pytest.mark.parametrize("name", ["cache_interval", "safety_interval"])
 @pytest.mark.parametrize("value", [0, -1, 9, 1.5])
-def test_intervals_that_make_no_sense(miniature: Pipeline, name: str, value: Any) -> None:
-    says = f"{name.replace('_', ' ')} .*got {value} .*a whole number from 1 to 8"
+def test_intervals_that_make_no_sense(miniature: Pipeline, value: Any) -> None:
+    says = f"cache interval .*got {value} .*a whole number from 1 to 8"
     with pytest.raises(InputError, match=says):
-        miniature(PROMPT, steps=8, **{name: value})
+        miniature(PROMPT, steps=8, cache_interval=value)
 
 
 def test_a_bundle_without_the_graphs(bundle_copy: Path) -> None:
     file = bundle_copy / "bundle.json"
     body = json.loads(file.read_text())
-    for component in ("unet_shallow", "kept_safety"):
-        del body["components"][component]
+    del body["components"]["unet_shallow"]
     file.write_text(json.dumps(body))
     with Pipeline.load(bundle_copy, provider="cpu") as pipeline:
         with pytest.raises(InputError, match=r"no unet_shallow .* export it again"):
             pipeline(PROMPT, steps=8, cache_interval=7)
-        with pytest.raises(InputError, match=r"no kept_safety .* export it again"):
-            pipeline(PROMPT, steps=8, safety_interval=2)
         pipeline(PROMPT, steps=2)
 
 
@@ -193,10 +176,10 @@ def test_the_command(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     given = [PROMPT, "--steps", "4", "--quiet", "--output", "a.png"]
-    assert main([*given, "--cache-interval", "2", "--safety-interval", "4"]) == 0
+    assert main([*given, "--cache-interval", "2"]) == 0
     with Image.open("a.png") as picture:
         told = json.loads(picture.info["sld-edge"])
-    assert (told["cache_interval"], told["safety_interval"]) == (2, 4)
+    assert told["cache_interval"] == 2
     assert [call["cached"] for call in told["calls"]] == [False, True, False, True]
     for wrong in ("0", "5"):
         assert main([*given, "--force", "--cache-interval", wrong]) == 2

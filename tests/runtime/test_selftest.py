@@ -14,10 +14,11 @@ import standin
 from sld_edge.engines.base import Array, Engine
 from sld_edge.engines.errors import EngineError, InputError
 from sld_edge.engines.tensorrt.plan_info import Flavour
-from sld_edge.runtime.bundle import Bundle, Component
+from sld_edge.runtime.bundle import Bundle
 from sld_edge.runtime.commands import selftest
 from sld_edge.runtime.commands.selftest import self_test
 from sld_edge.runtime.loader import Loader
+from sld_edge.runtime.manifest import Component
 from standin.cuda import FakeCuda
 from standin.plans import make_plans
 

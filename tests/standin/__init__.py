@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from oracles.requests import flat_request
 from sld_edge.engines.tensorrt.plan_info import Flavour
 from sld_edge.runtime.request import Request
 from standin.cuda import FakeCuda, StandinError
@@ -46,4 +47,4 @@ def install(
 
 def request(*prompts: str, **settings: Any) -> Request:
     """Return a request for `Pipeline.plan`."""
-    return Request(prompts=prompts, **settings)
+    return flat_request(prompts=prompts, **settings)

@@ -18,7 +18,8 @@ from sld_edge.engines.tensorrt.plan_info import (
     info_path,
     this_system,
 )
-from sld_edge.runtime.bundle import Bundle, Component, Manifest
+from sld_edge.runtime.bundle import Bundle
+from sld_edge.runtime.manifest import Component, Manifest
 from sld_edge.runtime.plan_list import PLANS, listed_file, plan_list, plan_list_json
 from sld_edge.runtime.plans import Plan, plan_name, plans_in, source_digest
 
@@ -123,7 +124,7 @@ def _spans(
     assert height is not None
     assert width is not None
     cell = manifest.latents.downscale
-    length = manifest.text.length
+    length = manifest.text_length
     return {
         "B": images,
         "K*B": Span(min=images.min, opt=3 * images.opt, max=(2 + concepts) * images.max),

@@ -1,0 +1,81 @@
+"""The records that describe a model family; a new family is a module with one `Family`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from sld_edge.engines.errors import CheckpointError
+from sld_edge.export.checkpoints.checkpoint import Checkpoint
+from sld_edge.export.graphs.builder import GraphOptions
+from sld_edge.runtime.manifest import Condition, GuidanceKind
+
+Write = Callable[[Any, GraphOptions, Path], None]  # of a Model, None without weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One graph of a family.
+
+    Attributes:
+        name: the component.
+        folder: the checkpoint's model that it is made from; None for a graph without weights.
+        write: writes the graph, and its weights as `PATH.data`.
+        weights_of: the component whose weights file the graph reads, if not its own; the graph is
+            then made from that component's graph, and `write` gets its path by `Path.with_name`.
+        precision: the arithmetic where the user says nothing; None is the export's.
+    """
+
+    name: str
+    folder: str | None
+    write: Write
+    weights_of: str | None = None
+    precision: Literal["fp32"] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """The denoiser's inputs beside latents and timestep, and how its guidance works."""
+
+    conditioning: Mapping[str, Condition]
+    guidance: GuidanceKind = "classifier-free"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A kind of model.
+
+    Attributes:
+        name: for messages.
+        folders: the models of a checkpoint.
+        parts: the graphs, in the bundle's order; a part comes after the part whose weights it has.
+        inputs: reads the denoiser's inputs from a checkpoint's configs; raises CheckpointError for
+            models that do not fit together.
+    """
+
+    name: str
+    folders: tuple[str, ...]
+    parts: tuple[Part, ...]
+    inputs: Callable[[Checkpoint], Inputs]
+
+    def matches(self, checkpoint: Checkpoint) -> bool:
+        """Whether a checkpoint has this family's models, and no others."""
+        return set(checkpoint.models) == set(self.folders)
+
+
+def require_equal(what: str, sides: Mapping[str, int]) -> int:
+    """Return the size that several models agree on.
+
+    Raises:
+        CheckpointError: they do not.
+    """
+    if len(set(sides.values())) > 1:
+        raise CheckpointError(
+            f"the checkpoint's parts do not fit together: {what}",
+            got=", ".join(f"{part} {value}" for part, value in sides.items()),
+            expected="the same",
+            do="use the parts of one model",
+        )
+    return next(iter(sides.values()))

@@ -1,0 +1,72 @@
+"""Stable Diffusion XL, base models and models distilled from them (arXiv 2307.01952)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from sld_edge.engines.errors import CheckpointError
+from sld_edge.export.checkpoints.checkpoint import Checkpoint, Model, size_from_config
+from sld_edge.export.families.family import Family, Inputs, Part, require_equal
+from sld_edge.export.families.sd import DECODER as SD_DECODER
+from sld_edge.export.families.sd import GUIDANCE_PART, UNET, guidance_inputs
+from sld_edge.export.graphs.builder import GraphOptions
+from sld_edge.export.graphs.clip import write_text_encoder
+from sld_edge.runtime.manifest import SIZE, Absent, Condition
+
+
+def _write_first(model: Model, options: GraphOptions, path: Path) -> None:
+    write_text_encoder(model.config, model.weights, options, path, layer="penultimate")
+
+
+def _write_second(model: Model, options: GraphOptions, path: Path) -> None:
+    write_text_encoder(model.config, model.weights, options, path, layer="penultimate", pooled=True)
+
+
+def _inputs(checkpoint: Checkpoint) -> Inputs:
+    models = checkpoint.models
+    require_equal(
+        "text width",
+        {
+            "unet": size_from_config(models["unet"], "cross_attention_dim"),
+            "text encoders": size_from_config(models["text_encoder"], "hidden_size")
+            + size_from_config(models["text_encoder_2"], "hidden_size"),
+        },
+    )
+    embedding = models["unet"].config.get("addition_embed_type")
+    if embedding != "text_time":
+        raise CheckpointError(
+            "unet: config key addition_embed_type", got=embedding, expected="text_time"
+        )
+    embedded, guidance = guidance_inputs(checkpoint)
+    # diffusers' default, for checkpoints whose model_index.json says nothing.
+    zeros = checkpoint.index.get("force_zeros_for_empty_prompt", True)
+    if not isinstance(zeros, bool):
+        raise CheckpointError(
+            "model_index.json: force_zeros_for_empty_prompt", got=zeros, expected="true or false"
+        )
+    absent: Absent = "zeros" if zeros else "encode"
+    states = tuple(f"{name}.hidden_states" for name in ("text_encoder", "text_encoder_2"))
+    return Inputs(
+        conditioning={
+            "context": Condition(per="branch", sources=states, absent=absent),
+            "pooled": Condition(per="branch", sources=("text_encoder_2.pooled",), absent=absent),
+            "time_ids": Condition(per="image", sources=(SIZE,)),
+            **embedded,
+        },
+        guidance=guidance,
+    )
+
+
+SDXL = Family(
+    name="Stable Diffusion XL",
+    folders=("unet", "vae", "text_encoder", "text_encoder_2"),
+    parts=(
+        Part(name="text_encoder", folder="text_encoder", write=_write_first),
+        Part(name="text_encoder_2", folder="text_encoder_2", write=_write_second),
+        *UNET,
+        replace(SD_DECODER, precision="fp32"),  # it overflows in FP16
+        GUIDANCE_PART,
+    ),
+    inputs=_inputs,
+)

@@ -1,0 +1,119 @@
+"""The settings of an export."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from sld_edge.engines.checks import finite_number, whole_number
+from sld_edge.engines.errors import InputError
+from sld_edge.export.checkpoints.sources import PREDICTION_TYPES
+from sld_edge.export.families.family import Part
+from sld_edge.runtime.request import MOST_GUIDANCE
+from sld_edge.runtime.safety import PAPER_CONCEPT, PRESETS
+from sld_edge.runtime.samplers import SAMPLERS
+
+Precision = Literal["fp16", "fp32"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSettings:
+    """What to export, and how.
+
+    Attributes:
+        model: alias, Hub id, diffusers directory or `.safetensors` file.
+        output: the bundle's directory, which must not exist yet (but see `force`).
+        precision: arithmetic of the graphs; guidance and the boundary are always FP32.
+        fp32_components: those whose arithmetic is FP32 all the same, as where FP16 overflows.
+        storage: of the weights on disk; None is as each component's precision.
+        attention: "op" is ONNX's Attention (opset 23), "decomposed" plain products (opset 20).
+        via: "builder" writes the graphs from the config, "torch" exports diffusers' modules.
+        width: default picture width in pixels; None is what the model was trained for.
+        height: likewise.
+        safety_concept: what Safe Latent Diffusion steers away from where a run does not say; a
+            tuple is several concepts, each with a branch and a gate of its own.
+        preset: its strength where a run does not say.
+        name: what the bundle calls the model; None is the checkpoint's own name.
+        verify: compare every graph with diffusers' module (needs torch).
+        force: replace an existing bundle.
+        variant: "fp16" reads the half-size weight files of the checkpoint.
+        tokenizer: directory or tokenizer.json, instead of the checkpoint's own.
+        prediction_type: of the UNet, instead of the checkpoint's own.
+        vae: the folder of another VAE, as AutoencoderTiny's, instead of the checkpoint's own.
+        sampler: where a run does not say; None is the checkpoint's.
+        steps: likewise; None is 50, or 4 for a model distilled with a guidance embedding.
+        guidance_scale: likewise; None is 7.5, or the distilled model's own.
+        timestep_spacing: of the scheduler, instead of the checkpoint's own: "leading", "trailing"
+            or "linspace".
+    """
+
+    model: str
+    output: Path
+    precision: Precision = "fp16"
+    fp32_components: tuple[str, ...] = ()
+    storage: Literal["fp16", "fp32"] | None = None
+    attention: Literal["op", "decomposed"] = "op"
+    via: Literal["builder", "torch"] = "builder"
+    width: int | None = None
+    height: int | None = None
+    safety_concept: str | tuple[str, ...] = PAPER_CONCEPT
+    preset: str = "medium"
+    name: str | None = None
+    verify: bool = False
+    force: bool = False
+    variant: str | None = None
+    tokenizer: Path | None = None
+    prediction_type: str | None = None
+    vae: Path | None = None
+    sampler: str | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    timestep_spacing: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.safety_concepts:
+            raise InputError("safety concept", got="none", expected="one or more")
+        choices = {
+            "precision": ("fp16", "fp32"),
+            "storage": (None, "fp16", "fp32"),
+            "attention": ("op", "decomposed"),
+            "via": ("builder", "torch"),
+            "preset": tuple(PRESETS),
+            "prediction_type": (None, *PREDICTION_TYPES),
+            "sampler": (None, *SAMPLERS),
+            "timestep_spacing": (None, "leading", "trailing", "linspace"),
+        }
+        for name, values in choices.items():
+            if getattr(self, name) not in values:
+                expected = ", ".join(value for value in values if value is not None)
+                raise InputError(name, got=repr(getattr(self, name)), expected=expected)
+        if self.storage == "fp32" and self.precision == "fp16":
+            raise InputError("storage fp32 with precision fp16", do="leave storage out")
+        if self.storage is not None and self.via == "torch":
+            raise InputError("storage cannot be chosen with via torch", do="leave it out")
+        if self.steps is not None:
+            whole_number("steps", self.steps, 1, 1000)
+        if self.guidance_scale is not None:
+            finite_number("guidance scale", self.guidance_scale, 0, MOST_GUIDANCE)
+        if self.fp32_components and self.precision == "fp32":
+            raise InputError(
+                "fp32 components with precision fp32, where all are", do="leave fp32 components out"
+            )
+
+    @property
+    def safety_concepts(self) -> tuple[str, ...]:
+        """The safety concepts, each once."""
+        own = self.safety_concept
+        return (own,) if isinstance(own, str) else tuple(dict.fromkeys(own))
+
+    def precision_of(self, part: Part) -> Precision:
+        """Return the arithmetic of one graph."""
+        own = part.precision == "fp32" or (part.weights_of or part.name) in self.fp32_components
+        return "fp32" if own else self.precision
+
+    def storage_of(self, part: Part) -> Precision:
+        """Return the type of one graph's weights on disk."""
+        if part.folder is None or self.storage is None:
+            return self.precision_of(part)
+        return self.storage

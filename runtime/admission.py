@@ -1,0 +1,115 @@
+"""The choke point of safety: a run is admitted before it is resolved, checked, and run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from sld_edge.engines.checks import shown
+from sld_edge.engines.errors import InputError
+from sld_edge.runtime.conditioning import Texts
+from sld_edge.runtime.manifest import Manifest
+from sld_edge.runtime.policy import Policy
+from sld_edge.runtime.request import ImageRun, Run, Savings, different_concepts
+from sld_edge.runtime.safety import Safety, empty_concept
+from sld_edge.runtime.samplers import SamplerTable
+
+
+def require_admitted(
+    run: Run,
+    images: Sequence[ImageRun],
+    *,
+    manifest: Manifest,
+    texts: Texts,
+    policy: Policy,
+) -> None:
+    """Refuse images of a run that would be made less safe than they say, or than the policy says.
+
+    Resolving does this, and so does running, since a resolved run can be changed in between.
+
+    Raises:
+        InputError: a value that is not of the exact type that resolving gives; or a concept that
+            says nothing to the model, so that safety could not act.
+        PolicyError: what the policy does not allow.
+    """
+    if policy.digest != run.policy:
+        raise policy.error(
+            "a run that was resolved under another policy", expected="this one", do="plan it again"
+        )
+    if not images:
+        raise InputError("a run without pictures", do="give a prompt")
+    for value, kind in _typed(run, images):
+        if type(value) is not kind:
+            raise InputError("a resolved run was changed", got=shown(value), expected=kind.__name__)
+    rules = policy.safety
+    if rules is not None:
+        interval, most = run.savings.cache_interval, rules.cache_interval_max
+        policy.require(interval <= most, "cache interval", got=interval, expected=f"at most {most}")
+        policy.require(
+            run.table.safety_units == "noise",
+            "safety units",
+            got=run.table.safety_units,
+            expected="noise",
+        )
+    for image in images:
+        if not image.safety.acts and rules is None:
+            continue
+        for concept in image.acting_concepts:
+            if texts.says_nothing(concept):
+                raise empty_concept(concept)
+        if rules is None:
+            continue
+        policy.require_safety(image.safety, calls=run.table.calls)
+        if rules.concepts_always:  # one of a caller's own could push harder the other way
+            wanted = different_concepts(rules.concepts_always, None, manifest.safety_concepts)
+            policy.require(
+                image.concepts == wanted,
+                "a safety concept of your own",
+                got=" | ".join(image.concepts),
+                expected="none: the policy names them",
+            )
+        for concept in rules.concepts_always:
+            cut = texts.cut(concept)
+            policy.require(not cut, "a concept is too long for the model", got=cut, expected="less")
+        least, most_scale = rules.guidance_scale
+        policy.require(
+            least <= image.guidance_scale <= most_scale,
+            "guidance scale",
+            got=image.guidance_scale,
+            expected=f"{least:g} to {most_scale:g}",
+        )
+        negative = image.negative_prompt
+        policy.require(
+            rules.negative_prompt == "allow" or negative is None or texts.is_absent(negative),
+            "a negative prompt",
+            got=negative,
+            expected="none",
+        )
+        # With either, the edit is zero: it is measured between these texts.
+        for what, text in (("prompt", image.prompt), ("negative prompt", negative)):
+            if text is None:
+                continue
+            same = texts.ids(text) in map(texts.ids, image.acting_concepts)
+            policy.require(
+                not same, f"a {what} that is the safety concept", got=text, expected="another"
+            )
+
+
+def _typed(run: Run, images: Sequence[ImageRun]) -> Iterator[tuple[object, type]]:
+    """Every value that safety depends on, with the exact type that it must have."""
+    yield run, Run
+    yield run.table, SamplerTable
+    yield run.savings, Savings
+    yield run.savings.cache_interval, int
+    yield run.table.safety_units, str
+    for image in images:
+        yield image, ImageRun
+        yield image.safety, Safety
+        yield image.prompt, str
+        if image.negative_prompt is not None:
+            yield image.negative_prompt, str
+        yield image.guidance_scale, float
+        yield image.concepts, tuple
+        yield from ((concept, str) for concept in image.concepts)
+        yield image.safety.warmup_steps, int
+        for name in ("scale", "threshold", "momentum_scale", "momentum_beta"):
+            yield getattr(image.safety, name), float

@@ -1,0 +1,233 @@
+"""What a UNet takes beside latents and timestep: texts, sizes and guidance, by two rules.
+
+An input per branch comes from text encoders, [(2+n)*B,...], branch-major; an input per image is
+[B,...] and passed as it is. The manifest says which; nothing here knows a model family.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sld_edge.engines.base import Engine
+from sld_edge.engines.cache import remember, remembered
+from sld_edge.engines.errors import BundleError
+from sld_edge.runtime.bundle import Bundle
+from sld_edge.runtime.denoise.job import Conditioning
+from sld_edge.runtime.manifest import SIZE, Condition
+from sld_edge.runtime.numerics import not_finite
+from sld_edge.runtime.request import ImageRun
+from sld_edge.runtime.safety import empty_concept
+from sld_edge.runtime.tokenizer import Tokenizer
+
+Floats = NDArray[np.float32]
+Embedding = Mapping[str, Floats]  # of one text: an array for each input per branch
+_CACHED_TEXTS = 256
+_READ_TEXTS = 1024
+# How far a stored embedding may lie from the text encoder's, of its norm. Providers differ by
+# rounding, other texts by 0.3 and more with CLIP; the miniature's weakest words differ by 0.003, so
+# its FP32 encoder is held to less.
+_SAME = {"fp32": 0.002, "fp16": 0.02}
+_EMPTY = 1e-4  # closer to the empty text, a concept says nothing to the text encoder
+
+
+class Texts:
+    """A bundle's tokenizers: what the model reads of a text."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        """Read the tokenizers.
+
+        Raises:
+            BundleError: a damaged one, or one that gives another length than its encoder takes.
+        """
+        self._tokenizers = {
+            name: Tokenizer(bundle.tokenizer_json(name), length=text.length)
+            for name, text in bundle.manifest.texts.items()
+        }
+        conditions = bundle.manifest.conditioning.values()
+        self._empty_is_absent = all(item.absent == "encode" for item in conditions)
+        self._read = lru_cache(_READ_TEXTS)(self._tokens)
+
+    def ids(self, text: str) -> tuple[tuple[int, ...], ...]:
+        """Return the token ids of a text, for each text encoder."""
+        return tuple(ids for ids, _ in self._read(text).values())
+
+    def input_ids(self, text: str, encoder: str) -> NDArray[np.int64]:
+        """Return the token ids of a text as a text encoder takes them, int64 [1,L]."""
+        return np.array([self._read(text)[encoder][0]], np.int64)
+
+    def cut(self, text: str) -> str:
+        """Return the end of a text that no text encoder reads; empty where all of it fits."""
+        return min((cut for _, cut in self._read(text).values()), key=len)
+
+    def says_nothing(self, text: str) -> bool:
+        """Whether a text is to the model what the empty text is."""
+        return all(tokenizer.says_nothing(text) for tokenizer in self._tokenizers.values())
+
+    def is_absent(self, text: str) -> bool:
+        """Whether a negative prompt is to the model the same as none."""
+        return self._empty_is_absent and self.says_nothing(text)
+
+    def _tokens(self, text: str) -> dict[str, tuple[tuple[int, ...], str]]:
+        tokens = {name: tokenizer(text) for name, tokenizer in self._tokenizers.items()}
+        return {name: (tuple(item.ids.tolist()), item.cut) for name, item in tokens.items()}
+
+
+class Conditioner:
+    """Encodes texts, each once, and lays out the conditioning of images."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        texts: Texts,
+        engine: Callable[[str], Engine],
+        *,
+        identity: Callable[[], str],
+    ) -> None:
+        """Read the stored embeddings.
+
+        Args:
+            bundle: whose text encoders and embeddings.
+            texts: its tokenizers.
+            engine: gives a text encoder's engine by component.
+            identity: tells apart everything that decides what the text encoders give.
+        """
+        self._bundle, self._texts, self._engine, self._identity = bundle, texts, engine, identity
+        conditions = bundle.manifest.conditioning
+        self._branch = {name: item for name, item in conditions.items() if item.per == "branch"}
+        self._image = {name: item for name, item in conditions.items() if item.per == "image"}
+        self._stored: dict[str, Embedding] = dict(bundle.embeddings())
+        self._encoded: OrderedDict[str, Embedding] = OrderedDict()  # the last used one last
+        self._checked = False
+
+    def embedding(self, text: str) -> Embedding:
+        """Return a text's arrays, float32 [...] by input; repeated texts are encoded once.
+
+        Raises:
+            NumericsError: a text encoder overflowed.
+        """
+        if text in self._stored:
+            return self._stored[text]
+        if text not in self._encoded:
+            self._encoded[text] = self._encode(text)
+            if len(self._encoded) > _CACHED_TEXTS:
+                self._encoded.popitem(last=False)
+        self._encoded.move_to_end(text)
+        return self._encoded[text]
+
+    def conditioning(self, images: Sequence[ImageRun], time_ids: Sequence[int]) -> Conditioning:
+        """Return the conditioning of images that are denoised together.
+
+        Args:
+            images: B images; those with fewer concepts than others repeat their first, which
+                changes nothing.
+            time_ids: `Run.time_ids`.
+
+        Raises:
+            BundleError: stored embeddings that are not what the text encoders give.
+            InputError: a safety concept that a text encoder takes for the empty text.
+        """
+        self._check_stored()
+        for text in {concept for image in images for concept in image.acting_concepts}:
+            if not _distance(self.embedding(text), self.embedding("")) > _EMPTY:
+                raise empty_concept(text)
+        uncond = [self._unconditional(image.negative_prompt) for image in images]
+        prompts = [self.embedding(image.prompt) for image in images]
+        count = most_concepts(images)
+        safety = []
+        for k in range(count):
+            for index, image in enumerate(images):
+                acting = image.acting_concepts
+                concept = acting[k if k < len(acting) else 0] if acting else None
+                safety.append(uncond[index] if concept is None else self.embedding(concept))
+        rows = [*uncond, *prompts, *safety]
+        return Conditioning(
+            branch={name: np.stack([row[name] for row in rows]) for name in self._branch},
+            image={
+                name: _image_input(item, images, time_ids) for name, item in self._image.items()
+            },
+            concepts=count,
+        )
+
+    def _unconditional(self, negative_prompt: str | None) -> Embedding:
+        if negative_prompt is not None:
+            return self.embedding(negative_prompt)
+        empty = self.embedding("")
+        return {
+            name: np.zeros_like(empty[name]) if item.absent == "zeros" else empty[name]
+            for name, item in self._branch.items()
+        }
+
+    def _encode(self, text: str) -> Embedding:
+        outputs: dict[str, Floats] = {}
+        for encoder in self._bundle.manifest.texts:
+            ids = self._texts.input_ids(text, encoder)
+            for output, array in self._engine(encoder).run({"input_ids": ids}).items():
+                if not np.isfinite(array).all():
+                    component = self._bundle.manifest.components[encoder]
+                    raise not_finite(encoder, precision=component.precision)
+                outputs[f"{encoder}.{output}"] = array[0]
+        return embedding_from_outputs(self._branch, outputs)
+
+    def _check_stored(self) -> None:
+        """Compare every stored embedding with the text encoders' own, once for a bundle.
+
+        A bundle could store something else under the names of the empty text and its safety
+        concepts, and safety would steer away from nothing.
+        """
+        if self._checked:
+            return
+        known = self._identity()
+        if not remembered("embeddings", known):
+            for text, stored in self._stored.items():
+                self._compare(text, stored)
+            remember("embeddings", known)
+        self._checked = True
+
+    def _compare(self, text: str, stored: Embedding) -> None:
+        components = self._bundle.manifest.components
+        precisions = {components[name].precision for name in self._bundle.manifest.texts}
+        most = max(_SAME.get(precision, _SAME["fp32"]) for precision in precisions)
+        distance = _distance(stored, self._encode(text))
+        if not distance <= most:
+            raise BundleError(
+                f"the stored embedding of {text[:60]!r} is not what the text encoder gives",
+                got=f"a distance of {distance:.2g}",
+                expected=f"at most {most}",
+                do="do not run this bundle; export it again",
+            )
+
+
+def embedding_from_outputs(
+    conditions: Mapping[str, Condition], outputs: Mapping[str, Floats]
+) -> dict[str, Floats]:
+    """Join text encoders' outputs, "COMPONENT.OUTPUT", into the arrays of the inputs per branch."""
+    return {
+        name: np.concatenate([outputs[source] for source in item.sources], axis=-1)
+        for name, item in conditions.items()
+        if item.per == "branch"
+    }
+
+
+def most_concepts(images: Sequence[ImageRun]) -> int:
+    """Count the safety branches of images that are made together, at least 1."""
+    return max(1, *(len(image.acting_concepts) for image in images))
+
+
+def _image_input(item: Condition, images: Sequence[ImageRun], time_ids: Sequence[int]) -> Floats:
+    if SIZE in item.sources:
+        return np.tile(np.array(time_ids, np.float32), (len(images), 1))
+    scales = [image.guidance_scale for image in images]
+    return np.array(scales, np.float32) + np.float32(item.offset)
+
+
+def _distance(one: Embedding, other: Embedding) -> float:
+    """Return the largest relative distance of two texts' arrays; NaN where one is none."""
+    distances = [
+        float(np.linalg.norm(one[name] - other[name]) / np.linalg.norm(other[name])) for name in one
+    ]
+    return float("nan") if any(d != d for d in distances) else max(distances)

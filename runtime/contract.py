@@ -1,0 +1,57 @@
+"""The interface of the guidance graph: names, shapes and columns, in one place.
+
+The exporter writes the graph from these, both loops feed it by them, and the self-test and the
+native code's tests compare with them. `export/graphs/guidance.py` has the formulas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+HISTORY: Final = 4  # past outputs that a sampler can use
+PREDICTIONS: Final = ("noise_pred_uncond", "noise_pred_text", "noise_pred_safety")
+STATE: Final = ("latents", "momentum", "history", "edit_map")  # each comes back as NAME_next
+NUMBERS: Final = ("timestep", "row", "safety")  # change with every call
+FIGURES: Final = ("share", "strength", "concept_strength", "finite")  # of one call
+
+# Columns of `row`: the sampler's numbers of one call (`samplers.table`), the factor of the next
+# UNet input, and the noise that a difference of 1 in the UNet's output stands for.
+ROW: Final = ("p", "q", "a", "b0", "b1", "b2", "b3", "b4", "s", "c_in_next", "noise_unit")
+# Columns of `safety`, one row an image; `active` is 1 where the call edits, else 0.
+SAFETY: Final = ("scale", "threshold", "momentum_scale", "momentum_beta", "active")
+
+Axes = tuple[int | str, ...]
+_IMAGE: Final[Axes] = ("B", 4, "h", "w")
+
+# Shapes by name; B images, n safety concepts, latents of h times w cells. All float32.
+INPUTS: Final[Mapping[str, Axes]] = {
+    "noise_pred_uncond": _IMAGE,
+    "noise_pred_text": _IMAGE,
+    "noise_pred_safety": ("n", *_IMAGE),
+    "latents": _IMAGE,
+    "momentum": _IMAGE,
+    "history": (HISTORY, *_IMAGE),
+    "noise": _IMAGE,
+    "edit_map": ("B", "h", "w"),
+    "row": (len(ROW),),
+    "guidance_scale": ("B",),
+    "safety": ("B", len(SAFETY)),
+}
+OUTPUTS: Final[Mapping[str, Axes]] = {
+    "latents_next": _IMAGE,
+    "unet_latents": _IMAGE,
+    "momentum_next": _IMAGE,
+    "history_next": (HISTORY, *_IMAGE),
+    "edit_map_next": ("B", "h", "w"),
+    "share": ("B",),
+    "strength": ("B",),
+    "concept_strength": ("n", "B"),
+    "finite": ("B",),
+}
+
+
+def shape_of(name: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """Return the shape of an input or output, with `sizes` for B, n, h and w."""
+    axes = {**INPUTS, **OUTPUTS}[name]
+    return tuple(sizes[axis] if isinstance(axis, str) else axis for axis in axes)

@@ -1,0 +1,145 @@
+"""A job: images that are denoised together, with all numbers of every call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sld_edge.runtime.denoise.schedule import Call, schedule
+from sld_edge.runtime.manifest import SHALLOW
+from sld_edge.runtime.numerics import not_finite
+from sld_edge.runtime.random import NoiseSource
+from sld_edge.runtime.request import ImageRun, Savings
+from sld_edge.runtime.samplers import SamplerTable
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditioning:
+    """The UNet's inputs beside latents and timestep, by name. B images, n safety concepts.
+
+    Attributes:
+        branch: float32 [(2+n)*B,...], branch-major: all unconditional, all prompts, all first
+            concepts, … An image with fewer concepts repeats one, which changes nothing.
+        image: float32 [B,...], the same for every branch.
+        concepts: n, at least 1.
+    """
+
+    branch: Mapping[str, Floats]
+    image: Mapping[str, Floats]
+    concepts: int
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every input."""
+        return {name: array.shape for name, array in {**self.branch, **self.image}.items()}
+
+    def feeds(self, first: int, branches: int, images: int) -> dict[str, Floats]:
+        """Return the inputs for `branches` branches from branch `first` on."""
+        rows = slice(first * images, (first + branches) * images)
+        return {**{name: array[rows] for name, array in self.branch.items()}, **self.image}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """B images to be denoised together, steered away from up to n concepts each.
+
+    Attributes:
+        table: the sampler.
+        images: B images of a run, whose guidance scale and safety are used.
+        conditioning: the UNet's other inputs.
+        classifier_free: whether the guidance scale needs an unconditional branch; a model with a
+            guidance embedding has it as an input instead.
+        latents: float32 [B,4,h,w], starting noise of unit variance.
+        noise: B sources of fresh noise, for samplers that add some.
+        unet_precision: of the UNet's arithmetic, for advice.
+        savings: calls that take something over from an earlier call.
+    """
+
+    table: SamplerTable
+    images: Sequence[ImageRun]
+    conditioning: Conditioning
+    classifier_free: bool
+    latents: Floats
+    noise: Sequence[NoiseSource]
+    unet_precision: str
+    savings: Savings
+
+    @property
+    def concepts(self) -> int:
+        """n, the safety branches of a call that has any."""
+        return self.conditioning.concepts
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """The graphs that its calls run."""
+        shallow = (SHALLOW,) if self.savings.cache_interval > 1 else ()
+        return ("unet", *shallow, "guidance")
+
+    def guidance_scale(self) -> Floats:
+        """float32 [B]; 1 is no guidance, and nothing is less."""
+        if not self.classifier_free:
+            return np.ones(len(self.images), np.float32)
+        return np.array([max(image.guidance_scale, 1.0) for image in self.images], np.float32)
+
+    def timestep(self, index: int) -> Floats:
+        """float32 [B]."""
+        return np.full(len(self.images), self.table.timesteps[index], np.float32)
+
+    def safety(self, index: int) -> Floats:
+        """float32 [B,5], the columns of `contract.SAFETY`."""
+        rows = [
+            (
+                safety.scale,
+                safety.threshold,
+                safety.momentum_scale,
+                safety.momentum_beta,
+                float(safety.acts and index >= safety.warmup),
+            )
+            for safety in (image.safety for image in self.images)
+        ]
+        return np.array(rows, np.float32)
+
+    def starting_latents(self) -> Floats:
+        """float32 [B,4,h,w], of the sampler's first standard deviation."""
+        return np.ascontiguousarray(self.latents * np.float32(self.table.init_noise_sigma))
+
+    def fresh_noise(self) -> Floats:
+        """float32 [B,4,h,w], the next that each image's source draws."""
+        shape = (1, *self.latents.shape[1:])
+        return np.concatenate([source.normal(shape) for source in self.noise])
+
+    def branches(self, index: int) -> int:
+        """Count the branches that can change this call's or a later one's result: 2+n, 2 or 1."""
+        if any(
+            image.safety.acts
+            # In the warm-up the branch matters only for the momentum it builds up.
+            and (index >= image.safety.warmup or image.safety.momentum_scale > 0)
+            for image in self.images
+        ):
+            return 2 + self.concepts
+        return 2 if (self.guidance_scale() > 1).any() else 1
+
+    def calls(self) -> tuple[Call, ...]:
+        """Return the work of each call."""
+        return schedule(
+            [self.branches(index) for index in range(self.table.calls)],
+            cache_interval=self.savings.cache_interval,
+        )
+
+    def refuse(self, finite: Floats, index: int) -> None:
+        """Raise for what guidance's `finite` [B] of call `index` says.
+
+        Raises:
+            NumericsError: NaN or infinity, named by component and call.
+        """
+        worst = finite.min()
+        if not worst >= 1:  # NaN fails too
+            raise not_finite(
+                "guidance" if worst == 0 else "unet",
+                precision=self.unet_precision,
+                call=f"call {index + 1} of {self.table.calls}",
+            )
