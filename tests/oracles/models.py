@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from diffusers import AutoencoderKL, ConfigMixin, UNet2DConditionModel
 from safetensors.torch import save_file
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from sld_edge.export.checkpoints.weights import Weights, entries_from_safetensors
 
@@ -138,8 +138,28 @@ def tiny_text_encoder(
     **changes: Any,
 ) -> CLIPTextModel:
     """Return a text encoder of two layers and three heads, 77 tokens long."""
-    torch.manual_seed(seed)
-    config = CLIPTextConfig(
+    config = _text_config(hidden_act, text_width, vocab_size, changes)
+    return _text_encoder(CLIPTextModel, config, seed)
+
+
+def tiny_pooled_text_encoder(
+    hidden_act: Literal["quick_gelu", "gelu"] = "gelu",
+    *,
+    seed: int = 1,
+    text_width: int = 2 * TEXT_WIDTH,
+    vocab_size: int = 100,
+    **changes: Any,
+) -> CLIPTextModelWithProjection:
+    """Return a text encoder with a projection to POOLED_WIDTH, as SDXL's second is."""
+    changes = {"projection_dim": POOLED_WIDTH, **changes}
+    config = _text_config(hidden_act, text_width, vocab_size, changes)
+    return _text_encoder(CLIPTextModelWithProjection, config, seed)
+
+
+def _text_config(
+    hidden_act: str, text_width: int, vocab_size: int, changes: dict[str, Any]
+) -> CLIPTextConfig:
+    return CLIPTextConfig(
         **{
             "vocab_size": vocab_size,
             "hidden_size": text_width,
@@ -154,7 +174,11 @@ def tiny_text_encoder(
             **changes,
         }
     )
-    model = CLIPTextModel(config)
+
+
+def _text_encoder(kind: Any, config: CLIPTextConfig, seed: int) -> Any:
+    torch.manual_seed(seed)
+    model = kind(config)
     # The default initialisation is too small to tell a causal mask from none.
     model.get_input_embeddings().weight.data.normal_(std=1.0)
     return randomised(model, seed)
