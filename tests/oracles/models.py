@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderKL, ConfigMixin, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, ConfigMixin, UNet2DConditionModel
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -195,6 +195,21 @@ def tiny_vae(*, seed: int = 0, levels: int = 4, **changes: Any) -> AutoencoderKL
             "layers_per_block": 1,
             "norm_num_groups": 4,
             "sample_size": 32,
+            **changes,
+        }
+    )
+    return randomised(model, seed)
+
+
+def tiny_decoder_vae(*, seed: int = 0, levels: int = 4, **changes: Any) -> AutoencoderTiny:
+    """Return diffusers' AutoencoderTiny, narrow."""
+    torch.manual_seed(seed)
+    model = AutoencoderTiny(
+        **{
+            "encoder_block_out_channels": (8,) * levels,
+            "decoder_block_out_channels": (8,) * levels,
+            "num_encoder_blocks": (1,) * levels,
+            "num_decoder_blocks": (2, 3, 2, 1)[-levels:],
             **changes,
         }
     )
