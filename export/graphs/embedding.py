@@ -1,6 +1,6 @@
-"""What a UNet knows beside picture and text, as waves of numbers: time, guidance, sizes.
+"""The embedding that every residual block of a UNet takes: time, guidance, pooled text, sizes.
 
-Angles and waves are FP32 whatever the precision: FP16 has no 999.5.
+Numbers become sines and cosines in FP32 whatever the precision: near 1000, FP16 has steps of 0.5.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ class _Unet:
         b.output(deep, "deep", np.float32, ["K*B", channels, "h", "w"])
 
     def _embedding(self, timestep: Value) -> Value:
-        """Of the time and what else the UNet is told, after the SiLU that every resnet applies."""
+        """Time, guidance, pooled text and sizes, after the SiLU that every resnet applies."""
         b, settings, guidance = self.b, self.settings, None
         if settings["time_cond_proj_dim"] is not None:
             guidance = b.input("guidance_embedded", np.float32, ["B"])

@@ -15,6 +15,12 @@ from oracles.unet_calls import feeds_for, predicted
 from sld_edge.engines.errors import CheckpointError, InputError
 from sld_edge.export.graphs.builder import GraphOptions
 from sld_edge.export.graphs.unet import write_unet
+from sld_edge.export.graphs.unet_settings import (
+    levels_from_settings,
+    middle_from_settings,
+    pooled_width,
+    unet_settings,
+)
 
 # FP32 differs by the order of sums, FP16 by its eleven bits through some fifty layers.
 TOLERANCES = {"fp32": 2e-6, "fp16": 3e-3}
@@ -266,6 +272,44 @@ def test_all_before_the_first_embedding_is_shared_in_sdxl(tmp_path: Path) -> Non
         "down_blocks.0.resnets.0.conv1",
         "conv_in",
     ]
+
+
+_SDXL = {
+    "_class_name": "UNet2DConditionModel", "act_fn": "silu", "addition_embed_type": "text_time",
+    "addition_embed_type_num_heads": 64, "addition_time_embed_dim": 256,
+    "attention_head_dim": [5, 10, 20], "block_out_channels": [320, 640, 1280],
+    "cross_attention_dim": 2048, "cross_attention_norm": None,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "layers_per_block": 2, "mid_block_only_cross_attention": None,
+    "mid_block_type": "UNetMidBlock2DCrossAttn", "projection_class_embeddings_input_dim": 2816,
+    "sample_size": 128, "transformer_layers_per_block": [1, 2, 10],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "upcast_attention": None, "use_linear_projection": True,
+}  # fmt: skip
+_HALF_SDXL = {
+    **_SDXL, "mid_block_type": "UNetMidBlock2D",
+    "transformer_layers_per_block": [1, [2, 2], [4, 4]],
+    "reverse_transformer_layers_per_block": [[4, 4, 10], [2, 1, 1], 1],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "down", "up", "middle"),
+    [
+        (_SDXL, [(0, 0), (2, 2), (10, 10)], [(0, 0, 0), (2, 2, 2), (10, 10, 10)], (2, 10)),
+        (_HALF_SDXL, [(0, 0), (2, 2), (4, 4)], [(0, 0, 0), (2, 1, 1), (4, 4, 10)], (1, 0)),
+    ],
+    ids=["SDXL", "SSD-1B"],
+)
+def test_levels_of_large_models(config: Any, down: Any, up: Any, middle: Any) -> None:
+    settings = unet_settings(config, name="unet")
+    levels = levels_from_settings(settings, name="unet")
+    assert [level.down for level in levels] == down
+    assert [level.up for level in levels] == up
+    assert [level.heads for level in levels] == [5, 10, 20]
+    made = middle_from_settings(settings)
+    assert (made.resnets, made.transformers) == middle
+    assert pooled_width(settings, name="unet") == 1280
 
 
 def test_old_configs_and_leftovers_of_training_are_accepted(tmp_path: Path) -> None:
