@@ -1,4 +1,4 @@
-"""A single `.safetensors` file in the original (latent-diffusion) layout: SD 1.x and 2.x.
+"""A single `.safetensors` file in the original (latent-diffusion) layout: SD 1.x, 2.x and XL.
 
 Its keys are mapped to diffusers' names and the configs inferred from the tensors' shapes. Nothing
 is copied: q, k and v of a fused projection are three views of one stretch of the file.
@@ -8,24 +8,31 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Literal
 
 from sld_edge.engines.errors import CheckpointError
-from sld_edge.export.checkpoints.checkpoint import (
-    Checkpoint,
-    Model,
-    tokenizer_json_for,
-)
+from sld_edge.export.checkpoints.checkpoint import Checkpoint, Model, tokenizer_json_for
+from sld_edge.export.checkpoints.ldm_keys import HEAD_WIDTH, count_of, renamed, rows_of, under
+from sld_edge.export.checkpoints.ldm_text import text_encoder_from_clip, text_encoder_from_openclip
+from sld_edge.export.checkpoints.ldm_unet import UNET, unet_from_ldm
 from sld_edge.export.checkpoints.tokenizer import OPENCLIP_PAD
 from sld_edge.export.checkpoints.weights import Entry, Weights, entries_from_safetensors
 
-UNET, VAE = "model.diffusion_model.", "first_stage_model."
+Layout = Literal["sd1", "sd2", "sdxl"]
+
+VAE = "first_stage_model."
 CLIP, OPENCLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
-_OPENCLIP_UNUSED_BLOCKS = 1  # SD 2.x conditions on the last but one block's output
-_HEAD_WIDTH = 64  # both text encoders, and the UNet of 2.x; the UNet of 1.x has 8 heads throughout
-_SCHEDULER = {  # training's noise schedule, the same for 1.x and 2.x (v1-inference.yaml)
+SDXL_CLIP, SDXL_OPENCLIP = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
+_SDXL_REFINER = "conditioner.embedders.0.model."
+_TEXT_ENCODERS: dict[Layout, tuple[str, ...]] = {
+    "sd1": (CLIP,),
+    "sd2": (OPENCLIP,),
+    "sdxl": (SDXL_CLIP, SDXL_OPENCLIP),
+}
+_SCHEDULER = {  # training's noise schedule, the same for all (v1-inference.yaml, sd_xl_base.yaml)
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -44,7 +51,7 @@ def checkpoint_from_ldm_file(
     """Open a single-file checkpoint.
 
     Args:
-        file: `.safetensors`, whole: UNet, VAE and text encoder.
+        file: `.safetensors`, whole: UNet, VAE and text encoders.
         id: what the user named.
         tokenizer: CLIP's tokenizer, which the file does not hold; None looks beside the file.
         prediction_type: needed for SD 2.x, whose file does not tell; None is epsilon for 1.x.
@@ -53,49 +60,105 @@ def checkpoint_from_ldm_file(
         CheckpointError: another layout or architecture, or something that only an option can tell.
     """
     entries = entries_from_safetensors(file)
-    if any(key.startswith(("conditioner.", UNET + "label_emb.")) for key in entries):
-        raise CheckpointError(f"{file} is not Stable Diffusion 1.x or 2.x (SDXL or unCLIP)")
-    openclip = any(key.startswith(OPENCLIP) for key in entries)
-    prefixes = {"UNet": UNET, "VAE": VAE, "text encoder": OPENCLIP if openclip else CLIP}
-    missing = [
-        part for part, start in prefixes.items() if not any(k.startswith(start) for k in entries)
-    ]
-    if missing:
-        raise CheckpointError(
-            f"{file} is not a whole checkpoint in the original layout",
-            got=f"no {', no '.join(missing)}",
-            expected=f"tensors called {UNET}…, {VAE}… and {CLIP}… or {OPENCLIP}…",
-            do="a diffusers directory is given as the directory",
-        )
-    if openclip and prediction_type is None:
+    layout = _layout(entries, file)
+    if layout == "sd2" and prediction_type is None:
         raise CheckpointError(
             f"{file} is SD 2.x and does not say what its UNet predicts",
             do="give --prediction-type v_prediction (the 768 px models) or epsilon (the base ones)",
         )
     if tokenizer is None:
         tokenizer = _tokenizer_beside(file)
-    predicts = prediction_type if prediction_type is not None else "epsilon"
-    text_encoder = _open_clip(entries) if openclip else _clip(entries)
-    size = 96 if predicts == "v_prediction" else 64
+    models = _models(entries, layout, prediction_type)
+    pads = {
+        "text_encoder": OPENCLIP_PAD if layout == "sd2" else None,
+        "text_encoder_2": OPENCLIP_PAD,
+    }
     return Checkpoint(
         id=id,
         source="ldm-file",
-        models={
-            "unet": _unet(entries, openclip=openclip, size=size),
-            "text_encoder": text_encoder,
-            "vae": _vae(entries),
-        },
-        scheduler={
-            "_class_name": "DDIMScheduler" if predicts == "v_prediction" else "PNDMScheduler",
-            **_SCHEDULER,
-            "prediction_type": predicts,
-        },
+        models=models,
+        scheduler=_scheduler(prediction_type, layout),
         tokenizers={
-            "text_encoder": tokenizer_json_for(
-                text_encoder, tokenizer, pad_token=OPENCLIP_PAD if openclip else None
-            )
+            name: tokenizer_json_for(models[name], tokenizer, pad_token=pad)
+            for name, pad in pads.items()
+            if name in models
         },
     )
+
+
+def _scheduler(prediction_type: str | None, layout: Layout) -> dict[str, Any]:
+    """Return the scheduler_config.json of the family's models; None predicts epsilon."""
+    predicts = prediction_type if prediction_type is not None else "epsilon"
+    if layout == "sdxl":
+        return {"_class_name": "EulerDiscreteScheduler", **_SCHEDULER, "prediction_type": predicts}
+    name = "DDIMScheduler" if predicts == "v_prediction" else "PNDMScheduler"
+    return {"_class_name": name, **_SCHEDULER, "prediction_type": predicts}
+
+
+def _layout(entries: Mapping[str, Entry], file: Path) -> Layout:
+    def has(start: str) -> bool:
+        return any(key.startswith(start) for key in entries)
+
+    layout: Layout = "sd2" if has(OPENCLIP) else "sd1"
+    if has("conditioner."):
+        layout = "sdxl"
+    elif has(f"{UNET}label_emb."):
+        raise CheckpointError(f"{file} is not Stable Diffusion 1.x, 2.x or XL (unCLIP)")
+    if has(_SDXL_REFINER):
+        raise CheckpointError(f"{file} is SDXL's refiner", expected="the base model")
+    encoders = _TEXT_ENCODERS[layout]
+    missing = [
+        *(part for part, start in (("UNet", UNET), ("VAE", VAE)) if not has(start)),
+        *(
+            f"text encoder{f' {i + 1}' if len(encoders) > 1 else ''}"
+            for i, start in enumerate(encoders)
+            if not has(start)
+        ),
+    ]
+    if missing:
+        expected = " or ".join(f"{'… and '.join(starts)}…" for starts in _TEXT_ENCODERS.values())
+        raise CheckpointError(
+            f"{file} is not a whole checkpoint in the original layout",
+            got=f"no {', no '.join(missing)}",
+            expected=f"tensors called {UNET}…, {VAE}… and {expected}",
+            do="a diffusers directory is given as the directory",
+        )
+    return layout
+
+
+def _models(
+    entries: Mapping[str, Entry], layout: Layout, prediction_type: str | None
+) -> dict[str, Model]:
+    if layout == "sdxl":
+        second = text_encoder_from_openclip(
+            entries, SDXL_OPENCLIP, name="text_encoder_2", pooled=True
+        )
+        if "projection_dim" not in second.config:
+            raise CheckpointError(f"the file lacks tensor {SDXL_OPENCLIP}text_projection")
+        return {
+            "unet": unet_from_ldm(
+                entries,
+                size=128,
+                head_width=HEAD_WIDTH,
+                pooled=second.config["projection_dim"],
+            ),
+            "text_encoder": text_encoder_from_clip(entries, SDXL_CLIP),
+            "text_encoder_2": second,
+            "vae": _vae(entries, scaling_factor=0.13025),
+        }
+    if layout == "sd2":
+        text = text_encoder_from_openclip(entries, OPENCLIP, name="text_encoder", pooled=False)
+    else:
+        text = text_encoder_from_clip(entries, CLIP)
+    return {
+        "unet": unet_from_ldm(
+            entries,
+            size=96 if prediction_type == "v_prediction" else 64,
+            head_width=HEAD_WIDTH if layout == "sd2" else None,
+        ),
+        "text_encoder": text,
+        "vae": _vae(entries, scaling_factor=0.18215),
+    }
 
 
 def _tokenizer_beside(file: Path) -> Path:
@@ -108,137 +171,6 @@ def _tokenizer_beside(file: Path) -> Path:
         "tokenizer.json, or put it beside the file",
     )
 
-
-def _under(entries: Mapping[str, Entry], prefix: str) -> dict[str, Entry]:
-    return {k.removeprefix(prefix): e for k, e in entries.items() if k.startswith(prefix)}
-
-
-def _count(keys: Iterable[str], pattern: str) -> int:
-    """How many different numbers stand in the pattern's group."""
-    return len({m[1] for key in keys if (m := re.match(pattern, key))})
-
-
-def _renamed(key: str, names: Mapping[str, str]) -> str:
-    """Replace whole dotted parts of a key."""
-    for old, new in names.items():
-        key = re.sub(rf"(^|\.){re.escape(old)}(\.|$)", rf"\g<1>{new}\g<2>", key)
-    return key
-
-
-# --- UNet ---------------------------------------------------------------------------------------
-
-_RESNET = {
-    "in_layers.0": "norm1",
-    "in_layers.2": "conv1",
-    "out_layers.0": "norm2",
-    "out_layers.3": "conv2",
-    "emb_layers.1": "time_emb_proj",
-    "skip_connection": "conv_shortcut",
-}
-_UNET_ENDS = {
-    "time_embed.0": "time_embedding.linear_1",
-    "time_embed.2": "time_embedding.linear_2",
-    "input_blocks.0.0": "conv_in",
-    "out.0": "conv_norm_out",
-    "out.2": "conv_out",
-    "middle_block.0": "mid_block.resnets.0",
-    "middle_block.1": "mid_block.attentions.0",
-    "middle_block.2": "mid_block.resnets.1",
-}
-
-
-def _unet(entries: Mapping[str, Entry], *, openclip: bool, size: int) -> Model:
-    """UNet of the original layout: one flat list of blocks on each side, levels one after another.
-
-    A level of the input side is its residual blocks, then a downsampling, but for the last; the
-    output side has one residual block more a level, the last of which also holds the upsampling.
-    """
-    old = _under(entries, UNET)
-    inputs, outputs = _count(old, r"input_blocks\.(\d+)\."), _count(old, r"output_blocks\.(\d+)\.")
-    downs = [i for i in range(inputs) if f"input_blocks.{i}.0.op.weight" in old]
-    levels = len(downs) + 1
-    layers = (inputs - levels) // levels
-    if inputs != levels * (layers + 1) or outputs != inputs or "input_blocks.0.0.weight" not in old:
-        raise CheckpointError(
-            "unet: the file's blocks are not those of Stable Diffusion",
-            got=f"{inputs} input and {outputs} output blocks in {levels} levels",
-        )
-    names = dict(_UNET_ENDS)
-    for i in range(1, inputs):
-        level, layer = divmod(i - 1, layers + 1)
-        down = f"down_blocks.{level}"
-        names[f"input_blocks.{i}.0.op"] = f"{down}.downsamplers.0.conv"
-        names[f"input_blocks.{i}.0"] = f"{down}.resnets.{layer}"
-        names[f"input_blocks.{i}.1"] = f"{down}.attentions.{layer}"
-    for i in range(outputs):
-        level, layer = divmod(i, layers + 1)
-        up = f"up_blocks.{level}"
-        for part in (1, 2):  # the upsampling stands second where the level has no attention
-            names[f"output_blocks.{i}.{part}.conv"] = f"{up}.upsamplers.0.conv"
-        names[f"output_blocks.{i}.0"] = f"{up}.resnets.{layer}"
-        names[f"output_blocks.{i}.1"] = f"{up}.attentions.{layer}"
-    new = {_renamed(_start_renamed(key, names), _RESNET): entry for key, entry in old.items()}
-    widths = [
-        _rows(old, f"input_blocks.{1 + level * (layers + 1)}.0.out_layers.3.weight")
-        for level in range(levels)
-    ]
-    attends = [
-        f"input_blocks.{1 + level * (layers + 1)}.1.norm.weight" in old for level in range(levels)
-    ]
-    kv = next((key for key in old if key.endswith("attn2.to_k.weight")), None)
-    projection = next((e for k, e in old.items() if k.endswith("1.proj_in.weight")), None)
-    if kv is None or projection is None:
-        raise CheckpointError("unet: the file has no cross-attention")
-    config = {
-        "_class_name": "UNet2DConditionModel",
-        "sample_size": size,
-        "in_channels": _size(old, "input_blocks.0.0.weight", 1),
-        "out_channels": _rows(old, "out.2.weight"),
-        "center_input_sample": False,
-        "flip_sin_to_cos": True,
-        "freq_shift": 0,
-        "down_block_types": ["CrossAttnDownBlock2D" if on else "DownBlock2D" for on in attends],
-        "up_block_types": ["CrossAttnUpBlock2D" if on else "UpBlock2D" for on in attends[::-1]],
-        "block_out_channels": widths,
-        "layers_per_block": layers,
-        "downsample_padding": 1,
-        "mid_block_scale_factor": 1,
-        "act_fn": "silu",
-        "norm_num_groups": 32,
-        "norm_eps": 1e-5,
-        "cross_attention_dim": _size(old, kv, 1),
-        # diffusers' misnomer: this is the number of heads.
-        "attention_head_dim": [width // _HEAD_WIDTH for width in widths] if openclip else 8,
-        "use_linear_projection": len(projection.shape) == 2,
-    }
-    return Model(config=config, weights=Weights(new, name="unet"))
-
-
-def _start_renamed(key: str, names: Mapping[str, str]) -> str:
-    """Replace the longest listed start of a key."""
-    parts = key.split(".")
-    for n in range(len(parts) - 1, 0, -1):
-        start = ".".join(parts[:n])
-        if start in names:
-            return ".".join([names[start], *parts[n:]])
-    return key
-
-
-def _rows(entries: Mapping[str, Entry], key: str) -> int:
-    return _size(entries, key, 0)
-
-
-def _size(entries: Mapping[str, Entry], key: str, axis: int) -> int:
-    """Return one side of a tensor's shape."""
-    if key not in entries:
-        raise CheckpointError(f"the file lacks tensor {key}")
-    shape = entries[key].shape
-    if axis >= len(shape) or not shape[axis]:
-        raise CheckpointError(f"the file's tensor {key} has shape", got=list(shape))
-    return shape[axis]
-
-
-# --- VAE ----------------------------------------------------------------------------------------
 
 _VAE_PARTS = {
     "norm_out": "conv_norm_out",
@@ -255,15 +187,15 @@ _VAE_ATTENTION = {
 }
 
 
-def _vae(entries: Mapping[str, Entry]) -> Model:
-    old = _under(entries, VAE)
-    levels = _count(old, r"encoder\.down\.(\d+)\.")
+def _vae(entries: Mapping[str, Entry], *, scaling_factor: float) -> Model:
+    old = under(entries, VAE)
+    levels = count_of(old, r"encoder\.down\.(\d+)\.")
     new = {}
     for key, entry in old.items():
         head, attention, tail = key.partition("mid.attn_1.")
         if attention:  # 1x1 convolutions there, linear layers here
             shape = entry.shape[:2] if math.prod(entry.shape[2:]) == 1 else entry.shape
-            name = f"{head}mid_block.attentions.0.{_renamed(tail, _VAE_ATTENTION)}"
+            name = f"{head}mid_block.attentions.0.{renamed(tail, _VAE_ATTENTION)}"
             new[name] = replace(entry, shape=shape)
             continue
         name = re.sub(r"down\.(\d+)\.block\.", r"down_blocks.\1.resnets.", key)
@@ -272,8 +204,8 @@ def _vae(entries: Mapping[str, Entry]) -> Model:
             level = levels - 1 - int(match[1])  # the original counts from the picture inwards
             part = "resnets" if match[2] == "block" else "upsamplers.0"
             name = f"decoder.up_blocks.{level}.{part}.{match[3]}"
-        new[_renamed(name, _VAE_PARTS)] = entry
-    widths = [_rows(old, f"encoder.down.{level}.block.0.conv1.weight") for level in range(levels)]
+        new[renamed(name, _VAE_PARTS)] = entry
+    widths = [rows_of(old, f"encoder.down.{level}.block.0.conv1.weight") for level in range(levels)]
     config = {
         "_class_name": "AutoencoderKL",
         "in_channels": 3,
@@ -281,84 +213,10 @@ def _vae(entries: Mapping[str, Entry]) -> Model:
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
         "block_out_channels": widths,
-        "layers_per_block": _count(old, r"encoder\.down\.0\.block\.(\d+)\."),
+        "layers_per_block": count_of(old, r"encoder\.down\.0\.block\.(\d+)\."),
         "act_fn": "silu",
-        "latent_channels": _rows(old, "post_quant_conv.weight"),
+        "latent_channels": rows_of(old, "post_quant_conv.weight"),
         "norm_num_groups": 32,
-        "scaling_factor": 0.18215,
+        "scaling_factor": scaling_factor,
     }
     return Model(config=config, weights=Weights(new, name="vae"))
-
-
-# --- text encoders ------------------------------------------------------------------------------
-
-_OPENCLIP_PARTS = {
-    "transformer.resblocks": "encoder.layers",
-    "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-    "attn": "self_attn",
-    "c_fc": "fc1",
-    "c_proj": "fc2",
-    "ln_final": "final_layer_norm",
-    "token_embedding": "embeddings.token_embedding",
-    "positional_embedding": "embeddings.position_embedding.weight",
-}
-
-
-def _clip(entries: Mapping[str, Entry]) -> Model:
-    """SD 1.x: transformers' own names under a prefix, in some files without `text_model.`."""
-    new = {
-        f"text_model.{key.removeprefix('text_model.')}": entry
-        for key, entry in _under(entries, CLIP).items()
-    }
-    return _text_model(new, activation="quick_gelu")
-
-
-def _open_clip(entries: Mapping[str, Entry]) -> Model:
-    """SD 2.x: OpenCLIP's names; without its last block, its projection and its temperature."""
-    old = _under(entries, OPENCLIP)
-    blocks = _count(old, r"transformer\.resblocks\.(\d+)\.")
-    unused = tuple(
-        f"transformer.resblocks.{i}." for i in range(blocks - _OPENCLIP_UNUSED_BLOCKS, blocks)
-    )
-    new = {}
-    for key, entry in old.items():
-        if key.startswith(unused) or key in ("text_projection", "logit_scale", "attn_mask"):
-            continue
-        name = f"text_model.{_renamed(key, _OPENCLIP_PARTS)}"
-        stem, fused, kind = name.partition("in_proj_")  # in_proj_weight [3C,C], in_proj_bias [3C]
-        if fused:
-            for letter, third in zip("qkv", _thirds(entry), strict=True):
-                new[f"{stem}{letter}_proj.{kind}"] = third
-        else:
-            new[name] = entry
-    return _text_model(new, activation="gelu")
-
-
-def _thirds(entry: Entry) -> list[Entry]:
-    """Split a tensor's rows into three views of the file."""
-    if not entry.shape or entry.shape[0] % 3:
-        raise CheckpointError(
-            "text_encoder: a fused projection", got=list(entry.shape), expected="rows of q, k and v"
-        )
-    rows = entry.shape[0] // 3
-    part = replace(entry, shape=(rows, *entry.shape[1:]))
-    return [replace(part, offset=part.offset + i * part.nbytes) for i in range(3)]
-
-
-def _text_model(new: dict[str, Entry], *, activation: str) -> Model:
-    tokens = "text_model.embeddings.token_embedding.weight"
-    positions = "text_model.embeddings.position_embedding.weight"
-    width = _size(new, tokens, 1)
-    config = {
-        "architectures": ["CLIPTextModel"],
-        "vocab_size": _rows(new, tokens),
-        "hidden_size": width,
-        "intermediate_size": _rows(new, "text_model.encoder.layers.0.mlp.fc1.weight"),
-        "num_hidden_layers": _count(new, r"text_model\.encoder\.layers\.(\d+)\."),
-        "num_attention_heads": width // _HEAD_WIDTH,
-        "max_position_embeddings": _rows(new, positions),
-        "hidden_act": activation,
-        "layer_norm_eps": 1e-5,
-    }
-    return Model(config=config, weights=Weights(new, name="text_encoder"))

@@ -33,13 +33,14 @@ def conv(
     kernel: int = 3,
     stride: int = 1,
     pads: tuple[int, int, int, int] | None = None,
+    bias: bool = True,
 ) -> Value:
     """2-D convolution; `pads` are top, left, bottom, right, by default half the kernel."""
     return b.node(
         "Conv",
         x,
         b.weight(f"{key}.weight", (outputs, inputs, kernel, kernel)),
-        b.weight(f"{key}.bias", (outputs,)),
+        *([b.weight(f"{key}.bias", (outputs,))] if bias else []),
         name=key,
         kernel_shape=[kernel, kernel],
         strides=[stride, stride],
@@ -231,20 +232,27 @@ def upsample(
     b: GraphBuilder, x: Value, key: str, channels: int, *, like: Value | None = None
 ) -> Value:
     """Nearest neighbour, then convolution: to the size of `like`, or twice the size."""
+    x = enlarged(b, x, key, like=like)
+    return conv(b, x, f"{key}.conv", channels, channels)
+
+
+def enlarged(b: GraphBuilder, x: Value, name: str, *, like: Value | None = None) -> Value:
+    """Nearest neighbour: to the size of the image `like`, or twice the size."""
     if like is None:
         scales, sizes = b.constant(np.array([1, 1, 2, 2], np.float32), "scales/1_1_2_2"), None
     else:
         # Latents of odd size halve to h//2+1: only the skip still knows h.
         scales = None
-        sizes = b.node("Concat", b.sizes(x, 0, 2), b.sizes(like, 2, 4), name=f"{key}/sizes", axis=0)
-    x = b.node(
+        sizes = b.node(
+            "Concat", b.sizes(x, 0, 2), b.sizes(like, 2, 4), name=f"{name}/sizes", axis=0
+        )
+    return b.node(
         "Resize",
         x,
         None,
         *([scales] if sizes is None else [None, sizes]),
-        name=f"{key}/resized",
+        name=f"{name}/resized",
         mode="nearest",
         coordinate_transformation_mode="asymmetric",
         nearest_mode="floor",
     )
-    return conv(b, x, f"{key}.conv", channels, channels)

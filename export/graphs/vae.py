@@ -1,4 +1,8 @@
-"""The two halves of the image autoencoder, as diffusers' AutoencoderKL defines it."""
+"""The two halves of the image autoencoder, as diffusers' AutoencoderKL defines it.
+
+And the decoder of its small stand-in, AutoencoderTiny: a tenth of the time, for previews and for
+models of few steps.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from sld_edge.engines.errors import CheckpointError
 from sld_edge.export.checkpoints.config import (
     anything,
     checked_config,
@@ -25,6 +30,7 @@ from sld_edge.export.graphs.builder import GraphBuilder, GraphOptions, Value
 from sld_edge.export.graphs.layers import (
     attention,
     conv,
+    enlarged,
     group_norm,
     image_from_tokens,
     linear,
@@ -60,6 +66,29 @@ VAE_KEYS = {
     "force_upcast": flag(True),
 }
 
+TINY_VAE_KEYS = {
+    "in_channels": one_of(3),
+    "out_channels": one_of(3),
+    "latent_channels": one_of(_LATENT_CHANNELS),
+    "decoder_block_out_channels": counts([64, 64, 64, 64]),
+    "num_decoder_blocks": counts([3, 3, 3, 1]),
+    "act_fn": one_of("relu"),
+    "upsample_fn": one_of("nearest"),
+    "upsampling_scaling_factor": one_of(2),
+    "scaling_factor": number(1.0),
+    "shift_factor": one_of(0.0, None),
+    # Of the encoder, of a form to store latents as bytes, and advice on precision.
+    "encoder_block_out_channels": anything(),
+    "num_encoder_blocks": anything(),
+    "latent_magnitude": anything(),
+    "latent_shift": anything(),
+    "force_upcast": flag(False),
+    # A copy of decoder_block_out_channels, which diffusers adds for its pipelines.
+    "block_out_channels": anything(),
+    "sample_size": anything(),
+}
+_TINY_LIMIT = 3  # latents are bent into -3..3
+
 # The names that diffusers gave the attention's layers before version 0.17; SD 1.5 still has them.
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -86,6 +115,33 @@ def write_vae_decoder(
         x = b.outer(x)
         b.output(_pixels(b, x), "images", np.uint8, ["B", "H", "W", 3])
         b.output(_finite(b, x), "finite", np.float32, ["B"])
+
+
+def write_tiny_decoder(
+    config: Mapping[str, Any], weights: Weights, options: GraphOptions, path: Path
+) -> None:
+    """Write AutoencoderTiny's decoder: latents f32 [B,4,h,w] -> images u8 [B,H,W,3].
+
+    The second output is finite f32 [B], as in `write_vae_decoder`, and 0 for latents that are not
+    finite as well: this model bends an infinite latent to 3. The latents are divided by this
+    model's own scaling factor, which is 1 in the published models. A picture is 2 ** (levels - 1)
+    times as high and wide as the latents, where each of `num_decoder_blocks` is a level. Raises
+    CheckpointError, naming it, for a config key or tensor that is unknown, missing or bad.
+    Source: diffusers, models/autoencoders/autoencoder_tiny.py and vae.py, DecoderTiny.
+    """
+    settings = checked_config(config, TINY_VAE_KEYS, name=weights.name)
+    with GraphBuilder(path, options, weights) as b:
+        _ignore_half(b, "encoder.")
+        latents = b.input("latents", np.float32, ["B", _LATENT_CHANNELS, "h", "w"])
+        scale = b.scalar(settings["scaling_factor"], _F32)
+        x = b.node("Div", latents, scale, name="latents/unscaled")
+        x = b.outer(_tiny_decoder(b, b.inner(x), settings))
+        # Its pictures are in 0..1; all others are in -1..1 where they are made bytes.
+        x = b.node("Mul", x, b.scalar(2, _F32), name="images/of_2")
+        x = b.node("Sub", x, b.scalar(1, _F32), name="images/of_1")
+        b.output(_pixels(b, x), "images", np.uint8, ["B", "H", "W", 3])
+        finite = b.node("Mul", _finite(b, latents), _finite(b, x), name="finite/both")
+        b.output(finite, "finite", np.float32, ["B"])
 
 
 def write_vae_encoder(
@@ -131,6 +187,45 @@ def _decoder(b: GraphBuilder, x: Value, settings: dict[str, Any]) -> Value:
         if i < len(levels) - 1:
             x = upsample(b, x, f"{key}.upsamplers.0", channels)
     return _end(b, x, "decoder", channels, 3, groups)
+
+
+def _tiny_decoder(b: GraphBuilder, x: Value, settings: dict[str, Any]) -> Value:
+    """One flat list of layers; activations and upsamplings have a number there as well."""
+    widths, blocks = settings["decoder_block_out_channels"], settings["num_decoder_blocks"]
+    levels = len(blocks) if isinstance(blocks, list) else 1
+    blocks = per_level(blocks, levels, key="num_decoder_blocks", name=b.weights.name)
+    widths = per_level(widths, levels, key="decoder_block_out_channels", name=b.weights.name)
+    channels = widths[0]
+    if set(widths) != {channels}:
+        raise CheckpointError(
+            f"{b.weights.name}: config key decoder_block_out_channels",
+            got=widths,
+            expected="the same number throughout",
+        )
+    limit = b.scalar(_TINY_LIMIT)
+    x = b.node("Div", x, limit, name="latents/of_limit")
+    x = b.node("Mul", b.node("Tanh", x, name="latents/tanh"), limit, name="latents/bent")
+    x = conv(b, x, "decoder.layers.0", _LATENT_CHANNELS, channels)
+    x = b.node("Relu", x, name="decoder.layers.1")
+    n = 2
+    for i, count_of_blocks in enumerate(blocks):
+        for _ in range(count_of_blocks):
+            x = _tiny_block(b, x, f"decoder.layers.{n}", channels)
+            n += 1
+        if i < levels - 1:
+            x = enlarged(b, x, f"decoder.layers.{n}")
+            x = conv(b, x, f"decoder.layers.{n + 1}", channels, channels, bias=False)
+            n += 2
+    return conv(b, x, f"decoder.layers.{n}", channels, 3)
+
+
+def _tiny_block(b: GraphBuilder, x: Value, key: str, channels: int) -> Value:
+    y = x
+    for j in (0, 2, 4):
+        y = conv(b, y, f"{key}.conv.{j}", channels, channels)
+        if j < 4:
+            y = b.node("Relu", y, name=f"{key}.conv.{j + 1}")
+    return b.node("Relu", b.node("Add", y, x, name=f"{key}/sum"), name=key)
 
 
 def _encoder(b: GraphBuilder, x: Value, settings: dict[str, Any]) -> Value:
@@ -190,7 +285,7 @@ def _pixels(b: GraphBuilder, x: Value) -> Value:
 
 
 def _finite(b: GraphBuilder, x: Value) -> Value:
-    """FP32 [B,3,H,W] to FP32 [B]: 1 where all is finite; NaN fails every comparison."""
+    """FP32 [B,C,H,W] to FP32 [B]: 1 where all is finite; NaN fails every comparison."""
     size = b.node("Abs", x, name="finite/size")
     limit = b.scalar(float(np.finfo(np.float32).max), _F32)
     each = b.cast(b.node("LessOrEqual", size, limit, name="finite/each"), np.float32, "finite/is")

@@ -8,7 +8,14 @@ import onnx
 import pytest
 import torch
 
-from oracles.models import TEXT_LENGTH, config_of, tiny_text_encoder, weights_of
+from oracles.models import (
+    POOLED_WIDTH,
+    TEXT_LENGTH,
+    config_of,
+    tiny_pooled_text_encoder,
+    tiny_text_encoder,
+    weights_of,
+)
 from oracles.running import outputs_of, relative_error
 from sld_edge.engines.errors import CheckpointError
 from sld_edge.export.graphs.builder import GraphOptions
@@ -28,13 +35,14 @@ def ids(seed: int = 0) -> np.ndarray[Any, Any]:
 
 def written(
     tmp_path: Path, model: Any, options: GraphOptions, config: dict[str, Any] | None = None,
-    **weight_changes: Any,
+    layer: Any = "last", pooled: bool = False, **weight_changes: Any,
 ) -> Path:  # fmt: skip
     weights = weights_of(
         model, tmp_path / "model.safetensors", name="text_encoder", **weight_changes
     )
     path = tmp_path / "text_encoder.onnx"
-    write_text_encoder(config if config is not None else config_of(model), weights, options, path)
+    config = config if config is not None else config_of(model)
+    write_text_encoder(config, weights, options, path, layer=layer, pooled=pooled)
     return path
 
 
@@ -54,6 +62,98 @@ def test_encodes_as_transformers_does(
     wanted = model(torch.from_numpy(ids())).last_hidden_state.numpy()
     assert got.dtype == np.float32
     assert relative_error(got, wanted) <= TOLERANCES[precision]
+
+
+def prompts(end_token: int, *, pad: int = 3) -> np.ndarray[Any, Any]:
+    """Tokens of two prompts of other lengths, each ended once and then padded."""
+    tokens = np.random.default_rng(5).integers(10, 90, (2, TEXT_LENGTH), np.int64)
+    for row, length in enumerate((9, 76)):
+        tokens[row, length] = end_token
+        tokens[row, length + 1 :] = pad
+    return tokens
+
+
+@pytest.mark.parametrize("attention", ["op", "decomposed"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_the_penultimate_layer_is_that_of_transformers(
+    tmp_path: Path, precision: Any, attention: Any, layers: int
+) -> None:
+    model = tiny_text_encoder(num_hidden_layers=layers)
+    options = GraphOptions(precision=precision, attention=attention)
+    path = written(tmp_path, model, options, layer="penultimate")
+    outputs = outputs_of(path, {"input_ids": ids()})
+    assert outputs.keys() == {"hidden_states"}
+    states = model(torch.from_numpy(ids()), output_hidden_states=True).hidden_states
+    assert len(states) == layers + 1
+    error = relative_error(outputs["hidden_states"], states[-2].numpy())
+    assert error <= TOLERANCES[precision]
+    # Nothing of the last layer is in the file.
+    names = {tensor.name for tensor in onnx.load(path, load_external_data=False).graph.initializer}
+    assert not [n for n in names if f"layers.{layers - 1}." in n or "final_layer_norm" in n]
+
+
+@pytest.mark.parametrize("layer", ["last", "penultimate"])
+@pytest.mark.parametrize("hidden_act", ["gelu", "quick_gelu"])
+@pytest.mark.parametrize("attention", ["op", "decomposed"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_pooled_text_is_that_of_transformers(
+    tmp_path: Path, precision: Any, attention: Any, hidden_act: Any, layer: Any
+) -> None:
+    model = tiny_pooled_text_encoder(hidden_act)
+    options = GraphOptions(precision=precision, attention=attention)
+    path = written(tmp_path, model, options, layer=layer, pooled=True)
+    tokens = prompts(99)
+    outputs = outputs_of(path, {"input_ids": tokens})
+    wanted = model(torch.from_numpy(tokens), output_hidden_states=True)
+    states = wanted.last_hidden_state if layer == "last" else wanted.hidden_states[-2]
+    for name, tensor in (("hidden_states", states), ("pooled", wanted.text_embeds)):
+        assert outputs[name].dtype == np.float32
+        assert relative_error(outputs[name], tensor.numpy()) <= TOLERANCES[precision], name
+    assert outputs["pooled"].shape == (2, POOLED_WIDTH)
+
+
+@pytest.mark.parametrize(
+    ("end_token", "said"),
+    [(99, 99), (99, 2), (60, 60)],
+    ids=["the largest id", "the slip of old configs", "with tokens added after it"],
+)
+@pytest.mark.parametrize("pad", [0, None], ids=["other padding", "padded with end tokens"])
+def test_the_end_token_is_found_as_transformers_does(
+    tmp_path: Path, end_token: int, said: int, pad: int | None
+) -> None:
+    model = tiny_pooled_text_encoder(eos_token_id=said)
+    tokens = prompts(end_token, pad=pad if pad is not None else end_token)
+    tokens[:, 4] = 61  # larger than one of the end tokens
+    path = written(tmp_path, model, GraphOptions(), layer="penultimate", pooled=True)
+    got = outputs_of(path, {"input_ids": tokens})["pooled"]
+    wanted = model(torch.from_numpy(tokens)).text_embeds.numpy()
+    assert relative_error(got, wanted) <= TOLERANCES["fp32"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"projection_dim": POOLED_WIDTH + 1}, r"text_projection\.weight"),
+        ({"projection_dim": None}, "projection_dim"),
+        ({"eos_token_id": [1, 2]}, "eos_token_id"),
+        ({"num_hidden_layers": 1}, r"layers\.1"),
+    ],
+    ids=str,
+)
+def test_a_config_that_does_not_fit_pooling_is_named(
+    tmp_path: Path, changes: dict[str, Any], named: str
+) -> None:
+    model = tiny_pooled_text_encoder()
+    config = {**config_of(model), **changes}
+    with pytest.raises(CheckpointError, match=named):
+        written(tmp_path, model, GraphOptions(), config, layer="penultimate", pooled=True)
+    assert not list(tmp_path.glob("text_encoder.onnx*")), "half a graph was left behind"
+
+
+def test_a_projection_that_is_not_asked_for_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"text_projection\.weight"):
+        written(tmp_path, tiny_pooled_text_encoder(), GraphOptions(), layer="penultimate")
 
 
 @pytest.mark.parametrize("attention", ["op", "decomposed"])

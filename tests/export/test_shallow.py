@@ -10,8 +10,9 @@ import onnx
 import pytest
 import torch
 
-from oracles.models import KINDS, TEXT_WIDTH, Kind, config_of, tiny_unet, weights_of
+from oracles.models import UNET_KINDS, UnetKind, config_of, tiny_unet, weights_of
 from oracles.running import outputs_of, relative_error
+from oracles.unet_calls import IMAGES, calls_of, feeds_for
 from sld_edge.export.graphs.builder import GraphOptions
 from sld_edge.export.graphs.decompose import decomposed_graph
 from sld_edge.export.graphs.shallow import write_shallow_unet
@@ -21,21 +22,11 @@ Array = np.ndarray[Any, Any]
 
 # As in test_unet: the order of sums in FP32, eleven bits in FP16.
 TOLERANCES = {"fp32": 2e-6, "fp16": 3e-3}
-IMAGES, TOKENS = 2, 7
 
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
-
-
-def feeds_for(branches: int, height: int = 8, width: int = 8) -> dict[str, Array]:
-    rng = np.random.default_rng(branches)
-    return {
-        "latents": rng.standard_normal((IMAGES, 4, height, width), np.float32),
-        "timestep": np.array([981, 13], np.float32),
-        "context": rng.standard_normal((branches * IMAGES, TOKENS, TEXT_WIDTH), np.float32),
-    }
 
 
 def both(folder: Path, model: Any, options: GraphOptions) -> tuple[Path, Path]:
@@ -56,8 +47,8 @@ def deep_of(model: Any, feeds: dict[str, Array]) -> Array:
 
     hook = model.up_blocks[-1].resnets[-1].register_forward_pre_hook(watch)
     try:
-        for context in torch.from_numpy(feeds["context"]).split(IMAGES):
-            model(torch.from_numpy(feeds["latents"]), torch.from_numpy(feeds["timestep"]), context)
+        for call in calls_of(model, feeds):
+            model(**call)
     finally:
         hook.remove()
     return np.concatenate(seen)
@@ -65,14 +56,18 @@ def deep_of(model: Any, feeds: dict[str, Array]) -> Array:
 
 def shallow_of(model: Any, feeds: dict[str, Array], deep: Array) -> Array:
     """DeepCache's outermost branch from diffusers' own blocks, branch by branch."""
-    latents, timestep = torch.from_numpy(feeds["latents"]), torch.from_numpy(feeds["timestep"])
-    embedding = model.time_embedding(model.time_proj(timestep))
     block, parts = model.up_blocks[-1], []
-    for kept, context in zip(
-        torch.from_numpy(deep).split(IMAGES),
-        torch.from_numpy(feeds["context"]).split(IMAGES),
-        strict=True,
+    for kept, call in zip(
+        torch.from_numpy(deep).split(IMAGES), calls_of(model, feeds), strict=True
     ):
+        latents, context = call["sample"], call["encoder_hidden_states"]
+        embedding = model.time_embedding(
+            model.time_proj(call["timestep"]), call.get("timestep_cond")
+        )
+        more = call.get("added_cond_kwargs")
+        added = model.get_aug_embed(embedding, context, more)
+        if added is not None:
+            embedding = embedding + added
         x = block.resnets[-1](torch.cat([kept, model.conv_in(latents)], 1), embedding)
         if getattr(block, "attentions", None):
             x = block.attentions[-1](x, encoder_hidden_states=context).sample
@@ -82,15 +77,15 @@ def shallow_of(model: Any, feeds: dict[str, Array], deep: Array) -> Array:
 
 @pytest.mark.parametrize("attention", ["op", "decomposed"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", UNET_KINDS)
 def test_both_are_diffusers_blocks(
-    tmp_path: Path, kind: Kind, precision: Any, attention: Any
+    tmp_path: Path, kind: UnetKind, precision: Any, attention: Any
 ) -> None:
     model = tiny_unet(kind)
     options = GraphOptions(precision=precision, attention=attention)
     whole, shallow = both(tmp_path, model, options)
     for branches in (1, 2, 3):
-        feeds = feeds_for(branches)
+        feeds = feeds_for(model, branches)
         out = outputs_of(whole, feeds)
         assert out["deep"].dtype == np.float32
         assert relative_error(out["deep"], deep_of(model, feeds)) <= TOLERANCES[precision]
@@ -110,7 +105,7 @@ def test_both_are_diffusers_blocks(
 def test_any_latent_size(tmp_path: Path, height: int, width: int, shared_prefix: bool) -> None:
     model = tiny_unet("four-level")
     whole, shallow = both(tmp_path, model, GraphOptions(shared_prefix=shared_prefix))
-    feeds = feeds_for(3, height, width)
+    feeds = feeds_for(model, 3, height, width)
     out = outputs_of(whole, feeds)
     again = outputs_of(shallow, {**feeds, "deep": out["deep"]})["noise_pred"]
     assert relative_error(again, out["noise_pred"]) <= 1e-6
@@ -152,7 +147,7 @@ def test_its_decomposed_form_shares_the_weights_too(tmp_path: Path) -> None:
     content = data.read_bytes()
     data.unlink()  # ONNX's checker takes hard links for an attack
     data.write_bytes(content)
-    feeds = feeds_for(2)
+    feeds = feeds_for(tiny_unet("sd1"), 2)
     feeds["deep"] = np.random.default_rng(1).standard_normal((4, 16, 8, 8), np.float32)
     got, wanted = (outputs_of(path, feeds)["noise_pred"] for path in (target, shallow))
     assert relative_error(got, wanted) <= 1e-5

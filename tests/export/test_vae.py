@@ -8,12 +8,12 @@ import onnx
 import pytest
 import torch
 
-from oracles.models import config_of, tiny_vae, weights_of
+from oracles.models import config_of, tiny_decoder_vae, tiny_vae, weights_of
 from oracles.running import outputs_of, relative_error
 from sld_edge.engines.errors import CheckpointError
 from sld_edge.export.checkpoints.weights import Weights
 from sld_edge.export.graphs.builder import GraphBuilder, GraphOptions
-from sld_edge.export.graphs.vae import write_vae_decoder, write_vae_encoder
+from sld_edge.export.graphs.vae import write_tiny_decoder, write_vae_decoder, write_vae_encoder
 
 Array = np.ndarray[Any, Any]
 
@@ -65,6 +65,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "sd": {},
     "no quant convolutions": {"use_quant_conv": False, "use_post_quant_conv": False},
     "no attention": {"mid_block_add_attention": False},
+    "upcast": {"force_upcast": True, "scaling_factor": 0.13025},
     "scaled and shifted": {"scaling_factor": 0.36, "shift_factor": 0.12},
     "two layers": {"layers_per_block": 2, "levels": 3},
 }
@@ -230,3 +231,81 @@ def test_a_missing_and_an_unused_tensor_are_named(tmp_path: Path) -> None:
         more = weights(extra={extra: torch.ones(2)})
         with pytest.raises(CheckpointError, match=extra):
             write(config_of(model), more, GraphOptions(), tmp_path / "v.onnx")
+
+
+def written_tiny(folder: Path, model: Any, options: GraphOptions, **config: Any) -> Path:
+    weights = weights_of(model, folder / "vae.safetensors", name="vae")
+    path = folder / "vae_decoder.onnx"
+    write_tiny_decoder({**config_of(model), **config}, weights, options, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"levels": 3}, {"scaling_factor": 0.7}, {"num_decoder_blocks": (1, 1, 1, 2)}],
+    ids=str,
+)
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_the_tiny_decoder_does_what_diffusers_does(
+    tmp_path: Path, latents: Array, precision: Any, changes: dict[str, Any]
+) -> None:
+    model = tiny_decoder_vae(**changes)
+    path = written_tiny(tmp_path, model, GraphOptions(precision=precision))
+    large = 2 * latents  # the limit of 3 is felt
+    got, wanted = pixels_before_rounding(path, large), decoded(model, large)
+    assert np.mean((wanted > 0) & (wanted < 255)) > 0.05, "all is clipped"
+    assert relative_error(got, wanted) <= TOLERANCES[precision]
+    outputs = outputs_of(path, {"latents": large})
+    times = 2 ** (changes.get("levels", 4) - 1)
+    assert outputs["images"].shape == (2, 5 * times, 6 * times, 3)
+    differences = np.abs(outputs["images"].astype(int) - wanted.round().astype(int))
+    assert differences.max() <= 1
+    assert outputs["finite"].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("damage", [np.nan, np.inf, -np.inf])
+def test_the_tiny_decoder_does_not_hide_latents_that_are_not_finite(
+    tmp_path: Path, latents: Array, damage: float
+) -> None:
+    path = written_tiny(tmp_path, tiny_decoder_vae(), GraphOptions())
+    latents[1, 2, 0, 0] = damage
+    assert outputs_of(path, {"latents": latents})["finite"].tolist() == [1.0, 0.0]
+
+
+def test_the_published_tiny_autoencoder(tmp_path: Path) -> None:
+    """The sizes of taesd, taesdxl and sdxs, which are diffusers' defaults."""
+    model = tiny_decoder_vae(
+        encoder_block_out_channels=(64,) * 4,
+        decoder_block_out_channels=(64,) * 4,
+        num_encoder_blocks=(1, 3, 3, 3),
+        num_decoder_blocks=(3, 3, 3, 1),
+    )
+    config = config_of(model)
+    weights = weights_of(model, tmp_path / "vae.safetensors", name="vae")
+    kept = ("_class_name", "in_channels", "latent_channels")
+    write_tiny_decoder(
+        {key: config[key] for key in kept}, weights, GraphOptions(), tmp_path / "d.onnx"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"latent_channels": 16}, "latent_channels"),
+        ({"act_fn": "gelu"}, "act_fn"),
+        ({"upsample_fn": "bilinear"}, "upsample_fn"),
+        ({"shift_factor": 0.1}, "shift_factor"),
+        ({"upsampling_scaling_factor": 3}, "upsampling_scaling_factor"),
+        ({"decoder_block_out_channels": [8, 8, 8, 16]}, "decoder_block_out_channels"),
+        ({"decoder_block_out_channels": [8, 8]}, "decoder_block_out_channels"),
+        ({"num_decoder_blocks": [2, 3, 2, 2]}, r"decoder\.layers"),
+        ({"spectral": True}, "spectral"),
+    ],
+    ids=str,
+)
+def test_a_tiny_config_that_is_not_known_is_named(
+    tmp_path: Path, changes: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(CheckpointError, match=named):
+        written_tiny(tmp_path, tiny_decoder_vae(), GraphOptions(), **changes)
+    assert not list(tmp_path.glob("vae_decoder.onnx*")), "half a graph was left behind"

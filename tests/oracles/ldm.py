@@ -28,6 +28,8 @@ _RESNET = {
 _UNET_ENDS = {
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
     "conv_in": "input_blocks.0.0",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
@@ -46,7 +48,7 @@ _OPENCLIP = {
 
 
 def save_ldm_file(path: Path, models: dict[str, Any], *, openclip: bool) -> Path:
-    """Save unet, vae and text_encoder in one file."""
+    """Save unet, vae, text_encoder and, for SDXL, text_encoder_2 in one file."""
     tensors = ldm_tensors(models, openclip=openclip)
     save_file({key: tensor.contiguous().clone() for key, tensor in tensors.items()}, path)
     return path
@@ -68,10 +70,17 @@ def save_hollow(path: Path, tensors: Tensors) -> Path:
 def ldm_tensors(models: dict[str, Any], *, openclip: bool) -> Tensors:
     """All tensors of a file, with the buffers that published ones have."""
     text = models["text_encoder"].state_dict()
+    if second := models.get("text_encoder_2"):
+        encoders = {
+            **clip(text, prefix="conditioner.embedders.0.transformer.text_model."),
+            **open_clip(second.state_dict(), prefix="conditioner.embedders.1.model."),
+        }
+    else:
+        encoders = open_clip_of_sd2(text) if openclip else clip(text)
     return {
         **{f"model.diffusion_model.{k}": t for k, t in ldm_unet(models["unet"]).items()},
         **{f"first_stage_model.{k}": t for k, t in ldm_vae(models["vae"]).items()},
-        **(open_clip(text) if openclip else clip(text)),
+        **encoders,
         "betas": torch.zeros(1000),
         "alphas_cumprod": torch.zeros(1000),
         "model_ema.decay": torch.zeros(()),
@@ -145,18 +154,19 @@ def ldm_vae(vae: Any) -> Tensors:
     return tensors
 
 
-def clip(text: Tensors) -> Tensors:
-    prefix = "cond_stage_model.transformer.text_model."
+def clip(text: Tensors, prefix: str = "cond_stage_model.transformer.text_model.") -> Tensors:
     tensors = {prefix + key.removeprefix("text_model."): tensor for key, tensor in text.items()}
     return {**tensors, f"{prefix}embeddings.position_ids": torch.arange(77)[None]}
 
 
-def open_clip(text: Tensors) -> Tensors:
-    """OpenCLIP's names and fused projections, with one block more, which SD 2.x leaves out."""
-    prefix = "cond_stage_model.model."
-    names: dict[str, str] = {}
+def open_clip(text: Tensors, prefix: str) -> Tensors:
+    """OpenCLIP's names, fused projections, and its own projection the other way round."""
+    names: dict[str, torch.Tensor] = {}
     fused: dict[str, Any] = {}
     for key, tensor in text.items():
+        if key == "text_projection.weight":
+            names[f"{prefix}text_projection"] = tensor.T
+            continue
         new = key.removeprefix("text_model.")
         for theirs, original in _OPENCLIP.items():
             new = new.replace(theirs, original)
@@ -166,6 +176,13 @@ def open_clip(text: Tensors) -> Tensors:
             names[prefix + new] = tensor
     for key, parts in fused.items():
         names[prefix + key] = torch.cat([parts[letter] for letter in "qkv"])
+    return {**names, f"{prefix}logit_scale": torch.zeros(())}
+
+
+def open_clip_of_sd2(text: Tensors) -> Tensors:
+    """The same with a block and a projection more, which SD 2.x leaves out."""
+    prefix = "cond_stage_model.model."
+    names = open_clip(text, prefix)
     last = max(int(m[1]) for key in names if (m := re.search(r"resblocks\.(\d+)\.", key)))
     more = {
         key.replace(f"resblocks.{last}.", f"resblocks.{last + 1}."): torch.full_like(t, 9.0)
@@ -173,5 +190,4 @@ def open_clip(text: Tensors) -> Tensors:
         if f"resblocks.{last}." in key
     }
     width = text[next(key for key in text if key.endswith("token_embedding.weight"))].shape[1]
-    ends = {"text_projection": torch.zeros(width, width), "logit_scale": torch.zeros(())}
-    return {**names, **more, **{prefix + key: tensor for key, tensor in ends.items()}}
+    return {**names, **more, f"{prefix}text_projection": torch.zeros(width, width)}

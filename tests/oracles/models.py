@@ -12,21 +12,37 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderKL, ConfigMixin, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, ConfigMixin, UNet2DConditionModel
 from safetensors.torch import save_file
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from sld_edge.export.checkpoints.weights import Weights, entries_from_safetensors
 
 Kind = Literal["sd1", "sd2", "plain-first", "four-level"]
 KINDS: tuple[Kind, ...] = ("sd1", "sd2", "plain-first", "four-level")
+UnetKind = Literal[Kind, "sdxl", "no-middle", "plain-middle", "lcm", "lcm-sdxl"]
+UNET_KINDS: tuple[UnetKind, ...] = (
+    *KINDS, "sdxl", "no-middle", "plain-middle", "lcm", "lcm-sdxl"
+)  # fmt: skip
 TEXT_WIDTH = 24
 TEXT_LENGTH = 77
+POOLED_WIDTH = 20
 
 _CROSS, _PLAIN = "CrossAttn{}Block2D", "{}Block2D"
 
 # Level 0 first. Heads and channels differ between levels, so that mixing them up shows.
-_UNETS: dict[Kind, dict[str, Any]] = {
+_SDXL: dict[str, Any] = {
+    "block_out_channels": (8, 16, 24),
+    "attention_head_dim": (2, 4, 3),
+    "layers_per_block": 2,
+    "attends": (False, True, True),
+    "transformer_layers_per_block": (1, 2, 3),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 6,
+    "projection_class_embeddings_input_dim": POOLED_WIDTH + 6 * 6,
+}
+_UNETS: dict[UnetKind, dict[str, Any]] = {
     "sd1": {
         "block_out_channels": (16, 32),
         "attention_head_dim": 2,
@@ -53,6 +69,30 @@ _UNETS: dict[Kind, dict[str, Any]] = {
         "layers_per_block": 2,
         "attends": (True, True, True, False),
     },
+    "sdxl": _SDXL,
+    # bk-sdm-tiny: three levels and nothing between down and up.
+    "no-middle": {
+        "block_out_channels": (8, 16, 24),
+        "attention_head_dim": (2, 4, 3),
+        "layers_per_block": 1,
+        "attends": (True, True, True),
+        "mid_block_type": None,
+    },
+    # SSD-1B: transformers of other depths on the way up, a middle without attention.
+    "plain-middle": {
+        **_SDXL,
+        "transformer_layers_per_block": [1, [2, 1], [1, 2]],
+        "reverse_transformer_layers_per_block": [[2, 1, 3], [2, 1, 1], 1],
+        "mid_block_type": "UNetMidBlock2D",
+    },
+    "lcm": {
+        "block_out_channels": (16, 32),
+        "attention_head_dim": 2,
+        "layers_per_block": 1,
+        "attends": (True, False),
+        "time_cond_proj_dim": 12,
+    },
+    "lcm-sdxl": {**_SDXL, "time_cond_proj_dim": 10},
 }
 
 
@@ -68,7 +108,7 @@ def randomised(model: torch.nn.Module, seed: int) -> torch.nn.Module:
 
 
 def tiny_unet(
-    kind: Kind = "sd1", *, seed: int = 0, text_width: int = TEXT_WIDTH, **changes: Any
+    kind: UnetKind = "sd1", *, seed: int = 0, text_width: int = TEXT_WIDTH, **changes: Any
 ) -> UNet2DConditionModel:
     """Return a UNet of some ten to a hundred thousand parameters; `changes` go to its config."""
     spec = dict(_UNETS[kind])
@@ -98,8 +138,28 @@ def tiny_text_encoder(
     **changes: Any,
 ) -> CLIPTextModel:
     """Return a text encoder of two layers and three heads, 77 tokens long."""
-    torch.manual_seed(seed)
-    config = CLIPTextConfig(
+    config = _text_config(hidden_act, text_width, vocab_size, changes)
+    return _text_encoder(CLIPTextModel, config, seed)
+
+
+def tiny_pooled_text_encoder(
+    hidden_act: Literal["quick_gelu", "gelu"] = "gelu",
+    *,
+    seed: int = 1,
+    text_width: int = 2 * TEXT_WIDTH,
+    vocab_size: int = 100,
+    **changes: Any,
+) -> CLIPTextModelWithProjection:
+    """Return a text encoder with a projection to POOLED_WIDTH, as SDXL's second is."""
+    changes = {"projection_dim": POOLED_WIDTH, **changes}
+    config = _text_config(hidden_act, text_width, vocab_size, changes)
+    return _text_encoder(CLIPTextModelWithProjection, config, seed)
+
+
+def _text_config(
+    hidden_act: str, text_width: int, vocab_size: int, changes: dict[str, Any]
+) -> CLIPTextConfig:
+    return CLIPTextConfig(
         **{
             "vocab_size": vocab_size,
             "hidden_size": text_width,
@@ -114,7 +174,11 @@ def tiny_text_encoder(
             **changes,
         }
     )
-    model = CLIPTextModel(config)
+
+
+def _text_encoder(kind: Any, config: CLIPTextConfig, seed: int) -> Any:
+    torch.manual_seed(seed)
+    model = kind(config)
     # The default initialisation is too small to tell a causal mask from none.
     model.get_input_embeddings().weight.data.normal_(std=1.0)
     return randomised(model, seed)
@@ -131,6 +195,21 @@ def tiny_vae(*, seed: int = 0, levels: int = 4, **changes: Any) -> AutoencoderKL
             "layers_per_block": 1,
             "norm_num_groups": 4,
             "sample_size": 32,
+            **changes,
+        }
+    )
+    return randomised(model, seed)
+
+
+def tiny_decoder_vae(*, seed: int = 0, levels: int = 4, **changes: Any) -> AutoencoderTiny:
+    """Return diffusers' AutoencoderTiny, narrow."""
+    torch.manual_seed(seed)
+    model = AutoencoderTiny(
+        **{
+            "encoder_block_out_channels": (8,) * levels,
+            "decoder_block_out_channels": (8,) * levels,
+            "num_encoder_blocks": (1,) * levels,
+            "num_decoder_blocks": (2, 3, 2, 1)[-levels:],
             **changes,
         }
     )
