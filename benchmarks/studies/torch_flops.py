@@ -35,7 +35,6 @@ def torch_operations(checkpoint: Path, size: int) -> dict[str, int]:
             "text_encoder": _counted(CLIPTextModel(text), ids),
             "unet": _counted(unet, latents, torch.empty(1), context),
             "vae_decoder": _counted(vae.decode, latents),
-            "vae_encoder": _counted(vae.encode, torch.empty(1, 3, size, size)),
         }
 
 

@@ -86,6 +86,21 @@ def checkpoint_from_ldm_file(
     )
 
 
+def models_from_ldm_file(file: Path, *, prediction_type: str | None = None) -> dict[str, Model]:
+    """Open the models of a single-file checkpoint, by their folder's name in diffusers.
+
+    Args:
+        file: `.safetensors`, whole: UNet, VAE and text encoders, of SD 1.x, 2.x or XL.
+        prediction_type: with "v_prediction" SD 1.x and 2.x make pictures of 768 pixels by default,
+            else of 512; SDXL 1024 with any.
+
+    Raises:
+        CheckpointError: another layout or architecture.
+    """
+    entries = entries_from_safetensors(file)
+    return _models(entries, _layout(entries, file), prediction_type)
+
+
 def _scheduler(prediction_type: str | None, layout: Layout) -> dict[str, Any]:
     """Return the scheduler_config.json of the family's models; None predicts epsilon."""
     predicts = prediction_type if prediction_type is not None else "epsilon"

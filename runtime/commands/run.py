@@ -228,7 +228,7 @@ def _notes(pipeline: Pipeline, settings: RunSettings, run: Run) -> Iterator[str]
     """What a user should know before the run."""
     if settings.provider == "auto" and pipeline.provider != "cpu" and not settings.quiet:
         yield pipeline.why
-    unused = {"vae_encoder"}  # no run needs it yet
+    unused: set[str] = set()
     if settings.cache_interval == 1:
         unused.add(SHALLOW)
     for component, why in pipeline.fallbacks.items():

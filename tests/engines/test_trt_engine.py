@@ -164,11 +164,11 @@ def test_buffers_are_kept_for_a_few_shapes_only(cuda: FakeCuda, opened: Open) ->
 
 def test_plans_take_turns_in_one_workspace(device: Device, opened: Open) -> None:
     """Also where it has grown, and lies elsewhere, since a plan was bound."""
-    small, large = opened("guidance"), opened("vae_encoder", size=(64, 64, 256))
+    small, large = opened("guidance"), opened("vae_decoder", size=(64, 64, 256))
     given = feeds("guidance", images=1)
     first = small.run(given)
     generation = device.workspace.generation
-    large.run(feeds("vae_encoder", images=4, side=64))
+    large.run(feeds("vae_decoder", images=4, side=64))
     assert device.workspace.generation > generation
     assert_same(small.run(given), first)
 

@@ -179,7 +179,6 @@ def test_one_component_in_fp32(
         "unet": "fp16",
         "unet_shallow": "fp16",
         "vae_decoder": "fp32",
-        "vae_encoder": "fp16",
         "guidance": "fp32",
     }
     assert parts["vae_decoder"].storage == ("fp32" if storage is None else "fp16")
@@ -188,7 +187,7 @@ def test_one_component_in_fp32(
         sum(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in graph.initializer)
         for graph in (
             onnx.load(mixed.path / f"{name}.onnx", load_external_data=False).graph
-            for name in ("vae_decoder", "vae_encoder")
+            for name in ("vae_decoder", "text_encoder")
         )
     ]
     assert (halves[0] > 0, halves[1] > 0) == (storage == "fp16", True)
@@ -237,8 +236,9 @@ def test_torch_exports_one_component_in_fp32(
 def test_fp32_components_that_make_no_sense(settings: ExportSettings) -> None:
     for name in ("vae", "guidance"):
         expected = f"fp32 component .* '{name}' .* text_encoder, unet, vae_decoder$"
+        chosen = replace(settings, precision="fp16", fp32_components=(name,), force=True)
         with pytest.raises(InputError, match=expected):
-            export_bundle(replace(settings, precision="fp16", fp32_components=(name,)))
+            export_bundle(chosen)
     with pytest.raises(InputError, match="where all are"):
         ExportSettings(
             model="sd-1.5", output=Path("x"), precision="fp32", fp32_components=("unet",)
@@ -264,7 +264,7 @@ def test_size_concept_and_watch(settings: ExportSettings, tmp_path: Path) -> Non
     assert tuple(opened.embeddings()) == ("", "a dog")
     done = [done for done, _ in seen]
     assert done == sorted(done)
-    assert seen[-1][0] >= 0.9 * seen[-1][1] > 0
+    assert seen[-1][0] >= 0.8 * seen[-1][1] > 0  # all but the VAE's encoder
     assert any("unet" in line for line in lines)
 
 
@@ -438,7 +438,6 @@ def test_checkpoints_that_do_not_fit(
         ({"_class_name": "LCMScheduler"}, "lcm", False),
         ({"_class_name": "UniPCMultistepScheduler"}, "unipc", False),
         ({"_class_name": "LMSDiscreteScheduler"}, "lms", False),
-        ({"_class_name": "SomeNewScheduler"}, "pndm", True),
         ({}, "pndm", True),
     ],
 )
@@ -448,6 +447,17 @@ def test_sampler_from_scheduler(scheduler: dict[str, Any], name: str, noted: boo
     got, notes = sampler_from_scheduler(scheduler)
     assert (got, bool(notes)) == (name, noted)
     assert got in SAMPLERS
+
+
+def test_a_scheduler_that_no_sampler_follows_is_refused_unless_one_is_chosen(
+    damaged: Path, settings: ExportSettings, tmp_path: Path
+) -> None:
+    change(damaged / "scheduler" / "scheduler_config.json", _class_name="TCDScheduler")
+    chosen = replace(settings, model=str(damaged), output=tmp_path / "out")
+    with pytest.raises(CheckpointError, match=r"got TCDScheduler .*--sampler NAME"):
+        export_bundle(chosen)
+    bundle = Bundle.open(export_bundle(replace(chosen, sampler="euler", steps=4)))
+    assert (bundle.manifest.defaults.sampler, bundle.manifest.defaults.steps) == ("euler", 4)
 
 
 # --- checks of the graphs -----------------------------------------------------------------------

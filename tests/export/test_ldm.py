@@ -28,10 +28,7 @@ from oracles.tokenizers import VOCAB_SIZE, save_tokenizer
 from sld_edge.engines.errors import CheckpointError, InputError
 from sld_edge.export.checkpoints.checkpoint import Model
 from sld_edge.export.checkpoints.ldm import (
-    checkpoint_from_ldm_file,
-    layout_of_ldm_file,
     models_from_ldm_file,
-    scheduler_from_prediction_type,
 )
 from sld_edge.export.checkpoints.sources import checkpoint_from_source
 from sld_edge.export.checkpoints.weights import Weights, entries_from_safetensors
@@ -176,7 +173,7 @@ def test_configs_are_inferred(any_case: CaseOf) -> None:
 def test_a_checkpoint_has_the_same_models(case: CaseOf) -> None:
     checkpoint = opened(case)
     for name, model in models_in(case).items():
-        same = getattr(checkpoint, name)
+        same = checkpoint.models[name]
         assert same.config == model.config
         assert same.weights.keys() == model.weights.keys()
 
@@ -317,22 +314,18 @@ def test_source_prediction_and_tokenizer(case: CaseOf) -> None:
     assert checkpoint.scheduler["prediction_type"] == predicts
     assert checkpoint.scheduler["beta_schedule"] == "scaled_linear"
     pad = '"pad_id":0' if kind == "sd2" else f'"pad_id":{VOCAB_SIZE - 1}'
-    assert pad in checkpoint.tokenizer_json
+    assert pad in checkpoint.tokenizers["text_encoder"]
 
 
-def test_schedulers_of_sdxl_are_eulers() -> None:
-    scheduler = scheduler_from_prediction_type(None, layout="sdxl")
-    assert scheduler["_class_name"] == "EulerDiscreteScheduler"
-    assert scheduler["prediction_type"] == "epsilon"
-    assert scheduler["beta_end"] == 0.012
-
-
-def test_layouts_are_told_apart(any_case: CaseOf) -> None:
-    kind, _, file = any_case
-    assert layout_of_ldm_file(file) == kind
-    if kind == "sdxl":
-        with pytest.raises(CheckpointError, match="SDXL"):
-            checkpoint_from_ldm_file(file, id="x")
+def test_an_sdxl_file_has_two_tokenizers_and_eulers_scheduler(
+    case_of: Callable[[str], CaseOf],
+) -> None:
+    checkpoint = opened(case_of("sdxl"))
+    assert checkpoint.scheduler["_class_name"] == "EulerDiscreteScheduler"
+    assert checkpoint.scheduler["prediction_type"] == "epsilon"
+    assert checkpoint.scheduler["beta_end"] == 0.012
+    assert f'"pad_id":{VOCAB_SIZE - 1}' in checkpoint.tokenizers["text_encoder"]
+    assert '"pad_id":0' in checkpoint.tokenizers["text_encoder_2"]
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,7 @@ def test_tokenizer_from_elsewhere(folder: Path, tmp_path: Path) -> None:
         ("no unet folder", "not a whole diffusers directory . got no unet"),
         ("no scheduler folder", "got no scheduler"),
         ("no tokenizer folder", "got no tokenizer"),
-        ("two text encoders", "SDXL"),
+        ("two text encoders", "got no tokenizer_2"),
         ("no config", "cannot read .*config.json"),
         ("broken config", "not whole JSON"),
         ("config is a list", "expected a JSON object"),

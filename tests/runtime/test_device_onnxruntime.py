@@ -124,7 +124,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
         {"safety": "weak"},
         {"sampler": "euler-a"},
         {"count": 2, "guidance_scale": 1},
-        {"cache_interval": 2, "safety_interval": 3},
+        {"cache_interval": 2},
     ],
     ids=str,
 )

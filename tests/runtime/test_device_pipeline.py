@@ -83,9 +83,7 @@ def assert_same(got: Result, wanted: Result) -> None:
         {"cache_interval": 2},
         {"cache_interval": 3, "safety": "weak", "steps": 7},  # two branches, then three
         {"cache_interval": 2, "safety": "off", "guidance_scale": 1, "sampler": "pndm"},
-        {"safety_interval": 2, "safety": ["max", "medium"], "steps": 7},
-        {"safety_interval": 3, "cache_interval": 2, "safety": "strong", "steps": 9},
-        {"safety_interval": 2, "cache_interval": 2, "safety_concept": ("a skull", "red", "snow")},
+        {"cache_interval": 2, "safety_concept": ("a skull", "red", "snow")},
     ],
     ids=str,
 )
@@ -219,7 +217,7 @@ def test_with_and_without_savings_in_turn(
     cuda: FakeCuda, cpu: Pipeline, planned: Callable[..., Path]
 ) -> None:
     with Pipeline.load(planned(), provider="tensorrt") as pipeline:
-        for savings in ({}, {"cache_interval": 2}, {"safety_interval": 2}, {}):
+        for savings in ({}, {"cache_interval": 2}, {"cache_interval": 3}, {}):
             given: dict[str, Any] = {**FAST, "steps": 6, "safety": "max", **savings}
             assert_same(pipeline("a red star", **given), cpu("a red star", **given))
     assert not cuda.live_allocations()
@@ -523,7 +521,7 @@ def test_auto_passes_over_plans_that_do_not_fit(
 def test_the_command_runs_a_plan(
     cuda: FakeCuda, planned: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bundle = planned(components=("unet", "guidance", "vae_decoder", "vae_encoder"))
+    bundle = planned(components=("unet", "guidance", "vae_decoder"))
     picture, report = tmp_path / "star.png", tmp_path / "star.json"
     made = ["--output", str(picture), "--report", str(report)]
     given = ["--engine", str(bundle / "unet.plan"), "--steps", "3"]
