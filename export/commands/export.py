@@ -148,8 +148,8 @@ def parser() -> Parser:
         "--q16-prompts",
         type=Path,
         metavar="FILE",
-        help="Q16's prompt file; read without running what a pickle asks for (default: prompts.p "
-        "in the model's directory)",
+        help="Q16's prompts as .npy, see docs/scorers.md (default: prompts.npy in the model's "
+        "directory)",
     )
     add_build_arguments(cli, required=False)
     cli.add_argument("--quiet", action="store_true", help="no progress, only errors")
