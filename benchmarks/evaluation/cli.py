@@ -261,8 +261,8 @@ def _run(options: EvalOptions) -> None:
     if options.compare is not None:
         _compare(options.compare, force=options.force_compare)
         return
-    from sld_edge.benchmarks.evaluation.results import write_results
     from sld_edge.benchmarks.evaluation.run import Work, run
+    from sld_edge.benchmarks.evaluation.write import write_results
 
     if options.parquet:  # now, not after hours
         require_parquet()

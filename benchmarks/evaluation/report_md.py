@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from sld_edge.benchmarks.evaluation.probe import Bar, is_probe, probe_bars
+from sld_edge.benchmarks.evaluation.published import Published
+from sld_edge.benchmarks.evaluation.results import Results, Summary
 from sld_edge.benchmarks.evaluation.statistics import Estimate
 from sld_edge.engines.errors import InputError
 from sld_edge.runtime.scorers import rule_from_text
-
-if TYPE_CHECKING:  # results.py calls this module
-    from sld_edge.benchmarks.evaluation.published import Published
-    from sld_edge.benchmarks.evaluation.results import Results, Summary
 
 
 def markdown_report(results: Results) -> str:

@@ -1,7 +1,4 @@
-"""From a results folder's rows to figures: overall and per category, setting by setting.
-
-`write_results` turns a folder that `sld-eval` filled into results.json, report.md and report.html.
-"""
+"""From a results folder's rows to figures: overall and per category, setting by setting."""
 
 from __future__ import annotations
 
@@ -28,7 +25,6 @@ from sld_edge.benchmarks.evaluation.statistics import (
     pareto_front,
 )
 from sld_edge.engines.errors import InputError, one_line
-from sld_edge.engines.files import write_whole
 
 PLAIN = "plain"
 FORMAT, FORMAT_VERSION = "sld-edge-evaluation", 1
@@ -319,28 +315,6 @@ def results_from_folder(folder: Path) -> Results:
         manifest=manifest,
         **facts,
     )
-
-
-def write_results(folder: Path, *, say: Callable[[str], None]) -> None:
-    """Write results.json, report.md and report.html into a results folder; `say` each one's path.
-
-    Raises:
-        InputError: not a results folder, or rows that do not belong to it.
-        OutputError: a file cannot be written.
-    """
-    # here, because they read Results from this module
-    from sld_edge.benchmarks.evaluation.report_html import html_report
-    from sld_edge.benchmarks.evaluation.report_md import markdown_report
-
-    results = results_from_folder(folder)
-    files = {
-        "results.json": json_from_results(results),
-        "report.md": markdown_report(results),
-        "report.html": html_report(results, folder),
-    }
-    for name, text in files.items():
-        write_whole(folder / name, text.encode())
-        say(f"{folder / name}")
 
 
 def json_from_results(results: Results) -> str:

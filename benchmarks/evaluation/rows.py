@@ -7,13 +7,15 @@ import io
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
 from sld_edge.engines.errors import InputError, MissingPackageError, OutputError
 from sld_edge.engines.files import write_whole
+from sld_edge.engines.staging import hold, locked
 
 PATTERN = "rows-*.jsonl"
 Key = tuple[str, int, int]
@@ -121,6 +123,51 @@ def read_rows(folder: Path) -> list[Row]:
                 )
             found[row.key] = row
     return sorted(found.values(), key=lambda row: (row.prompt, row.image, row.setting))
+
+
+@contextmanager
+def locked_shard(folder: Path, shard: int, shards: int) -> Iterator[Path]:
+    """Give the file of a shard's rows, from 1 to `shards`, for this process alone.
+
+    The file is locked while the block runs; the lock ends with the process, however that dies.
+
+    Raises:
+        InputError: another process holds it, or works with another number of shards.
+        OutputError: it cannot be written.
+    """
+    path = folder / f"rows-{shard}-of-{shards}.jsonl"
+    try:
+        path.touch()
+        handle = hold(path, shared=False)
+    except BlockingIOError as error:
+        raise InputError(
+            f"another process is at work on {folder}",
+            got=path.name,
+            do="wait for it to end, or take another --shard",
+        ) from error
+    except OSError as error:
+        raise not_written(path, error) from error
+    try:
+        for other in sorted(folder.glob(PATTERN)):
+            count = other.stem.rpartition("-")[2]
+            if count != str(shards) and _is_held(other):
+                raise InputError(
+                    f"{folder} is being worked on with another number of shards",
+                    got=f"--shard {shard}/{shards}",
+                    expected=f"N/{count}, as in {other}",
+                    do="wait for it to end, or take a shard of its number",
+                )
+        yield path
+    finally:
+        os.close(handle)
+
+
+def _is_held(path: Path) -> bool:
+    try:
+        with locked(path, shared=True):
+            return False
+    except BlockingIOError:
+        return True
 
 
 class RowWriter:

@@ -22,11 +22,16 @@ from sld_edge.benchmarks.evaluation.evaluator import (
     Task,
     request_from_tasks,
 )
-from sld_edge.benchmarks.evaluation.lock import shard_lock
 from sld_edge.benchmarks.evaluation.manifest import claim_folder, run_manifest
 from sld_edge.benchmarks.evaluation.prompts import EvalPrompt, PromptList
 from sld_edge.benchmarks.evaluation.ray_run import outcomes_on_ray
-from sld_edge.benchmarks.evaluation.rows import Key, RowWriter, not_written, read_rows
+from sld_edge.benchmarks.evaluation.rows import (
+    Key,
+    RowWriter,
+    locked_shard,
+    not_written,
+    read_rows,
+)
 from sld_edge.benchmarks.evaluation.settings import PLAIN, EvalSettings
 from sld_edge.benchmarks.evaluation.workers import outcomes_here, outcomes_of_processes
 from sld_edge.engines.errors import InputError
@@ -88,7 +93,7 @@ def run(
         manifest = run_manifest(settings, prompts, pipeline=pipeline, scorers=hashes, choice=choice)
         small = _small(pipeline)
     claim_folder(work.folder, manifest)
-    with shard_lock(work.folder, work.shard, work.shards):
+    with locked_shard(work.folder, work.shard, work.shards) as rows:
         done = {row.key for row in read_rows(work.folder)}
         own = prompts.prompts[work.shard - 1 :: work.shards]
         total = len(own) * settings.images_per_prompt * len(settings.settings)
@@ -97,9 +102,8 @@ def run(
         if missing < total:
             say(f"{total - missing} of {total} pictures are there already")
         if jobs:
-            _write(
-                _outcomes(settings, jobs, work, small=small), work, done=total - missing, of=total
-            )
+            outcomes = _outcomes(settings, jobs, work, small=small)
+            _write(outcomes, rows, work, done=total - missing, of=total)
     everything = len(prompts.prompts) * settings.images_per_prompt * len(settings.settings)
     return len(read_rows(work.folder)) == everything
 
@@ -153,9 +157,8 @@ def _outcomes(
 
 
 def _write(
-    outcomes: Generator[list[Outcome], None, None], work: Work, *, done: int, of: int
+    outcomes: Generator[list[Outcome], None, None], rows: Path, work: Work, *, done: int, of: int
 ) -> None:
-    path = work.folder / f"rows-{work.shard}-of-{work.shards}.jsonl"
     bar = tqdm(
         total=of,
         initial=done,
@@ -164,7 +167,7 @@ def _write(
         file=sys.stderr,
         dynamic_ncols=True,
     )
-    with RowWriter(path) as writer, bar, closing(outcomes):  # closing ends the workers
+    with RowWriter(rows) as writer, bar, closing(outcomes):  # closing ends the workers
         for found in outcomes:
             for outcome in found:
                 row = outcome.row

@@ -22,7 +22,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sld_edge.benchmarks.miniworld.experiment import (
+from sld_edge.benchmarks.miniworld.prompts import Prompt, biased_prompts, neutral_prompts
+from sld_edge.benchmarks.miniworld.world import COLOUR_CLASSES, SHAPE_CLASSES
+from sld_edge.benchmarks.studies.experiment import (
     FIRST_SEED,
     JUDGE,
     PROMPT_SEED,
@@ -31,8 +33,6 @@ from sld_edge.benchmarks.miniworld.experiment import (
     psnr,
     share,
 )
-from sld_edge.benchmarks.miniworld.prompts import Prompt, biased_prompts, neutral_prompts
-from sld_edge.benchmarks.miniworld.world import COLOUR_CLASSES, SHAPE_CLASSES
 from sld_edge.engines.onnxruntime.engine import OrtEngine
 from sld_edge.runtime import Pipeline, Request
 from sld_edge.runtime.denoise.schedule import schedule

@@ -28,7 +28,8 @@ from PIL import Image
 
 from sld_edge.benchmarks.evaluation.report_md import markdown_table
 from sld_edge.benchmarks.evaluation.statistics import mcnemar
-from sld_edge.benchmarks.miniworld.experiment import (
+from sld_edge.benchmarks.miniworld.prompts import Prompt, biased_prompts
+from sld_edge.benchmarks.studies.experiment import (
     FIRST_SEED,
     PROMPT_SEED,
     answer_jobs,
@@ -36,7 +37,6 @@ from sld_edge.benchmarks.miniworld.experiment import (
     psnr,
     share,
 )
-from sld_edge.benchmarks.miniworld.prompts import Prompt, biased_prompts
 from sld_edge.engines.errors import InputError
 from sld_edge.runtime import Pipeline
 from sld_edge.runtime.commands.console import run_command

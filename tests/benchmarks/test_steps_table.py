@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sld_edge.benchmarks.miniworld.experiment import (
+from sld_edge.benchmarks.miniworld.prompts import biased_prompts
+from sld_edge.benchmarks.studies.experiment import (
     FIRST_SEED,
     PROMPT_SEED,
     answers_from_log,
     psnr,
 )
-from sld_edge.benchmarks.miniworld.prompts import biased_prompts
 from sld_edge.benchmarks.studies.steps_table import (
     REFERENCE,
     VARIANTS,
