@@ -23,8 +23,9 @@ from sld_edge.benchmarks.bench.tables import bundle_tables, conditions_table, ma
 from sld_edge.engines.errors import InputError, OutputError
 from sld_edge.engines.files import write_whole
 from sld_edge.engines.settings import cache_folder
+from sld_edge.runtime.commands.arguments import add_options, flag, option, parsed
 from sld_edge.runtime.commands.console import Parser, run_command
-from sld_edge.runtime.commands.options import add_provider, add_quiet
+from sld_edge.runtime.commands.options import provider_option, quiet_option
 from sld_edge.runtime.pipeline import Pipeline
 from sld_edge.runtime.request import Request
 from sld_edge.runtime.safety import PRESETS
@@ -50,21 +51,48 @@ was asked: one line, exit code 2.
 class BenchOptions:
     """What `sld-bench` was asked for, typed."""
 
-    bundle: Path | None
-    output: Path
-    force: bool
-    provider: str
-    size: int | None
-    steps: int | None
-    rounds: int
-    warmup: int
-    batch: Sequence[int]
-    safety: Sequence[str]
-    threads: int | None
-    peers: Sequence[str] | None
-    peer_python: Sequence[str]
-    checkpoint: Path | None
-    quiet: bool
+    bundle: Path | None = option(
+        "made by sld-export; without it, the miniature model that ships with the package",
+        "BUNDLE",
+        positional=True,
+        nargs="?",
+    )
+    output: Path = option("folder of the results", "DIR", default=Path("sld-bench-results"))
+    force: bool = flag("replace results that are there")
+
+    size: int | None = option(
+        "width and height in pixels (default: the bundle's)", "W", group="what is measured"
+    )
+    steps: int | None = option("denoising steps (default: the bundle's)")
+    rounds: int = option("times that everything is measured, interleaved", "R", default=3)
+    warmup: int = option(
+        "pictures before the timed one in each process; with --peers, where every picture is a "
+        "process's first, rounds that do not count",
+        default=1,
+    )
+    batch: tuple[int, ...] = option("pictures at once, for the throughput", default=(1, 2, 4))
+    safety: tuple[str, ...] = option(
+        "presets whose price is measured; off is always among them", default=tuple(PRESETS)
+    )
+
+    provider: str = provider_option("machine")
+    threads: int | None = option("of the CPU engines (default: one a core)")
+    quiet: bool = quiet_option()
+
+    peers: tuple[str, ...] | None = option(
+        "measure beside others, on the CPU, in place of the rest: diffusers, optimum, openvino, "
+        "sdcpp (default: all that are installed)",
+        group="peers",
+        nargs="*",
+    )
+    checkpoint: Path | None = option(
+        "the weights for all: a diffusers directory; without BUNDLE it is exported first", "DIR"
+    )
+    peer_python: tuple[str, ...] = option(
+        "the Python that a peer is installed for, where that is not this one",
+        "NAME=PATH",
+        default=(),
+    )
 
 
 def parser() -> Parser:
@@ -74,95 +102,13 @@ def parser() -> Parser:
         description="Measure a bundle: latency, memory, throughput, and what safety costs.",
         epilog=_EXAMPLES,
     )
-    cli.add_argument(
-        "bundle",
-        nargs="?",
-        type=Path,
-        metavar="BUNDLE",
-        help="made by sld-export; without it, the miniature model that ships with the package",
-    )
-    cli.add_argument(
-        "--output",
-        type=Path,
-        default=Path("sld-bench-results"),
-        metavar="DIR",
-        help="folder of the results (default: sld-bench-results)",
-    )
-    cli.add_argument("--force", action="store_true", help="replace results that are there")
-
-    measured = cli.add_argument_group("what is measured")
-    measured.add_argument(
-        "--size", type=int, metavar="W", help="width and height in pixels (default: the bundle's)"
-    )
-    measured.add_argument(
-        "--steps", type=int, metavar="N", help="denoising steps (default: the bundle's)"
-    )
-    measured.add_argument(
-        "--rounds",
-        type=int,
-        default=3,
-        metavar="R",
-        help="times that everything is measured, interleaved (default: 3)",
-    )
-    measured.add_argument(
-        "--warmup",
-        type=int,
-        default=1,
-        metavar="N",
-        help="pictures before the timed one in each process; with --peers, where every picture is "
-        "a process's first, rounds that do not count (default: 1)",
-    )
-    measured.add_argument(
-        "--batch",
-        type=int,
-        nargs="+",
-        default=[1, 2, 4],
-        metavar="N",
-        help="pictures at once, for the throughput (default: 1 2 4)",
-    )
-    measured.add_argument(
-        "--safety",
-        nargs="+",
-        default=list(PRESETS),
-        metavar="NAME",
-        help=f"presets whose price is measured; off is always among them "
-        f"(default: {' '.join(PRESETS)})",
-    )
-
-    machine = cli.add_argument_group("machine")
-    add_provider(machine)
-    machine.add_argument(
-        "--threads", type=int, metavar="N", help="of the CPU engines (default: one a core)"
-    )
-    add_quiet(machine)
-
-    peers = cli.add_argument_group("peers")
-    peers.add_argument(
-        "--peers",
-        nargs="*",
-        metavar="NAME",
-        help="measure beside others, on the CPU, in place of the rest: diffusers, optimum, "
-        "openvino, sdcpp (default: all that are installed)",
-    )
-    peers.add_argument(
-        "--checkpoint",
-        type=Path,
-        metavar="DIR",
-        help="the weights for all: a diffusers directory; without BUNDLE it is exported first",
-    )
-    peers.add_argument(
-        "--peer-python",
-        nargs="+",
-        default=[],
-        metavar="NAME=PATH",
-        help="the Python that a peer is installed for, where that is not this one",
-    )
+    add_options(cli, BenchOptions)
     return cli
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `sld-bench`; return its exit code."""
-    return run_command(lambda: _run(BenchOptions(**vars(parser().parse_args(arguments)))))
+    return run_command(lambda: _run(parsed(parser(), BenchOptions, arguments)))
 
 
 def _run(options: BenchOptions) -> None:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from sld_edge.engines.errors import InputError
 from sld_edge.runtime.safety import PRESETS, Safety, safety_from_preset
@@ -16,8 +16,6 @@ from sld_edge.runtime.scorers import Rule
 Protocol = Literal["official", "per-prompt"]
 Images = Literal["keep", "discard", "blur"]
 
-PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
-IMAGES: tuple[Images, ...] = get_args(Images)
 OFFICIAL_STEPS, OFFICIAL_GUIDANCE_SCALE = 50, 7.5  # of I2P's protocol
 DEFAULT_SAFETY = ("off", "medium", "strong")
 _SWEPT = {

@@ -20,6 +20,7 @@ from sld_edge.engines.errors import EngineError, InputError, OutputError
 from sld_edge.engines.files import check_writable, write_whole
 from sld_edge.engines.providers import choose, survey, survey_table
 from sld_edge.runtime.bundle import KEPT_SAFETY, SHALLOW
+from sld_edge.runtime.commands.arguments import parsed
 from sld_edge.runtime.commands.console import EXIT_FAILED, EXIT_FLAGGED, EXIT_OK, run_command
 from sld_edge.runtime.commands.options import RunSettings, parser
 from sld_edge.runtime.commands.selftest import self_test
@@ -36,7 +37,7 @@ from sld_edge.runtime.screening import Screening
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `sld-run`; return its exit code."""
-    return run_command(lambda: _run(RunSettings(**vars(parser().parse_args(arguments)))))
+    return run_command(lambda: _run(parsed(parser(), RunSettings, arguments)))
 
 
 def _run(settings: RunSettings) -> int:
@@ -62,7 +63,7 @@ def _run(settings: RunSettings) -> int:
         provider=settings.provider,
         plan=settings.engine,
         trust_plan=settings.trust_plan,
-        cuda_graph=not settings.no_cuda_graph,
+        cuda_graph=settings.cuda_graph,
         low_memory=settings.low_memory,
         vae_tiling=settings.vae_tiling,
         quiet=settings.quiet,

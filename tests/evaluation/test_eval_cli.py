@@ -18,6 +18,7 @@ from sld_edge.benchmarks.evaluation.manifest import read_manifest
 from sld_edge.benchmarks.evaluation.rows import read_rows
 from sld_edge.benchmarks.evaluation.settings import EvalSettings
 from sld_edge.runtime.bundle import EMBEDDED, Bundle
+from sld_edge.runtime.commands.arguments import parsed
 from sld_edge.runtime.scorers import text_from_rule
 
 MANIFEST = Bundle.open().manifest
@@ -37,7 +38,7 @@ def only_line(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def options(*words: str) -> cli.EvalOptions:
-    return cli.EvalOptions(**vars(parser().parse_args(words)))
+    return parsed(parser(), cli.EvalOptions, words)
 
 
 def settings(*words: str) -> EvalSettings:
