@@ -261,7 +261,7 @@ def spark_line(*, title: str, values: Sequence[float], reach: float) -> str:
 def nice_ticks(high: float, low: float = 0.0) -> list[float]:
     """Return 3 to 7 round numbers, evenly apart, from at most `low` to at least `high`."""
     span = high - low
-    if not span > 0:
+    if not span > 1e-9 * abs(high):  # one number, but for its last digits
         span = abs(high) or 1.0
         low, high = (low, high + span) if low >= 0 else (low, high)
     raw = span / 4
