@@ -17,7 +17,7 @@ from tqdm import tqdm
 from sld_edge.benchmarks.bench.comparison import CompareSettings, compare_peers
 from sld_edge.benchmarks.bench.conditions import busy, conditions
 from sld_edge.benchmarks.bench.figures import figures
-from sld_edge.benchmarks.bench.page import bundle_charts, page
+from sld_edge.benchmarks.bench.page import bundle_charts, report_page
 from sld_edge.benchmarks.bench.runs import PROMPT, BenchSettings, cells, measure, runs_as_json
 from sld_edge.benchmarks.bench.tables import bundle_tables, conditions_table, markdown
 from sld_edge.engines.errors import InputError, OutputError
@@ -150,7 +150,7 @@ def _run(options: BenchOptions) -> None:
             "runs": runs_as_json(runs),
         },
         markdown(title, notes, tables),
-        page(title, notes, bundle_charts(found), tables),
+        report_page(title, notes, bundle_charts(found), tables),
     )
 
 
@@ -221,7 +221,7 @@ def _run_peers(options: BenchOptions, peers: Sequence[str]) -> None:
         options.output,
         {"kind": "peers", "conditions": told, "notes": notes, **found.body},
         markdown(found.title, notes, tables),
-        page(found.title, notes, found.charts, tables),
+        report_page(found.title, notes, found.charts, tables),
     )
 
 

@@ -33,6 +33,7 @@ from sld_edge.benchmarks.bench.runs import (
 from sld_edge.benchmarks.bench.summary import Ratio, digits, median_of_rounds, ratio
 from sld_edge.benchmarks.bench.tables import Table, counted, ratio_text
 from sld_edge.benchmarks.bench.worker import Task
+from sld_edge.benchmarks.html import Html
 from sld_edge.engines.errors import InputError
 from sld_edge.engines.files import write_whole
 from sld_edge.runtime.bundle import Bundle, LatentInfo
@@ -102,7 +103,7 @@ class Comparison:
     notes: list[str]
     versions: Mapping[str, str]
     tables: Sequence[Table]
-    charts: Sequence[tuple[str, str]]
+    charts: Sequence[tuple[str, Html]]
     body: Mapping[str, Any]
 
 

@@ -10,7 +10,7 @@ from sld_edge.benchmarks.bench.conditions import told_lines
 from sld_edge.benchmarks.bench.figures import Figures
 from sld_edge.benchmarks.bench.runs import BenchSettings
 from sld_edge.benchmarks.bench.summary import Ratio, digits
-from sld_edge.benchmarks.evaluation.plots import html_from_text
+from sld_edge.benchmarks.html import Html, join, tag
 
 _GIB = 2**30
 
@@ -30,20 +30,15 @@ class Table:
         table = "\n".join([*lines, *map(_row, self.rows)])
         return "\n\n".join(part for part in (f"## {self.title}", table, self.note) if part)
 
-    def html(self) -> str:
+    def html(self) -> Html:
         """Return it as a section of a page."""
-        head = "".join(f"<th>{html_from_text(name)}</th>" for name in self.head)
-        rows = "".join(
-            f"<tr><th>{html_from_text(first)}</th>"
-            + "".join(f"<td>{html_from_text(cell)}</td>" for cell in rest)
-            + "</tr>"
+        head = tag("thead", tag("tr", *(tag("th", name) for name in self.head)))
+        rows = [
+            tag("tr", tag("th", first), *(tag("td", cell) for cell in rest))
             for first, *rest in self.rows
-        )
-        return (
-            f"<h2>{html_from_text(self.title)}</h2>"
-            f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
-            f"<tbody>{rows}</tbody></table></div><p>{html_from_text(self.note)}</p>"
-        )
+        ]
+        table = tag("table", head, tag("tbody", *rows))
+        return join(tag("h2", self.title), tag("div", table, class_="scroll"), tag("p", self.note))
 
 
 def bundle_tables(settings: BenchSettings, found: Figures) -> list[Table]:

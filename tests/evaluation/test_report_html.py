@@ -26,7 +26,6 @@ from sld_edge.benchmarks.evaluation.plots import (
     Line,
     Point,
     bar_chart,
-    html_from_text,
     hundred_squares,
     line_chart,
     nice_ticks,
@@ -45,6 +44,7 @@ from sld_edge.benchmarks.evaluation.sheets import (
     shown_settings,
 )
 from sld_edge.benchmarks.evaluation.statistics import Estimate
+from sld_edge.benchmarks.html import html_from_text
 
 CHROMIUM = shutil.which("chromium")
 HOSTILE = (
