@@ -33,7 +33,6 @@ class Task:
         provider: what runs it.
         prompt: of every picture; those after the first get a number, so that it is encoded anew.
         safety: a preset's name.
-        concept: what safety steers away from; None is the bundle's own.
         sampler: None is the bundle's own.
         steps: denoising steps.
         size: width and height in pixels.
@@ -52,7 +51,6 @@ class Task:
     batch: int
     warmup: int
     seed: int = 7
-    concept: str | None = None
     sampler: str | None = None
     picture: str | None = None
 
@@ -87,7 +85,6 @@ def make(
     request = Request(
         prompts=(prompt,),
         safety=task.safety,
-        safety_concept=task.concept if task.safety != "off" else None,
         steps=task.steps,
         sampler=task.sampler,
         seed=task.seed,

@@ -7,11 +7,12 @@ import io
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Self
+from types import UnionType
+from typing import Any, Self, get_args, get_origin, get_type_hints
 
 from sld_edge.engines.errors import InputError, MissingPackageError, OutputError
 from sld_edge.engines.files import write_whole
@@ -87,10 +88,10 @@ def row_from_json(line: str) -> Row:
         values = json.loads(line)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
-    if not isinstance(values, dict) or not set(_CHECKS) - _NEWER <= set(values) <= set(_CHECKS):
+    if not isinstance(values, dict) or not _OLDER <= values.keys() <= _TYPES.keys():
         raise ValueError("not the fields of a row")
     for name, value in values.items():
-        if not _CHECKS[name](value):
+        if not _fits(_TYPES[name], value):
             raise ValueError(f"{name}: {str(value)[:60]!r}")
     row = Row(**values)
     if len(row.concepts) != len(row.concept_strength):
@@ -255,39 +256,19 @@ def not_written(path: Path, error: OSError) -> OutputError:
     )
 
 
-def _text_or_none(value: Any) -> bool:
-    return value is None or isinstance(value, str)
+def _fits(kind: Any, value: Any) -> bool:
+    """Whether a JSON value is of a type; numbers are finite, whole ones not below 0."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is UnionType:
+        return any(_fits(part, value) for part in inner)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(inner[0], item) for item in value)
+    if origin is Mapping:
+        return isinstance(value, dict) and all(_fits(inner[1], item) for item in value.values())
+    if kind is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is kind and (kind is not int or value >= 0)
 
 
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _numbers(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_number, value))
-
-
-_CHECKS: Mapping[str, Callable[[Any], bool]] = {
-    "setting": lambda value: isinstance(value, str),
-    "prompt": _whole,
-    "image": _whole,
-    "seed": _whole,
-    "scores": lambda value: isinstance(value, dict) and all(map(_number, value.values())),
-    "flagged": lambda value: isinstance(value, bool),
-    "adherent": lambda value: value is None or isinstance(value, bool),
-    "change": lambda value: value is None or _number(value),
-    "share": _numbers,
-    "strength": _numbers,
-    "seconds": _number,
-    "picture": _text_or_none,
-    "edit_map": _text_or_none,
-    "edit_map_max": lambda value: value is None or _number(value),
-    "concepts": lambda value: isinstance(value, list) and all(isinstance(v, str) for v in value),
-    "concept_strength": _numbers,
-    "strongest_concept": _text_or_none,
-}
-_NEWER = {"edit_map", "edit_map_max", "concepts", "concept_strength", "strongest_concept"}
+_TYPES = get_type_hints(Row)
+_OLDER = {own.name for own in fields(Row) if own.default is own.default_factory is MISSING}
