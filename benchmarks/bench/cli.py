@@ -64,32 +64,35 @@ class BenchOptions:
         "width and height in pixels (default: the bundle's)", "W", group="what is measured"
     )
     steps: int | None = option("denoising steps (default: the bundle's)")
-    rounds: int = option("times that everything is measured, interleaved", "R", default=3)
+    rounds: int = option(
+        "how often everything is measured; the rounds are interleaved", "R", default=3
+    )
     warmup: int = option(
-        "pictures before the timed one in each process; with --peers, where every picture is a "
-        "process's first, rounds that do not count",
+        "pictures that each process makes before the timed picture; with --peers every process "
+        "makes one picture, so these are rounds that do not count",
         default=1,
     )
     batch: tuple[int, ...] = option("pictures at once, for the throughput", default=(1, 2, 4))
     safety: tuple[str, ...] = option(
-        "presets whose price is measured; off is always among them", default=tuple(PRESETS)
+        "presets whose price is measured; off is always measured", default=tuple(PRESETS)
     )
 
     provider: str = provider_option("machine")
-    threads: int | None = option("of the CPU engines (default: one a core)")
+    threads: int | None = option("threads of the CPU engines (default: one a core)")
     quiet: bool = quiet_option()
 
     peers: tuple[str, ...] | None = option(
-        "measure beside others, on the CPU, in place of the rest: diffusers, optimum, openvino, "
+        "only compare with other programs, on the CPU: diffusers, optimum, openvino, "
         "sdcpp (default: all that are installed)",
         group="peers",
         nargs="*",
     )
     checkpoint: Path | None = option(
-        "the weights for all: a diffusers directory; without BUNDLE it is exported first", "DIR"
+        "weights of every program: a diffusers directory; without BUNDLE it is exported first",
+        "DIR",
     )
     peer_python: tuple[str, ...] = option(
-        "the Python that a peer is installed for, where that is not this one",
+        "the Python that has the peer, if it is not this one",
         "NAME=PATH",
         default=(),
     )

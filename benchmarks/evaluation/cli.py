@@ -96,19 +96,20 @@ class EvalOptions:
         group="prompts",
     )
     probe: str | None = option(
-        "in place of a list: countries (“<country> body”, for bias) or scenes (the miniature "
-        "world's)"
+        "a built-in list: countries (“<country> body”, for bias) or scenes (the miniature world's)"
     )
-    category: tuple[str, ...] = option("only prompts of these", default=())
+    category: tuple[str, ...] = option("only prompts of these categories", default=())
     hard: bool = flag("only prompts marked hard")
-    sample: int | None = option("only N of them, drawn at random")
-    sample_seed: int = option("of that draw", "S", default=0)
+    sample: int | None = option("only N prompts, drawn at random")
+    sample_seed: int = option("seed of the sample", "S", default=0)
     protocol: Protocol = option(
-        "official: the bundle's size, 50 steps, guidance 7.5, our seeds, for every prompt; "
-        "per-prompt: the list's own sizes, guidance and seeds",
+        "official: every prompt with the bundle's size, 50 steps, guidance 7.5 and our seeds; "
+        "per-prompt: the sizes, guidance scales and seeds of the list",
         default="official",
     )
-    strict_sizes: bool = flag("refuse sizes that the bundle cannot make, in place of rounding them")
+    strict_sizes: bool = flag(
+        "refuse sizes that the bundle cannot make; without it they are rounded"
+    )
 
     safety: tuple[str, ...] | None = option(
         f"{', '.join(PRESETS)}, negative (the concept as negative prompt); off is always among "
@@ -117,14 +118,14 @@ class EvalOptions:
     )
     safety_concept: tuple[str, ...] = concepts_option()
     sweep: tuple[str, ...] = option(
-        "every combination of numbers: scale, threshold, warmup, momentum, beta; the others are "
-        "medium's",
+        "every combination of numbers: scale, threshold, warmup, momentum, beta; a number not "
+        "named is that of the preset medium",
         "NAME=A,B",
         default=(),
     )
     images_per_prompt: int | None = option(
-        f"for each setting (default: {_OFFICIAL_IMAGES}; {_MINIATURE_IMAGES} with the miniature "
-        "world's list)"
+        f"pictures of each prompt with each setting (default: {_OFFICIAL_IMAGES}; "
+        f"{_MINIATURE_IMAGES} with the miniature world's list)"
     )
     steps: int | None = steps_option()
     sampler: str | None = sampler_option()
@@ -142,7 +143,7 @@ class EvalOptions:
         "RULE",
     )
     images: Images = option(
-        "keep, discard, or blur those that are flagged, without ever writing them sharp",
+        "keep, discard, or blur: flagged pictures are blurred, and never written sharp",
         "HOW",
         default="blur",
     )
@@ -150,9 +151,12 @@ class EvalOptions:
 
     provider: str = provider_option("machine")
     batch_size: int | None = batch_size_option()
-    processes: int | None = option("default: one a core for small models on the CPU, else one")
+    processes: int | None = option(
+        "processes that make pictures (default: one a core for small models on the CPU, else one)"
+    )
     shard: str = option(
-        "part I of N of the prompts; processes and machines that take one each share --output",
+        "make part I of N of the prompts; processes and machines with different parts share the "
+        "folder --output",
         "I/N",
         default="1/1",
     )
@@ -164,7 +168,9 @@ class EvalOptions:
     compare: tuple[Path, ...] | None = option(
         "print finished runs in one table", "DIR", group="runs side by side"
     )
-    force_compare: bool = flag("even if their detectors, rule, prompts or protocol differ")
+    force_compare: bool = flag(
+        "compare runs even if their detectors, rule, prompts or protocol differ"
+    )
 
 
 def parser() -> Parser:
@@ -361,7 +367,7 @@ def _rule(options: EvalOptions, scorers: Sequence[str]) -> Rule:
                 "--rule: without safety there is no activation, so every plain picture would be "
                 "flagged",
                 got=repr(text_from_rule((condition,))),
-                do="measure it with python -m sld_edge.benchmarks.studies.activation_roc",
+                do="measure it with python -m sld_edge.benchmarks.evaluation.activation_roc",
             )
     return rule
 

@@ -48,8 +48,8 @@ class PlanOptions:
         group="plans",
     )
     compute_capability: tuple[str, ...] = option(
-        "of the devices that one plan is for, 8.6 8.9 12.0 for RTX 30, 40 and 50; tensorrt-rtx "
-        "(default: the device's own, and where there is none all that it takes)",
+        "devices that a plan runs on, 8.6 8.9 12.0 for RTX 30, 40 and 50; only tensorrt-rtx "
+        "(default: this device; without a device, all that TensorRT-RTX supports)",
         "X.Y",
         default=(),
     )
@@ -58,25 +58,31 @@ class PlanOptions:
         f"(default: {BATCH.min} {BATCH.opt} {BATCH.max})"
     )
     concepts: int | None = option(
-        "most safety concepts at once, each of them a UNet branch (default: the bundle's)"
+        "largest number of safety concepts at once; each is a UNet branch (default: the bundle's)"
     )
     size: tuple[int, ...] | None = option(
         "pixels of width and height: MIN OPT MAX, or one number; a fixed size runs fastest "
         "(default: the bundle's own size, fixed)"
     )
-    components: tuple[str, ...] = option("only these (default: all in the bundle)", default=())
+    components: tuple[str, ...] = option(
+        "components to build (default: all in the bundle)", default=()
+    )
     workspace: int | None = option(
-        "that kernels may use beside their tensors; less for 8 GB boards; tensorrt", "MiB"
+        "memory that kernels may use beside their tensors; less for 8 GB boards; only tensorrt",
+        "MiB",
     )
     optimization_level: int | None = option(
         "0, a fast build, to 5, a fast plan (default: TensorRT's own)"
     )
-    version_compatible: bool = flag("later versions of TensorRT take the plan too; tensorrt")
+    version_compatible: bool = flag(
+        "the plan also runs on later versions of TensorRT; only tensorrt"
+    )
     hardware_compatible: bool = flag(
-        "every device of compute capability 8.0 and later takes it, but no Jetson; tensorrt"
+        "the plan runs on every device of compute capability 8.0 and later, but on no Jetson; only "
+        "tensorrt"
     )
     strip_weights: bool = flag(
-        "a small plan, filled from the bundle's ONNX files when it loads; tensorrt"
+        "a small plan, filled from the bundle's ONNX files when it loads; only tensorrt"
     )
 
 
@@ -87,7 +93,7 @@ class BuildOptions:
     bundle: Path = option(
         "a bundle, as sld-export makes it", "BUNDLE", default=REQUIRED, positional=True
     )
-    force: bool = flag("build also what is there already")
+    force: bool = flag("build plans again that are there already")
     quiet: bool = quiet_option()
 
 

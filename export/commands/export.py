@@ -53,10 +53,8 @@ class ExportOptions:
         "MODEL",
     )
     output: Path = option("the bundle's directory", "DIR", default=REQUIRED)
-    name: str | None = option("what the bundle calls the model", "TEXT")
-    force: bool = flag(
-        "replace an existing bundle or scorer; files in its folder that it does not list stay"
-    )
+    name: str | None = option("name of the model in the bundle", "TEXT")
+    force: bool = flag("replace an existing bundle or scorer; other files in its folder stay")
     sign: Path | None = option(
         "sign the bundle with an Ed25519 key, for devices whose policy names its signers; without "
         "--model, sign the bundle at --output (docs/policy.md)",
@@ -70,14 +68,14 @@ class ExportOptions:
         group="graphs",
     )
     fp32_components: tuple[str, ...] = option(
-        "these in fp32 all the same; vae_decoder, where its activations pass the largest fp16 "
-        "number, 65504, as SDXL's do: such a run ends in NaN (text_encoder, unet, vae_decoder, "
-        "vae_encoder)",
+        "components in fp32 although --precision is fp16: text_encoder, unet, vae_decoder, "
+        "vae_encoder; vae_decoder needs it where its activations pass the largest fp16 number, "
+        "65504, as SDXL's do, and runs end in NaN",
         default=(),
     )
     storage: Literal["fp16", "fp32"] | None = option(
-        "weights on disk: fp16 with --precision fp32, or with --fp32-components, is half the size "
-        "(default: as the arithmetic)"
+        "weights on disk; fp16 halves the size of components with fp32 arithmetic (default: the "
+        "precision of the arithmetic)"
     )
     attention: Literal["op", "decomposed"] = option(
         "op: ONNX's Attention, opset 23; decomposed: plain products, opset 20, for TensorRT before "
@@ -101,18 +99,16 @@ class ExportOptions:
         "a single file of SD 2.x does not say)"
     )
 
-    width: int | None = option(
-        "pixels (default: the model's)", "W", group="what a run uses where it does not say"
-    )
+    width: int | None = option("pixels (default: the model's)", "W", group="defaults of a run")
     height: int | None = option("pixels (default: the model's)", "H")
     safety_concept: tuple[str, ...] = option(
-        "what to steer away from; give it again for several concepts, each with a UNet branch of "
-        "its own (default: the paper's 20 items as one)",
+        "what to steer away from; give it again for several concepts, each with its own UNet "
+        "branch (default: the paper's 20 items as one concept)",
         "TEXT",
         default=(),
         action="append",
     )
-    preset: str = option(f"how strongly: {', '.join(PRESETS)}", default="medium")
+    preset: str = option(f"strength of safety: {', '.join(PRESETS)}", default="medium")
 
     scorer: str | None = option(
         f"{', '.join(SCORERS)}: from a CLIP model or safety checker in the directory --model",

@@ -37,8 +37,8 @@ self-test failed; 2, a mistake in what was asked, told in one line; 3, a picture
 def concepts_option() -> Any:
     """Return the option --safety-concept."""
     return option(
-        "what to steer away from; give it again for several concepts, each with a UNet branch and "
-        "a threshold of its own (default: the bundle's)",
+        "what to steer away from; give it again for several concepts, each with its own UNet "
+        "branch and threshold (default: the bundle's)",
         "TEXT",
         default=(),
         action="append",
@@ -100,8 +100,8 @@ class RunSettings:
         group="files",
     )
     engine: Path | None = option(
-        "a TensorRT plan made by sld-build, as sd15/unet.plan: runs its bundle with the plans that "
-        "lie beside it, and what has none with ONNX Runtime",
+        "a TensorRT plan made by sld-build, as sd15/unet.plan: runs its bundle with the plans "
+        "beside it; a component without a plan runs with ONNX Runtime",
         "PLAN",
     )
     trust_plan: bool = flag(
@@ -129,12 +129,10 @@ class RunSettings:
         group="safety, number by number (each replaces the preset's)",
     )
     safety_warmup: int | None = option(
-        "calls without an edit; taken as it is, where a preset's is scaled to the steps; refused "
-        "where it leaves no more than the last call"
+        "UNet calls without an edit, not scaled to the steps as a preset's; at least two calls "
+        "must be left"
     )
-    safety_threshold: float | None = option(
-        "distance to the concept from which on nothing is edited"
-    )
+    safety_threshold: float | None = option("distance to the concept above which nothing is edited")
     safety_momentum_scale: float | None = option("share of past edits added, 0 to below 1")
     safety_momentum_beta: float | None = option("how long past edits last, 0 to below 1")
 
@@ -142,12 +140,12 @@ class RunSettings:
         f"score every picture: {', '.join(SCORERS)}; NAME=PATH says where its model lies",
         default=(),
         action="extend",
-        group="looking at what came out (see docs/scorers.md)",
+        group="scoring pictures (see docs/scorers.md)",
     )
     on_flag: OnFlag | None = option(
-        f"with a flagged picture: {', '.join(ON_FLAG)}; escalate makes it again with the next "
-        "stronger preset, up to max, and escalate-withhold writes nothing if that does not help "
-        "(default: report)",
+        f"what is done with a flagged picture: {', '.join(ON_FLAG)}; escalate makes it again with "
+        "the next stronger preset, up to max, and escalate-withhold writes nothing if that does "
+        "not help (default: report)",
         "WHAT",
     )
     flag_rule: str | None = option(
@@ -184,17 +182,18 @@ class RunSettings:
     provider: str = provider_option("machine")
     providers: bool = flag("show which providers work here, or why not")
     cache: bool = flag(
-        "show what is kept for this processor, where, and how large; SLD_EDGE_CACHE moves it, "
-        "SLD_EDGE_CACHE_LIMIT is the most GB that it takes (default: 20), the least used go first"
+        "show the prepared graphs kept for this processor: where they are and how large; "
+        "SLD_EDGE_CACHE moves them, SLD_EDGE_CACHE_LIMIT is the most GB kept (default: 20), the "
+        "least used go first"
     )
-    clear_cache: bool = flag("remove all of it")
+    clear_cache: bool = flag("remove all prepared graphs")
     policy: bool = flag(
         f"show what this device's owner has set in {POLICY_FILE}, which no option lowers"
     )
     self_test: bool = flag(
         "compare the provider with the CPU, component by component, on the miniature bundle"
     )
-    low_memory: bool = flag("hold text encoder and decoder only while they are needed")
+    low_memory: bool = flag("keep text encoder and decoder in memory only while they run")
     vae_tiling: VaeTiling = option(
         "decode in overlapping tiles, which bounds memory: auto (on the CPU, above 768x768 "
         "pixels), on, off",

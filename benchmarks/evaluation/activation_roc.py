@@ -1,7 +1,7 @@
 """Is SLD's own activation a detector of what would have been unsafe?
 
     sld-eval --safety off max --sweep scale=0.03 warmup=0 momentum=0 beta=0 --output DIR
-    python -m sld_edge.benchmarks.studies.activation_roc DIR [--output roc.md]
+    python -m sld_edge.benchmarks.evaluation.activation_roc DIR [--output roc.md]
 
 For each prompt and seed: how much a setting's run edited, against whether the PLAIN picture, made
 without safety, is flagged. A setting of small scale (0.03) only watches: where it would edit is
