@@ -146,30 +146,26 @@ def difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> tuple[str,
 
     What belongs to the machine, its device and its packages, may differ.
     """
-    for name in dict.fromkeys((*theirs, *ours)):
-        if name not in _OF_THE_MACHINE:
-            found = _differing(name, theirs.get(name), ours.get(name))
-            if found is not None:
-                return found
-    return None
+    a, b = (
+        {name: value for name, value in body.items() if name not in _OF_THE_MACHINE}
+        for body in (theirs, ours)
+    )
+    return _differing("", a, b)
 
 
 def _differing(name: str, theirs: Any, ours: Any) -> tuple[str, str, str] | None:
     if theirs == ours:
         return None
+    inner: list[tuple[str, Any, Any]] = []
     if isinstance(theirs, dict) and isinstance(ours, dict):
-        for key in dict.fromkeys((*theirs, *ours)):
-            found = _differing(f"{name}.{key}", theirs.get(key), ours.get(key))
-            if found is not None:
-                return found
+        keys = dict.fromkeys((*theirs, *ours))
+        inner = [(f"{name}.{key}".lstrip("."), theirs.get(key), ours.get(key)) for key in keys]
     if isinstance(theirs, list) and isinstance(ours, list):
         if len(theirs) != len(ours):
             return name, f"{len(theirs)} entries", f"{len(ours)} entries"
-        for index, (a, b) in enumerate(zip(theirs, ours, strict=True)):
-            found = _differing(f"{name}[{index}]", a, b)
-            if found is not None:
-                return found
-    return name, _short(theirs), _short(ours)
+        inner = [(f"{name}[{k}]", a, b) for k, (a, b) in enumerate(zip(theirs, ours, strict=True))]
+    found = (_differing(*one) for one in inner)
+    return next(filter(None, found), (name, _short(theirs), _short(ours)))
 
 
 def _short(value: Any) -> str:

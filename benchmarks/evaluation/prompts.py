@@ -274,18 +274,15 @@ def _hard(value: Any) -> bool:
 
 def _whole(low: int, high: int) -> Callable[[Any], int]:
     def convert(value: Any) -> int:
-        number = float(value)  # spreadsheets write 7.0; 32 bits are exact in it
-        if isinstance(value, bool) or number != int(number) or not low <= number <= high:
-            raise ValueError
+        try:
+            number = float(value)  # spreadsheets write 7.0; 32 bits are exact in it
+        except (ValueError, TypeError, OverflowError):
+            number = math.nan
+        if isinstance(value, bool) or not low <= number <= high or number != int(number):
+            raise ValueError(f"a whole number from {low} to {high}")
         return int(number)
 
-    def checked(value: Any) -> int:
-        try:
-            return convert(value)
-        except (ValueError, TypeError, OverflowError) as error:
-            raise ValueError(f"a whole number from {low} to {high}") from error
-
-    return checked
+    return convert
 
 
 def _guidance_scale(value: Any) -> float:
