@@ -51,9 +51,9 @@ def option(
     return field(default=default, metadata={**metadata, "nargs": nargs, "action": action})
 
 
-def flag(help: str, *, default: bool = False, group: str | None = None) -> Any:
+def flag(help: str, *, default: bool = False) -> Any:
     """Return a dataclass field that is a switch: `--NAME`, or `--no-NAME` where it is on."""
-    return option(help, default=default, group=group)
+    return option(help, default=default)
 
 
 def add_options(
@@ -70,17 +70,15 @@ def add_options(
         if meta["group"] is not None:
             place = cli.add_argument_group(meta["group"])
         name = f"--{own.name.replace('_', '-')}"
-        words: dict[str, Any] = {
-            "default": argparse.SUPPRESS,
-            "help": _help(meta["help"], own.default),
-        }
+        text = _help(meta["help"], own.default)
+        words: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
         if kind is bool:
-            name, action = (
-                (f"--no-{name[2:]}", "store_false") if own.default else (name, "store_true")
-            )
-            place.add_argument(name, dest=own.name, action=action, **words)
+            name = f"--no-{name[2:]}" if own.default else name
+            words["action"] = "store_false" if own.default else "store_true"
+            place.add_argument(name, dest=own.name, **words)
             continue
-        kind = next(part for part in _alternatives(kind) if part is not NoneType)
+        if get_origin(kind) in (Union, UnionType):
+            kind = next(part for part in get_args(kind) if part is not NoneType)
         several = get_origin(kind) is tuple
         kind = get_args(kind)[0] if several else kind
         words |= {"metavar": meta["metavar"] or _METAVARS[get_origin(kind) or kind], "type": kind}
@@ -122,11 +120,6 @@ def _help(text: str, default: Any) -> str:
     values = default if isinstance(default, tuple) else [default]
     shown = " ".join(str(value) for value in values if value is not None)
     return f"{text} (default: {shown.removesuffix('.0')})" if shown else text
-
-
-def _alternatives(hint: Any) -> tuple[Any, ...]:
-    """Return the types of a union, or the one type."""
-    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
 
 
 def _choice(name: str, choices: Sequence[str], word: str) -> str:

@@ -31,7 +31,7 @@ class Settings:
     peers: tuple[str, ...] | None = option("all, or these", nargs="*")
     eta: float = option("noise", default=0.0)
     seed: int | None = option("first seed (default: random)")
-    force: bool = flag("replace it", group="others")
+    force: bool = flag("replace it")
     use_graph: bool = flag("one by one", default=True)
 
 
@@ -99,6 +99,6 @@ def test_the_help_names_groups_and_defaults() -> None:
         "--sizes N [N ...] pixels (default: 1 2)",
         "--eta X noise (default: 0)",
         "--seed N first seed (default: random)",
-        "Others: --force replace it --no-use-graph one by one",
+        "--force replace it --no-use-graph one by one",
     ):
         assert part in text
