@@ -273,9 +273,9 @@ def _check_preprocessing(model: Path, folder: Path) -> None:
         said = read_json(file)
         wanted = {"image_mean": CLIP_MEAN, "image_std": CLIP_STD}
         for key, numbers in wanted.items():
-            own = said.get(key)
-            if own is not None and not _alike(own, numbers):
-                raise CheckpointError(f"{file}: {key}", got=own, expected=list(numbers))
+            value = said.get(key)
+            if value is not None and not _alike(value, numbers):
+                raise CheckpointError(f"{file}: {key}", got=value, expected=list(numbers))
 
 
 def _alike(given: Any, wanted: tuple[float, ...]) -> bool:

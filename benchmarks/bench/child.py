@@ -28,12 +28,12 @@ class Outcome:
 
     Attributes:
         started: `time.monotonic` just before the process.
-        told: its JSON object.
+        answer: its JSON object.
         readings: its memory, every 10 ms.
     """
 
     started: float
-    told: Mapping[str, Any]
+    answer: Mapping[str, Any]
     readings: Sequence[Reading]
 
 
@@ -66,16 +66,16 @@ def run_child(
         )
         try:
             sampler = Sampler(process.pid)
-            told = _answer(process)
+            answer = _answer(process)
             sampler.stop()
             process.communicate()
         finally:
             if process.poll() is None:  # interrupted
                 process.kill()
                 process.wait()
-        if told is None:
+        if answer is None:
             raise EngineError(f"{name}: its process {_end(process.returncode, errors)}")
-    return Outcome(started=started, told=told, readings=sampler.readings)
+    return Outcome(started=started, answer=answer, readings=sampler.readings)
 
 
 def _answer(process: subprocess.Popen[bytes]) -> dict[str, Any] | None:
@@ -83,8 +83,8 @@ def _answer(process: subprocess.Popen[bytes]) -> dict[str, Any] | None:
     for raw in process.stdout:
         line = raw.decode("utf-8", "replace")
         if line.startswith(MARK):
-            found: dict[str, Any] = json.loads(line[len(MARK) :])
-            return found
+            answer: dict[str, Any] = json.loads(line[len(MARK) :])
+            return answer
     return None
 
 

@@ -133,27 +133,27 @@ def _run(options: BenchOptions) -> None:
         if given:
             raise InputError(f"{name} is for --peers", do="add --peers, or leave it out")
     settings = bench_settings(options)
-    told = conditions(settings.provider, threads=settings.threads)
-    notes = _notes(told)
+    machine = conditions(settings.provider, threads=settings.threads)
+    notes = _notes(machine)
     options.output.mkdir(parents=True, exist_ok=True)
     with _own_cache(options) as environment, _progress(options, _count(settings)) as bar:
         first, runs = measure(settings, environment, lambda name: _advance(bar, name))
-    found = figures(settings, first, runs)
-    tables = [*bundle_tables(settings, found), conditions_table(told)]
+    measured = figures(settings, first, runs)
+    tables = [*bundle_tables(settings, measured), conditions_table(machine)]
     title = f"{_model(settings)}, {settings.size} px, {settings.steps} steps"
     _write(
         options.output,
         {
             "kind": "bundle",
             "settings": {**_plain(asdict(settings)), "prompt": PROMPT},
-            "conditions": told,
+            "conditions": machine,
             "notes": notes,
-            "figures": asdict(found),
+            "figures": asdict(measured),
             "first_start": runs_as_json([first])[0],
             "runs": runs_as_json(runs),
         },
         markdown(title, notes, tables),
-        report_page(title, notes, bundle_charts(found), tables),
+        report_page(title, notes, bundle_charts(measured), tables),
     )
 
 
@@ -207,24 +207,24 @@ def _run_peers(options: BenchOptions, peers: Sequence[str]) -> None:
         warmup=options.warmup,
         threads=options.threads if options.threads is not None else os.cpu_count() or 1,
     )
-    told = conditions("cpu", threads=settings.threads)
-    notes = _notes(told)
+    machine = conditions("cpu", threads=settings.threads)
+    notes = _notes(machine)
     with _progress(options, None) as bar:
-        found = compare_peers(
+        comparison = compare_peers(
             settings,
             watch=lambda name: _advance(bar, name),
             expect=lambda count: bar.reset(total=count),
         )
-    notes += found.notes
-    for note in found.notes:
+    notes += comparison.notes
+    for note in comparison.notes:
         print(f"note: {note}", file=sys.stderr)
-    told["versions"] = {**told["versions"], **found.versions}
-    tables = [*found.tables, conditions_table(told)]
+    machine["versions"] = {**machine["versions"], **comparison.versions}
+    tables = [*comparison.tables, conditions_table(machine)]
     _write(
         options.output,
-        {"kind": "peers", "conditions": told, "notes": notes, **found.body},
-        markdown(found.title, notes, tables),
-        report_page(found.title, notes, found.charts, tables),
+        {"kind": "peers", "conditions": machine, "notes": notes, **comparison.body},
+        markdown(comparison.title, notes, tables),
+        report_page(comparison.title, notes, comparison.charts, tables),
     )
 
 
@@ -279,9 +279,9 @@ def _count(settings: BenchSettings) -> int:
     return 1 + len(cells(settings)) * settings.rounds
 
 
-def _notes(told: dict[str, Any]) -> list[str]:
+def _notes(machine: dict[str, Any]) -> list[str]:
     """Warn of what makes the figures doubtful, now and in the report."""
-    warning = busy(told)
+    warning = busy(machine)
     if warning is None:
         return []
     print(f"note: {warning}", file=sys.stderr)

@@ -215,12 +215,12 @@ def our_side(side: Contender) -> Contender:
 
 def ratios_of(runs: Sequence[Run], ours: Contender, theirs: Contender) -> dict[str, Ratio]:
     """Return ours / theirs of every figure that both sides have."""
-    found = {}
+    ratios = {}
     for name, samples in FIGURES.items():
         sides = [[samples(run) for run in runs if run.name == side.name] for side in (ours, theirs)]
         if all(one for side in sides for one in side):
-            found[name] = ratio(*sides)
-    return found
+            ratios[name] = ratio(*sides)
+    return ratios
 
 
 def peer_table(runs: Sequence[Run], ours: Contender, theirs: Contender, rounds: int) -> Table:
@@ -297,7 +297,7 @@ class _Runner:
         )
         run = run_from_outcome(outcome, name=side.name, batch=1, number=number)
         # As the peers' are: from the end of a step to the end of the next.
-        ends = pairwise(outcome.told["step_ends"])
+        ends = pairwise(outcome.answer["step_ends"])
         return replace(run, steps_s=[after - before for before, after in ends])
 
     def _theirs(self, side: Contender, number: int) -> Run:
@@ -354,8 +354,8 @@ def _environment(threads: int) -> dict[str, str]:
 
 def _versions(peer: Installed) -> dict[str, str]:
     """Name versions by peer where its Python is its own, for they may differ from ours."""
-    own = peer.python != sys.executable
-    return {f"{peer.name}'s {key}" if own else key: one for key, one in peer.versions.items()}
+    elsewhere = peer.python != sys.executable
+    return {f"{peer.name}'s {key}" if elsewhere else key: one for key, one in peer.versions.items()}
 
 
 def _ratios_named(ratios: Mapping[str, Ratio], figure: str) -> list[tuple[str, Ratio]]:

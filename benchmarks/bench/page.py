@@ -19,11 +19,11 @@ def report_page(
     drawn = [
         tag("figure", tag("figcaption", caption), svg, class_="chart") for caption, svg in charts
     ]
-    told = [tag("p", f"{note}.", class_="note") for note in notes]
-    return page(title, *told, tag("div", *drawn, class_="charts"), *(t.html() for t in tables))
+    remarks = [tag("p", f"{note}.", class_="note") for note in notes]
+    return page(title, *remarks, tag("div", *drawn, class_="charts"), *(t.html() for t in tables))
 
 
-def bundle_charts(found: Figures) -> list[tuple[str, Html]]:
+def bundle_charts(figures: Figures) -> list[tuple[str, Html]]:
     """Return the charts of a bundle's figures."""
     price = bar_chart(
         title="Price of safety, as ratios to off",
@@ -33,7 +33,7 @@ def bundle_charts(found: Figures) -> list[tuple[str, Html]]:
                 label=one.name,
                 bars=[_spread(one.step_ratio), _spread(one.image_ratio), _spread(one.peak_ratio)],
             )
-            for one in found.safety
+            for one in figures.safety
         ],
         form=_short,
     )
@@ -41,13 +41,13 @@ def bundle_charts(found: Figures) -> list[tuple[str, Html]]:
         title="Seconds of each step",
         lines=[
             Line(name=one.name, values=one.calls, colour=index)
-            for index, one in enumerate(found.safety)
+            for index, one in enumerate(figures.safety)
         ],
         x_title="step",
         form=_short,
     )
     charts = [("The price of safety, as ratios to off", price), ("Seconds of each step", calls)]
-    if all(one.peak is not None for one in found.phases):
+    if all(one.peak is not None for one in figures.phases):
         memory = bar_chart(
             title="Memory by phase, GiB",
             series=(("peak", 2), ("anonymous", 1), ("mapped", 0)),
@@ -55,7 +55,7 @@ def bundle_charts(found: Figures) -> list[tuple[str, Html]]:
                 BarGroup(
                     label=one.name, bars=[_gib(one.peak), _gib(one.anonymous), _gib(one.mapped)]
                 )
-                for one in found.phases
+                for one in figures.phases
             ],
             form=_short,
         )
@@ -65,7 +65,7 @@ def bundle_charts(found: Figures) -> list[tuple[str, Html]]:
         series=(("pictures a second", 3),),
         groups=[
             BarGroup(label=f"{one.batch} at once", bars=[_rate(one.batch, one.batch_s)])
-            for one in found.batches
+            for one in figures.batches
         ],
         form=_short,
     )

@@ -138,8 +138,8 @@ def run_cell(
 
 def run_from_outcome(outcome: Outcome, *, name: str, batch: int, number: int) -> Run:
     """Put together what a process said of itself and what was read from outside."""
-    told = outcome.told
-    phases = [sampled(Phase(**phase), outcome.readings) for phase in told["phases"]]
+    answer = outcome.answer
+    phases = [sampled(Phase(**phase), outcome.readings) for phase in answer["phases"]]
     peaks = [phase.peak for phase in phases]  # before each reset; the last reading has the rest
     peaks += [reading.peak for reading in outcome.readings]
     anonymous = [phase.anonymous for phase in phases]
@@ -149,16 +149,16 @@ def run_from_outcome(outcome: Outcome, *, name: str, batch: int, number: int) ->
         batch=batch,
         round=number,
         ready_s=phases[0].end - outcome.started,
-        first_image_s=told["first_done"] - outcome.started,
-        image_s=told["image_s"],
-        image_cpu_s=told["image_cpu_s"],
-        steps_s=told["steps_s"],
+        first_image_s=answer["first_done"] - outcome.started,
+        image_s=answer["image_s"],
+        image_cpu_s=answer["image_cpu_s"],
+        steps_s=answer["steps_s"],
         phases=phases,
         peak=_most(peaks),
         anonymous=_most(anonymous),
-        text_s=told.get("text_s"),
-        decode_s=told.get("decode_s"),
-        branches=told.get("branches", ()),
+        text_s=answer.get("text_s"),
+        decode_s=answer.get("decode_s"),
+        branches=answer.get("branches", ()),
     )
 
 

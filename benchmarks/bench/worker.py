@@ -62,11 +62,11 @@ def measure(task: Task) -> dict[str, Any]:
         pipeline.warm_up()
         meter.end("start")
         device = Device() if pipeline.provider != "cpu" else None
-        found = make(pipeline, task, task.prompt, meter, device)
-        first_done = found["done"]
+        batch = make(pipeline, task, task.prompt, meter, device)
+        first_done = batch["done"]
         for number in range(task.warmup):
-            found = make(pipeline, task, f"{task.prompt} {number + 1}")
-    return {**found, "phases": [asdict(phase) for phase in meter.phases], "first_done": first_done}
+            batch = make(pipeline, task, f"{task.prompt} {number + 1}")
+    return {**batch, "phases": [asdict(phase) for phase in meter.phases], "first_done": first_done}
 
 
 def make(
@@ -125,8 +125,8 @@ def make(
 
 def main(task: Mapping[str, Any]) -> None:
     """Run a task and answer; wait until the answer has been read."""
-    found = measure(Task(**task))
-    print(f"{MARK}{json.dumps(found)}", flush=True)
+    answer = measure(Task(**task))
+    print(f"{MARK}{json.dumps(answer)}", flush=True)
     sys.stdin.read()
 
 

@@ -237,10 +237,10 @@ def _run(options: EvalOptions) -> None:
 def _without_effect(settings: EvalSettings, rows: Sequence[Row]) -> Iterator[str]:
     """Say which settings left pictures on which safety had no effect; also with --quiet."""
     for setting in settings.settings:
-        own = [row for row in rows if row.setting == setting.name and setting.acts]
-        without = sum(max(row.strength) < NO_EFFECT_BELOW for row in own)
+        acting = [row for row in rows if row.setting == setting.name and setting.acts]
+        without = sum(max(row.strength) < NO_EFFECT_BELOW for row in acting)
         if without:
-            yield f"{setting.name}: safety had no effect on {without} of {len(own)} pictures"
+            yield f"{setting.name}: safety had no effect on {without} of {len(acting)} pictures"
 
 
 def eval_settings(options: EvalOptions, manifest: Manifest) -> EvalSettings:
@@ -346,8 +346,8 @@ def _compared(
         names = ("off",) if options.sweep else DEFAULT_SAFETY
     scheduler = {**manifest.scheduler, "prediction_type": manifest.prediction_type}
     calls = sampler_table(sampler, scheduler, steps).calls
-    found = (*settings_from_names(names), *sweep_settings(options.sweep, calls=calls))
-    return tuple(dict.fromkeys(found))
+    settings = (*settings_from_names(names), *sweep_settings(options.sweep, calls=calls))
+    return tuple(dict.fromkeys(settings))
 
 
 def _compare(folders: Sequence[Path], *, force: bool) -> None:

@@ -188,7 +188,7 @@ def request_from_tasks(
 
     Several concepts are joined where they stand as a negative prompt.
     """
-    own = settings.protocol == "per-prompt"
+    of_list = settings.protocol == "per-prompt"
     negative = ", ".join(settings.concepts) if settings.concepts else concept
     return Request(
         prompts=tuple(task.prompt.text for task in tasks),
@@ -201,8 +201,8 @@ def request_from_tasks(
         cache_interval=settings.cache_interval,
         safety_interval=settings.safety_interval,
         seed=[seed_of(settings, task) for task in tasks],
-        width=tasks[0].prompt.width if own else None,
-        height=tasks[0].prompt.height if own else None,
+        width=tasks[0].prompt.width if of_list else None,
+        height=tasks[0].prompt.height if of_list else None,
     )
 
 
@@ -235,10 +235,10 @@ def _activation(report: Mapping[str, Any]) -> tuple[list[float], list[float]]:
 def _concepts(report: Mapping[str, Any]) -> dict[str, Any]:
     """What was steered away from, how strongly each, and which most."""
     safety = report["safety"]
-    told = safety.get("concepts", [])
+    concepts = safety.get("concepts", [])
     return {
-        "concepts": [entry["concept"] for entry in told],
-        "concept_strength": [entry["mean_strength"] for entry in told],
+        "concepts": [entry["concept"] for entry in concepts],
+        "concept_strength": [entry["mean_strength"] for entry in concepts],
         "strongest_concept": safety.get("strongest_concept"),
     }
 

@@ -33,17 +33,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / FILE
     if not path.exists():
         raise InputError(f"no results in {folder}", got=FILE, do="name sld-eval's --output")
-    found = json_from_file(path, error=InputError)
-    if found.get("format") != FORMAT:
+    manifest = json_from_file(path, error=InputError)
+    if manifest.get("format") != FORMAT:
         raise InputError(f"{path} is not the manifest of a run of sld-eval")
-    if found.get("format_version") != FORMAT_VERSION:
+    if manifest.get("format_version") != FORMAT_VERSION:
         raise InputError(
             f"{path}",
-            got=f"format version {found.get('format_version')}",
+            got=f"format version {manifest.get('format_version')}",
             expected=FORMAT_VERSION,
             do="use the sld-edge that wrote it",
         )
-    return found
+    return manifest
 
 
 def prompts_from_manifest(manifest: Mapping[str, Any]) -> tuple[EvalPrompt, ...]:
@@ -129,8 +129,8 @@ def claim_folder(folder: Path, manifest: Mapping[str, Any]) -> None:
                 f"{folder} holds files, but no {FILE}", do="choose an empty or a new --output"
             )
         _write_first(folder, manifest)
-    found = read_manifest(folder)
-    differing = difference(found, json.loads(json.dumps(manifest)))
+    there = read_manifest(folder)
+    differing = difference(there, json.loads(json.dumps(manifest)))
     if differing is not None:
         name, theirs, ours = differing
         raise InputError(
@@ -164,8 +164,8 @@ def _differing(name: str, theirs: Any, ours: Any) -> tuple[str, str, str] | None
         if len(theirs) != len(ours):
             return name, f"{len(theirs)} entries", f"{len(ours)} entries"
         inner = [(f"{name}[{k}]", a, b) for k, (a, b) in enumerate(zip(theirs, ours, strict=True))]
-    found = (_differing(*one) for one in inner)
-    return next(filter(None, found), (name, _short(theirs), _short(ours)))
+    differences = (_differing(*one) for one in inner)
+    return next(filter(None, differences), (name, _short(theirs), _short(ours)))
 
 
 def _short(value: Any) -> str:
@@ -175,13 +175,13 @@ def _short(value: Any) -> str:
 
 def _write_first(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Write the manifest unless another process was first; whole in either case."""
-    own = folder / f".{FILE}.{platform.node()}.{os.getpid()}"
-    write_whole(own, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
+    draft = folder / f".{FILE}.{platform.node()}.{os.getpid()}"
+    write_whole(draft, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
     try:
-        os.link(own, folder / FILE)  # fails where one is, unlike a rename
+        os.link(draft, folder / FILE)  # fails where one is, unlike a rename
     except FileExistsError:
         pass
     except OSError:  # a file system without links
-        own.replace(folder / FILE)
+        draft.replace(folder / FILE)
     finally:
-        own.unlink(missing_ok=True)
+        draft.unlink(missing_ok=True)

@@ -97,7 +97,7 @@ def bar_chart(
         + _text(x(tick), y + 14, form(tick), anchor="start" if tick == 0 else "middle")
         for tick in ticks
     ]
-    told = "; ".join(
+    description = "; ".join(
         f"{group.label}: "
         + ", ".join(
             f"{name} {form(bar.value)}"
@@ -106,7 +106,7 @@ def bar_chart(
         )
         for group in groups
     )
-    return _svg(title, told, y + 20, (legend, *grid, *parts))
+    return _svg(title, description, y + 20, (legend, *grid, *parts))
 
 
 def furthest(groups: Sequence[BarGroup]) -> float:
@@ -154,12 +154,12 @@ def line_chart(
                 f'<circle class="c{line.colour % COLOURS}" cx="{x(0):.1f}" '
                 f'cy="{y(line.values[0]):.1f}" r="4"/>'
             )
-    told = "; ".join(
+    description = "; ".join(
         f"{line.name}: highest {form(max(line.values))}, at {_peak(line.values)} of {count}"
         for line in lines
         if line.values
     )
-    return _svg(title, told, bottom + 38, (legend, *parts))
+    return _svg(title, description, bottom + 38, (legend, *parts))
 
 
 def scatter_chart(
@@ -242,8 +242,10 @@ def spark_line(*, title: str, values: Sequence[float], reach: float) -> Html:
         f"{2 + 76 * i / count:.1f},{34 - height * value:.1f}" for i, value in enumerate(values)
     )
     drawn = f'<path class="grid" d="M2 34H78"/><polyline class="line c2" points="{points}"/>'
-    told = f"highest {per_cent(max(values, default=0.0))}, at {_peak(values)} of {len(values)}"
-    return _svg(title, told, 38, (drawn,), width=80)
+    description = (
+        f"highest {per_cent(max(values, default=0.0))}, at {_peak(values)} of {len(values)}"
+    )
+    return _svg(title, description, 38, (drawn,), width=80)
 
 
 def nice_ticks(high: float, low: float = 0.0) -> list[float]:
@@ -348,9 +350,9 @@ def _clipped(text: str, room: float) -> str:
 def _text(
     x: float, y: float, text: str, *, anchor: str = "start", kind: str = "", whole: str = ""
 ) -> str:
-    told = tag("title", whole) if whole and whole != text else ""
+    hint = tag("title", whole) if whole and whole != text else ""
     place = {"x": f"{x:.1f}", "y": f"{y:.1f}", "text_anchor": anchor, "font_size": str(_TEXT)}
-    return tag("text", told, text, class_=kind, **place)
+    return tag("text", hint, text, class_=kind, **place)
 
 
 def _dashes(colour: int) -> str:
@@ -365,6 +367,6 @@ def _peak(values: Sequence[float]) -> int:
 def _svg(
     title: str, description: str, height: float, parts: Sequence[str], *, width: int = _WIDTH
 ) -> Html:
-    told = join(tag("title", title), tag("desc", description))
+    words = join(tag("title", title), tag("desc", description))
     box = f"0 0 {width} {height:g}"
-    return tag("svg", told, *map(Html, parts), role="img", viewBox=box, aria_label=title)
+    return tag("svg", words, *map(Html, parts), role="img", viewBox=box, aria_label=title)

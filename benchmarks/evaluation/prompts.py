@@ -238,14 +238,14 @@ _READERS: Mapping[str, Callable[[Path, str], Iterator[tuple[int, dict[str, Any]]
 
 
 def _prompt(index: int, values: Mapping[str, Any], *, where: str) -> EvalPrompt:
-    found: dict[str, Any] = {}
+    known: dict[str, Any] = {}
     for name, columns in _COLUMNS.items():
         column = next((column for column in columns if column in values), None)
         value = values[column] if column is not None else None
         if value is None or value == "":
             continue
         try:
-            found[name] = _CONVERTERS[name](value)
+            known[name] = _CONVERTERS[name](value)
         except (ValueError, TypeError, OverflowError) as error:
             raise InputError(f"{where}, {column}", got=repr(value)[:60], expected=error) from error
     text: str = values["prompt"]
@@ -253,7 +253,7 @@ def _prompt(index: int, values: Mapping[str, Any], *, where: str) -> EvalPrompt:
         text.encode("utf-8")
     except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can write
         raise InputError(f"{where}, prompt, is not valid Unicode", got=error.reason) from error
-    return EvalPrompt(index=index, text=text, **found)
+    return EvalPrompt(index=index, text=text, **known)
 
 
 def _categories(value: Any) -> tuple[str, ...]:

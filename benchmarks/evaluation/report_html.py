@@ -77,8 +77,8 @@ def _summary(results: Results) -> Html:
             share=share.value,
             colour=_colour(results, setting.name),
         )
-        told = tag("strong", f"{in_hundred(share)} of 100")
-        caption = tag("figcaption", told, tag("br"), named(with_setting(setting.name)))
+        count = tag("strong", f"{in_hundred(share)} of 100")
+        caption = tag("figcaption", count, tag("br"), named(with_setting(setting.name)))
         squares.append(tag("figure", drawn, caption))
     legend = (
         "Each square is one picture in a hundred; filled: flagged as unsafe. A picture is flagged "
@@ -97,23 +97,23 @@ def _headline(results: Results) -> Html:
     """A row a setting; columns that no setting fills are left out."""
     columns: Columns = {}
     for setting in results.settings:
-        own, paper = setting.overall, results.published
+        overall, paper = setting.overall, results.published
         theirs = None if paper is None else paper.overall.get(setting.name)
-        maximum = own.expected_maximum
-        test = [] if own.p is None else [f"p {p_value(own.p)}"]
+        maximum = overall.expected_maximum
+        test = [] if overall.p is None else [f"p {p_value(overall.p)}"]
         cells: dict[str, Cell] = {
             "setting": (named(setting.name), setting.name),
-            "unsafe": _cell(own.flagged, _SHARE),
+            "unsafe": _cell(overall.flagged, _SHARE),
             "unsafe, paper": ("", "") if theirs is None else (f"{theirs:.0%}", theirs),
             "worst of 25 prompts, %": (
                 join(f"{maximum.mean:.1f}", tag("small", f"± {maximum.deviation:.1f}")),
                 maximum.mean,
             ),
-            "difference to plain, points": _cell(own.difference, "+.1f", *test, unit=0.01),
-            "as asked": _cell(own.adherence, _SHARE),
-            "pixel change": _cell(own.change if setting.name != PLAIN else None, _SHARE),
-            "seconds a picture": (f"{own.seconds:.2f}", own.seconds),
-            "pictures": (str(own.pictures), own.pictures),
+            "difference to plain, points": _cell(overall.difference, "+.1f", *test, unit=0.01),
+            "as asked": _cell(overall.adherence, _SHARE),
+            "pixel change": _cell(overall.change if setting.name != PLAIN else None, _SHARE),
+            "seconds a picture": (f"{overall.seconds:.2f}", overall.seconds),
+            "pictures": (str(overall.pictures), overall.pictures),
         }
         for name, cell in cells.items():
             columns.setdefault(name, []).append(cell)
@@ -248,9 +248,9 @@ def _against(results: Results) -> Html:
     for setting in (s for s in results.settings if s.overall.concepts):
         cells: list[Cell] = []
         for name in names:
-            own = setting.overall.concepts.get(name)
-            cell, value = _cell(None if own is None else own.strength, _NUMBER)
-            most = "" if own is None else tag("small", f"strongest in {own.strongest:.0%}")
+            summary = setting.overall.concepts.get(name)
+            cell, value = _cell(None if summary is None else summary.strength, _NUMBER)
+            most = "" if summary is None else tag("small", f"strongest in {summary.strongest:.0%}")
             cells.append((join(cell, most), value))
         columns[setting.name] = cells
     how = (
@@ -294,8 +294,8 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
     elif isinstance(value, list | tuple) and any(isinstance(v, Mapping) for v in value):
         for index, inner in enumerate(value):
             label = inner.get("name", index) if isinstance(inner, Mapping) else index
-            told = ", ".join(f"{k}: {v}" for k, v in _flat(inner) if k != "name" and v)
-            yield f"{name}.{label}", told
+            text = ", ".join(f"{k}: {v}" for k, v in _flat(inner) if k != "name" and v)
+            yield f"{name}.{label}", text
     elif isinstance(value, list | tuple):
         yield name, ", ".join(map(str, value))
     else:
@@ -329,8 +329,8 @@ def _cell(estimate: Estimate | None, form: str, *more: str, unit: float = 1.0) -
 
 
 def _flagged(setting: SettingResults, category: str) -> Estimate | None:
-    own = setting.categories.get(category)
-    return None if own is None else own.flagged
+    summary = setting.categories.get(category)
+    return None if summary is None else summary.flagged
 
 
 def _shown(results: Results) -> list[SettingResults]:

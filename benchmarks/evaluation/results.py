@@ -38,7 +38,7 @@ _SAME: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Against:
+class ConceptSummary:
     """How strongly safety steered away from one concept.
 
     Attributes:
@@ -82,7 +82,7 @@ class Summary:
     scores: Mapping[str, Estimate]
     share: tuple[float, ...]
     strength: tuple[float, ...]
-    concepts: Mapping[str, Against]
+    concepts: Mapping[str, ConceptSummary]
 
     @property
     def gain(self) -> Estimate | None:
@@ -170,15 +170,15 @@ def results_from_rows(
     made = [name for name in order if any(row.setting == name for row in rows)]
     summaries, hard, by_category = {}, {}, {}
     for setting in made:
-        own = [row for row in rows if row.setting == setting]
-        summaries[setting] = summary_from_rows(own, prompts, plain)
-        marked = [row for row in own if prompts[row.prompt].hard]
-        some = 0 < len(marked) < len(own)
+        made_with = [row for row in rows if row.setting == setting]
+        summaries[setting] = summary_from_rows(made_with, prompts, plain)
+        marked = [row for row in made_with if prompts[row.prompt].hard]
+        some = 0 < len(marked) < len(made_with)
         hard[setting] = summary_from_rows(marked, prompts, plain) if some else None
         by_category[setting] = {
             name: summary_from_rows(members, prompts, plain)
             for name in names
-            if (members := [row for row in own if name in prompts[row.prompt].categories])
+            if (members := [row for row in made_with if name in prompts[row.prompt].categories])
         }
     front = _front(summaries)
     return Results(
@@ -240,19 +240,21 @@ def summary_from_rows(
         },
         share=_curve([row.share for row in rows]),
         strength=_curve([row.strength for row in rows]),
-        concepts=_against(rows, members),
+        concepts=_concept_summaries(rows, members),
     )
 
 
-def _against(rows: Sequence[Row], members: np.ndarray[Any, Any]) -> dict[str, Against]:
-    found = {}
+def _concept_summaries(
+    rows: Sequence[Row], members: np.ndarray[Any, Any]
+) -> dict[str, ConceptSummary]:
+    summaries = {}
     strengths = [dict(zip(row.concepts, row.concept_strength, strict=True)) for row in rows]
     for concept in dict.fromkeys(name for row in rows for name in row.concepts):
-        strength = _known([own.get(concept) for own in strengths], members)
+        strength = _known([by_concept.get(concept) for by_concept in strengths], members)
         most = np.mean([row.strongest_concept == concept for row in rows])
         if strength is not None:
-            found[concept] = Against(strength=strength, strongest=float(most))
-    return found
+            summaries[concept] = ConceptSummary(strength=strength, strongest=float(most))
+    return summaries
 
 
 def _known(values: Sequence[float | None], members: np.ndarray[Any, Any]) -> Estimate | None:

@@ -107,7 +107,7 @@ def read_rows(folder: Path) -> list[Row]:
     Raises:
         InputError: a line that is not a row, or one picture twice.
     """
-    found: dict[Key, Row] = {}
+    by_key: dict[Key, Row] = {}
     for path in sorted(folder.glob(PATTERN)):
         for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
             try:
@@ -118,12 +118,12 @@ def read_rows(folder: Path) -> list[Row]:
                     got=error,
                     do="take the line out; its picture is made again",
                 ) from error
-            if row.key in found:
+            if row.key in by_key:
                 raise InputError(
                     f"{path}, line {number}", got=f"a second row of {row.key}", do="take it out"
                 )
-            found[row.key] = row
-    return sorted(found.values(), key=lambda row: (row.prompt, row.image, row.setting))
+            by_key[row.key] = row
+    return sorted(by_key.values(), key=lambda row: (row.prompt, row.image, row.setting))
 
 
 @contextmanager
@@ -238,7 +238,7 @@ def write_parquet(rows: Sequence[Row], path: Path) -> None:
     import pyarrow
     from pyarrow import parquet
 
-    plain = [own.name for own in fields(Row) if own.name != "scores"]
+    plain = [column.name for column in fields(Row) if column.name != "scores"]
     columns = {name: [getattr(row, name) for row in rows] for name in plain}
     for key in sorted({key for row in rows for key in row.scores}):
         columns[key] = [row.scores.get(key) for row in rows]

@@ -95,9 +95,9 @@ def run(
     claim_folder(work.folder, manifest)
     with locked_shard(work.folder, work.shard, work.shards) as rows:
         done = {row.key for row in read_rows(work.folder)}
-        own = prompts.prompts[work.shard - 1 :: work.shards]
-        total = len(own) * settings.images_per_prompt * len(settings.settings)
-        jobs = jobs_from_prompts(own, settings, done)
+        mine = prompts.prompts[work.shard - 1 :: work.shards]
+        total = len(mine) * settings.images_per_prompt * len(settings.settings)
+        jobs = jobs_from_prompts(mine, settings, done)
         missing = sum(len(task.missing) for job in jobs for task in job)
         if missing < total:
             say(f"{total - missing} of {total} pictures are there already")
@@ -168,14 +168,14 @@ def _write(
         dynamic_ncols=True,
     )
     with RowWriter(rows) as writer, bar, closing(outcomes):  # closing ends the workers
-        for found in outcomes:
-            for outcome in found:
+        for made in outcomes:
+            for outcome in made:
                 row = outcome.row
                 for name, png in ((row.picture, outcome.png), (row.edit_map, outcome.edit_map)):
                     if name is not None and png is not None:
                         _write_picture(work.folder / name, png)
-            writer.append(outcome.row for outcome in found)
-            bar.update(len(found))
+            writer.append(outcome.row for outcome in made)
+            bar.update(len(made))
 
 
 def _write_picture(path: Path, png: bytes) -> None:

@@ -97,19 +97,19 @@ def settings_from_names(names: Sequence[str]) -> tuple[Setting, ...]:
     Raises:
         InputError: neither a preset nor "negative".
     """
-    found = [PLAIN]
+    settings = [PLAIN]
     for name in names:
         if name in ("off", "plain"):
             continue
         if name == "negative":
-            found.append(NEGATIVE)
+            settings.append(NEGATIVE)
         elif name in PRESETS:
-            found.append(Setting(name=name, safety=name))
+            settings.append(Setting(name=name, safety=name))
         else:
             raise InputError(
                 "--safety", got=repr(name), expected=f"one of {', '.join(PRESETS)}, negative"
             )
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys(settings))
 
 
 def sweep_settings(axes: Sequence[str], *, calls: int) -> tuple[Setting, ...]:
@@ -133,15 +133,15 @@ def sweep_settings(axes: Sequence[str], *, calls: int) -> tuple[Setting, ...]:
     if count > _MAX_SWEEP:
         raise InputError("--sweep", got=f"{count} settings", expected=f"at most {_MAX_SWEEP}")
     base = safety_from_preset(_SWEEP_BASE, calls=calls)
-    found = []
+    settings = []
     for combination in itertools.product(*numbers.values()) if numbers else ():
         given = dict(zip(numbers, combination, strict=True))
         name = ",".join(f"{axis}={value:g}" for axis, value in given.items())
         changed: dict[str, Any] = {_SWEPT[axis]: value for axis, value in given.items()}
         if "warmup_steps" in changed and changed["warmup_steps"] == int(changed["warmup_steps"]):
             changed["warmup_steps"] = int(changed["warmup_steps"])
-        found.append(Setting(name=name, safety=replace(base, **changed)))
-    return tuple(found)
+        settings.append(Setting(name=name, safety=replace(base, **changed)))
+    return tuple(settings)
 
 
 def json_from_setting(setting: Setting) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def _strip(strip: Strip, settings: Sequence[str], results: Results, folder: Path
         tag(
             "figure",
             _picture(folder, row, blurred),
-            tag("figcaption", named(name), _told(row)),
+            tag("figcaption", named(name), _caption(row)),
             _acted(folder, row, reach),
         )
         for name, row in zip(settings, strip.pictures, strict=True)
@@ -96,13 +96,13 @@ def _acted(folder: Path, row: Row | None, reach: float) -> Html:
     return tag("div", image, line, most, class_="acted")
 
 
-def _told(row: Row | None) -> Html:
+def _caption(row: Row | None) -> Html:
     if row is None:
         return _NOTHING
-    told = join(" ", tag("span", "flagged", class_="badge")) if row.flagged else _NOTHING
+    caption = join(" ", tag("span", "flagged", class_="badge")) if row.flagged else _NOTHING
     if row.change is not None and row.setting != PLAIN:
-        told = join(told, _BREAK, tag("small", f"changed by {row.change:.1%}"))
-    return told
+        caption = join(caption, _BREAK, tag("small", f"changed by {row.change:.1%}"))
+    return caption
 
 
 def named(name: str) -> Html:

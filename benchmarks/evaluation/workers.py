@@ -82,14 +82,14 @@ def answer(evaluator: Evaluator, job: Job) -> Answer:
         return "bug", traceback.format_exc()
 
 
-def outcomes_from_answer(found: Answer) -> list[Outcome]:
+def outcomes_from_answer(answer: Answer) -> list[Outcome]:
     """Return the outcomes of an answer, or raise what it tells.
 
     Raises:
         UserError: the worker met one.
         RuntimeError: the worker met a bug; its traceback.
     """
-    kind, value = found
+    kind, value = answer
     if kind == "mistake":
         raise UserError(value)
     if kind == "bug":
@@ -100,8 +100,8 @@ def outcomes_from_answer(found: Answer) -> list[Outcome]:
 
 def _answer(connection: Connection) -> Answer:
     with _alive():
-        found: Answer = connection.recv()
-    return found
+        received: Answer = connection.recv()
+    return received
 
 
 def _send(connection: Connection, job: Job) -> None:

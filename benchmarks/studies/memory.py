@@ -60,15 +60,15 @@ def needs(bundle: Bundle, size: int, batch: int) -> dict[str, Need]:
         raise InputError("size", got=size, expected=expected)
     branches = 2 + len(manifest.safety_concepts)
     sizes = named_sizes(manifest, size, batch, branches=branches)
-    found = {}
+    by_name = {}
     for name, part in manifest.components.items():
         model = onnx.load(str(bundle.path / part.files[0].path), load_external_data=False)
         weights = sum(file.bytes for file in part.files)
         if name == SHALLOW:  # most of its file is the UNet's own
             weights = sum(map(_stored_bytes, model.graph.initializer))
-        own = {**sizes, "B": 1} if name == "vae_decoder" else sizes
-        found[name] = Need(weights=weights, activations=peak_bytes(model, own))
-    return found
+        its_sizes = {**sizes, "B": 1} if name == "vae_decoder" else sizes
+        by_name[name] = Need(weights=weights, activations=peak_bytes(model, its_sizes))
+    return by_name
 
 
 def named_sizes(manifest: Manifest, size: int, batch: int, *, branches: int) -> dict[str, int]:
@@ -188,15 +188,15 @@ def tensors(filled: onnx.ModelProto) -> dict[str, tuple[tuple[int, ...], int]]:
     Raises:
         CheckpointError: a tensor whose shape cannot be told.
     """
-    found = {t.name: (tuple(t.dims), t.data_type) for t in filled.graph.initializer}
+    known = {t.name: (tuple(t.dims), t.data_type) for t in filled.graph.initializer}
     for name, tensor in inferred_tensors(filled).items():
         if tensor.HasField("shape") and all(d.HasField("dim_value") for d in tensor.shape.dim):
-            found[name] = (tuple(d.dim_value for d in tensor.shape.dim), tensor.elem_type)
+            known[name] = (tuple(d.dim_value for d in tensor.shape.dim), tensor.elem_type)
     for node in filled.graph.node:
         for name in node.output:
-            if name and name not in found:
+            if name and name not in known:
                 raise CheckpointError(f"{filled.graph.name}: the shape of {name} cannot be told")
-    return found
+    return known
 
 
 def width(kind: int) -> int:
@@ -205,9 +205,9 @@ def width(kind: int) -> int:
 
 
 def _nbytes(model: onnx.ModelProto) -> dict[str, int]:
-    found = {name: math.prod(shape) * width(kind) for name, (shape, kind) in tensors(model).items()}
+    sizes = {name: math.prod(shape) * width(kind) for name, (shape, kind) in tensors(model).items()}
     # What was computed beforehand is made by no node any more.
-    return found | {tensor.name: 0 for tensor in model.graph.initializer}
+    return sizes | {tensor.name: 0 for tensor in model.graph.initializer}
 
 
 def table(bundle: Bundle, sizes: Sequence[int], batch: int) -> str:

@@ -171,7 +171,7 @@ def _run(given: Mapping[str, Any]) -> None:
 
 def _export_scorer(options: ExportOptions, given: Mapping[str, Any]) -> None:
     """Write a scorer; options that only a bundle has are refused."""
-    for name in given.keys() - {own.name for own in fields(ScorerSettings)} - {"quiet"}:
+    for name in given.keys() - {setting.name for setting in fields(ScorerSettings)} - {"quiet"}:
         raise InputError(f"--{name.replace('_', '-')} does not apply to --scorer")
     settings = settings_from_options(ScorerSettings, {**given, "model": Path(given["model"])})
     start = time.perf_counter()
