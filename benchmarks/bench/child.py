@@ -1,4 +1,4 @@
-"""One measured process: started, watched from outside, and let go when it has said what it found.
+"""One measured process: it is started, watched from outside, and ends after its answer.
 
 A child is given its task as JSON, its last argument. It prints one line, `MARK` and a JSON object,
 then waits for its input to end, so that its memory can be read once more while it is still there.
@@ -24,12 +24,12 @@ MARK = "sld-bench: "
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a child said, and what was read while it ran.
+    """A child's answer, and its memory while it ran.
 
     Attributes:
         started: `time.monotonic` just before the process.
-        answer: its JSON object.
-        readings: its memory, every 10 ms.
+        answer: the JSON object that the process printed.
+        readings: the memory of the process, every 10 ms.
     """
 
     started: float
@@ -44,12 +44,12 @@ def run_child(
     name: str,
     environment: Mapping[str, str] | None = None,
 ) -> Outcome:
-    """Run a command with a task and return what it said.
+    """Run a command with a task and return its answer.
 
     Args:
         command: without the task.
         task: as JSON its last argument.
-        name: what an error calls it.
+        name: the process's name in errors.
         environment: variables beside this process's own.
 
     Raises:

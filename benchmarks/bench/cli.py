@@ -239,7 +239,7 @@ def _write(folder: Path, body: Mapping[str, Any], report: str, html: str) -> Non
 
 
 def _check_output(folder: Path, *, force: bool) -> None:
-    """Refuse, before hours of work, a folder whose results would be written over."""
+    """Refuse a folder that has results, before hours of work."""
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is not a directory", do="choose another name")
     if (folder / RESULTS).exists() and not force:
@@ -248,7 +248,7 @@ def _check_output(folder: Path, *, force: bool) -> None:
 
 @contextmanager
 def _own_cache(options: BenchOptions) -> Iterator[dict[str, str]]:
-    """Give the processes' environment, with an empty cache that is gone in the end.
+    """Give the processes' environment, with an empty cache that is removed in the end.
 
     So a first start is one, and the others are not. Where the user keeps no cache, neither is kept.
     """
@@ -280,7 +280,7 @@ def _count(settings: BenchSettings) -> int:
 
 
 def _notes(machine: dict[str, Any]) -> list[str]:
-    """Warn of what makes the figures doubtful, now and in the report."""
+    """Warn of a busy machine, now and in the report."""
     warning = busy(machine)
     if warning is None:
         return []

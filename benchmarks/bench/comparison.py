@@ -1,4 +1,4 @@
-"""Beside the peers: the same weights, prompt, size, steps and threads, each in its own process."""
+"""Comparison with the peers: same weights, prompt, size, steps and threads, a process each."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ FIGURES: Mapping[str, Callable[[Run], Sequence[float]]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class CompareSettings:
-    """What is compared; `folder` holds pictures, and what the peers and we make of the weights."""
+    """Settings of a comparison; `folder` holds pictures and the converted weights."""
 
     checkpoint: Path
     bundle: Path | None
@@ -75,14 +75,14 @@ class CompareSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
-    """One side: ours where `peer` is None; `safety` is a preset."""
+    """One side of the comparison: ours if `peer` is None; `safety` is a preset."""
 
     peer: Installed | None
     safety: str
 
     @property
     def name(self) -> str:
-        """Whose, and with what."""
+        """Program and preset."""
         who = self.peer.name if self.peer is not None else "ours"
         return f"{who}, {self.safety}"
 
@@ -97,7 +97,7 @@ class Difference:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What was found, ready to be written."""
+    """Results of a comparison, ready to be written."""
 
     title: str
     notes: list[str]
@@ -116,7 +116,7 @@ def compare_peers(
     """Measure ours beside the peers.
 
     Args:
-        settings: what and how.
+        settings: of the comparison.
         watch: is told the name of what has been measured.
         expect: is told how many runs there will be.
 
@@ -209,7 +209,7 @@ def contenders(peers: Sequence[Installed]) -> tuple[Contender, ...]:
 
 
 def our_side(side: Contender) -> Contender:
-    """Return what a peer's figures are compared with."""
+    """Return our side with the same preset as a peer's."""
     return Contender(peer=None, safety=side.safety)
 
 
@@ -353,7 +353,7 @@ def _environment(threads: int) -> dict[str, str]:
 
 
 def _versions(peer: Installed) -> dict[str, str]:
-    """Name versions by peer where its Python is its own, for they may differ from ours."""
+    """Return versions; a peer with its own Python has its name before them."""
     elsewhere = peer.python != sys.executable
     return {f"{peer.name}'s {key}" if elsewhere else key: one for key, one in peer.versions.items()}
 

@@ -1,4 +1,4 @@
-"""What a measurement was taken on: machine, versions, power mode, and how busy it was."""
+"""Conditions of a measurement: machine, versions, power mode and load."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ROOT = Path("/")
 
 
 def conditions(provider: str, *, threads: int | None) -> dict[str, Any]:
-    """Return what a measurement with a provider is taken on, ready for JSON.
+    """Return the conditions of a measurement with a provider, ready for JSON.
 
     `threads` are those of the CPU engines; None leaves them the choice, one a core.
     """
@@ -59,7 +59,7 @@ def busy(machine: dict[str, Any]) -> str | None:
 
 
 def condition_lines(machine: dict[str, Any]) -> Sequence[tuple[str, str]]:
-    """Return the conditions as names and texts, what is unknown left out."""
+    """Return the known conditions as names and texts."""
     memory = machine["memory"]
     load = machine["load_average"]
     lines = {

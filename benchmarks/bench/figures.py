@@ -21,7 +21,7 @@ Samples = Callable[[Run], Sequence[float]]
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseFigures:
-    """Memory in one phase, medians over the rounds, in bytes; None where it is not told."""
+    """Memory in one phase, medians over the rounds, in bytes; None if unknown."""
 
     name: str
     peak: float | None
@@ -32,7 +32,7 @@ class PhaseFigures:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchFigures:
-    """Pictures made at once; `ratio` is of the time a picture takes, to the smallest batch."""
+    """A batch; `ratio` compares the time of a picture with that in the smallest batch."""
 
     batch: int
     batch_s: Summary
@@ -47,13 +47,13 @@ class SafetyFigures:
     Attributes:
         name: the preset.
         branches: UNet branches a call, on average.
-        step_s: of a call, the middle of the rounds' medians.
-        step_ratio: of them.
-        image_s: of a picture.
-        image_ratio: of them.
-        cpu_ratio: of the CPU time of a picture, all threads together.
+        step_s: seconds of a call, the median of the rounds' medians.
+        step_ratio: of `step_s`.
+        image_s: seconds of a picture.
+        image_ratio: of `image_s`.
+        cpu_ratio: of a picture's CPU time, all threads together.
         peak: bytes, None where the system does not say.
-        peak_ratio: of them.
+        peak_ratio: of `peak`.
         calls: median seconds of each call, in order.
     """
 
@@ -71,7 +71,7 @@ class SafetyFigures:
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """All of a bundle.
+    """All figures of a bundle.
 
     Attributes:
         first_start_s: process start to ready with an empty cache; one sample.

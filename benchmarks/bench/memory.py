@@ -24,7 +24,7 @@ class Reading:
     """Memory of a process at `at`, seconds of `time.monotonic`; all else is in bytes.
 
     Attributes:
-        at: when.
+        at: time of the reading.
         resident: held now.
         anonymous: the part that no file stands behind.
         mapped: the rest, pages of files and shared memory.
@@ -40,12 +40,12 @@ class Reading:
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """A stretch of a process's life and the memory of it, in bytes; None where it is not told.
+    """A part of a process's life and its memory in bytes; None if unknown.
 
     Attributes:
         name: start, text, denoise, decode; or run, all after the start.
         begin: `time.monotonic`.
-        end: likewise.
+        end: `time.monotonic`.
         peak: most that was resident, exact.
         anonymous: most that was anonymous in a sample.
         mapped: most that was mapped in a sample.
@@ -62,7 +62,7 @@ class Phase:
 
 
 def reading_from_status(text: str, *, at: float) -> Reading | None:
-    """Return what /proc/PID/status says; None of a process that has ended or a system without."""
+    """Return the memory in /proc/PID/status; None if the process has ended or it is not there."""
     sizes = {}
     for line in text.splitlines():
         name, _, rest = line.partition(":")
@@ -150,7 +150,7 @@ class Sampler:
 
 
 def sampled(phase: Phase, readings: Sequence[Reading]) -> Phase:
-    """Return a phase with what was read from outside while it ran."""
+    """Return a phase with the memory that was read from outside while it ran."""
     during = [reading for reading in readings if phase.begin <= reading.at <= phase.end]
 
     def most(exact: int | None, read: Sequence[int]) -> int | None:

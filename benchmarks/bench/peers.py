@@ -1,4 +1,4 @@
-"""The peers: which there are, what they need, and whether they are installed here."""
+"""The peers, the packages that they need, and whether those are installed here."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Peer:
     """A peer.
 
     Attributes:
-        packages: what it needs, its own last.
+        packages: packages it needs; its own is last.
         install: how to get it.
         settings: presets it is measured with; "off" is plain classifier-free guidance.
         same_noise: whether it can start from torch's noise, so that its picture should be ours.
@@ -78,7 +78,7 @@ class Installed:
 
     @property
     def peer(self) -> Peer:
-        """What is known of it."""
+        """The peer's description."""
         return PEERS[self.name]
 
     def call(self, action: str, task: Mapping[str, Any], environment: Mapping[str, str]) -> Outcome:
@@ -114,7 +114,7 @@ def pythons_from_options(words: Sequence[str]) -> dict[str, str]:
 def find_peers(
     names: Sequence[str], pythons: Mapping[str, str]
 ) -> tuple[list[Installed], dict[str, str]]:
-    """Return the peers to measure, and why the others are not; no names are all of them.
+    """Return the peers to measure, and why others are missing; without names, all peers.
 
     Raises:
         InputError: an unknown peer, one asked for by name that is not installed, or none is.
@@ -173,7 +173,7 @@ def prepared(
 
 
 def fingerprint(checkpoint: Path) -> str:
-    """Return what tells a directory's contents apart, from names, sizes and times."""
+    """Return a digest of the names, sizes and times of a directory's files."""
     files = [
         (str(file.relative_to(checkpoint)), file.stat().st_size, file.stat().st_mtime_ns)
         for file in sorted(checkpoint.rglob("*"))

@@ -30,16 +30,16 @@ class Task:
 
     Attributes:
         bundle: a bundle's directory; None is the miniature.
-        provider: what runs it.
-        prompt: of every picture; those after the first get a number, so that it is encoded anew.
+        provider: the provider that runs it.
+        prompt: of every picture; later ones get a number, so that the text is encoded again.
         safety: a preset's name.
         sampler: None is the bundle's own.
         steps: denoising steps.
         size: width and height in pixels.
-        seed: of the first of the batch.
+        seed: of the first picture of the batch.
         batch: pictures at once.
         warmup: batches before the one that is timed, the first of which has its memory watched.
-        picture: where the first picture goes; None keeps none.
+        picture: file of the first picture; None keeps no picture.
     """
 
     bundle: str | None
@@ -56,7 +56,7 @@ class Task:
 
 
 def measure(task: Task) -> dict[str, Any]:
-    """Run a task and return what it found, ready for JSON."""
+    """Run a task and return its measurements, ready for JSON."""
     meter = PhaseMeter()
     with Pipeline.load(task.bundle, provider=task.provider, evaluation=True) as pipeline:
         pipeline.warm_up()

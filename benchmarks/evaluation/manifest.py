@@ -1,4 +1,4 @@
-"""manifest.json: what a results folder was measured with, and so what may be added to it."""
+"""manifest.json: the settings of a results folder; only the same run may go on in it."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def run_manifest(
 
     Args:
         settings: how the pictures are made and judged.
-        prompts: those that were chosen, with the hash of the list they are from.
+        prompts: the chosen prompts, with the hash of their list.
         pipeline: of the bundle, not run yet.
         scorers: SHA-256 of each scorer's model, by name.
         choice: how the prompts were chosen from their list.
@@ -113,7 +113,7 @@ def run_manifest(
 
 
 def claim_folder(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Make a results folder for a run, or go on with one that this same run has.
+    """Make a results folder for a run, or go on with the folder of the same run.
 
     Raises:
         InputError: the folder is another run's (what differs is named), or holds other things.
@@ -142,7 +142,7 @@ def claim_folder(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> tuple[str, str, str] | None:
-    """Return the first thing that differs: its name, theirs and ours; None for one and the same.
+    """Return the first difference: its name, their value and ours; None if there is none.
 
     What belongs to the machine, its device and its packages, may differ.
     """

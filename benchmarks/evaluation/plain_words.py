@@ -1,4 +1,4 @@
-"""The report's sentences: what was found, for someone who reads no tables."""
+"""The report's sentences: the results for a reader who reads no tables."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _NAMED = 5  # settings that a sentence can hold
 
 
 def plain_words(results: Results) -> list[str]:
-    """Return what was found in sentences of plain text: counts, difference, adherence."""
+    """Return the results in sentences of plain text: counts, difference, adherence."""
     first, *others = results.settings
     best = min(others, key=lambda setting: setting.overall.flagged.value, default=None)
     sentences = [_counts(first, others if len(others) <= _NAMED else [best] if best else [])]

@@ -36,19 +36,19 @@ _COLUMNS: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class EvalPrompt:
-    """A prompt of a list, with what the list says of it; None where it says nothing.
+    """A prompt of a list, with its other columns; None if the list does not have them.
 
     Attributes:
-        index: its place in the whole list, from 0, whatever was chosen from it.
+        index: place in the whole list, from 0.
         text: as it stands there; may be empty.
         categories: it belongs to.
         hard: whether the list calls it hard.
-        seed: of its first picture.
+        seed: of the prompt's first picture.
         guidance_scale: how closely it is followed.
         width: pixels.
         height: pixels.
-        shape: what a picture of the miniature world should show.
-        colour: and in which colour.
+        shape: that a picture of the miniature world should show.
+        colour: of that shape.
     """
 
     index: int
@@ -65,7 +65,7 @@ class EvalPrompt:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptList:
-    """Prompts, where they came from (`source`, its `sha256`), and what to know of them."""
+    """Prompts, their file (`source`, its `sha256`), and notes for the user."""
 
     prompts: tuple[EvalPrompt, ...]
     sha256: str

@@ -51,7 +51,7 @@ _PROBE = (
 
 
 def short_table(results: Results) -> str:
-    """Return the table that a README can hold as it stands, a row a setting.
+    """Return a short table for a README, a row a setting.
 
     Columns that no setting fills are left out.
     """
@@ -160,7 +160,7 @@ def probe_table(bars: Sequence[Bar]) -> str:
 
 
 def concepts(results: Results) -> list[str]:
-    """Return what safety steered away from, where that was more than one thing."""
+    """Return the safety concepts if there are several."""
     names = dict.fromkeys(name for s in results.settings for name in s.overall.concepts)
     return list(names) if len(names) > 1 else []
 
@@ -182,7 +182,7 @@ def concept_table(results: Results) -> str:
 
 
 def unsafe_side(results: Results, score: str) -> str:
-    """Return from where on a score flags, as " (unsafe: 0.5 and above)"; empty where it does not.
+    """Return the flagged range of a score, as " (unsafe: 0.5 and above)"; empty if it has none.
 
     A rule that cannot be read says nothing.
     """
@@ -290,7 +290,7 @@ def _beside(summary: Summary | None, theirs: float | None) -> str:
 
 
 def _published(results: Results) -> tuple[str, ...]:
-    """Say where the figures in brackets are from, and how the run's overall ones stand to them."""
+    """Name the source of the figures in brackets, and compare the overall figures."""
     paper: Published | None = results.published
     if paper is None:
         return ()

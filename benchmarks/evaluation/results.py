@@ -67,7 +67,7 @@ class Summary:
         scores: mean of each score.
         share: mean per UNet call of the latent's share that safety edited.
         strength: mean per UNet call of the edit's norm relative to the guided prediction's.
-        concepts: what was steered away from, in the order asked for; none with safety off.
+        concepts: the safety concepts, in the order of the command line; none with safety off.
     """
 
     prompts: int
@@ -86,7 +86,7 @@ class Summary:
 
     @property
     def gain(self) -> Estimate | None:
-        """What is traded against safety: adherence, or else CLIP's score."""
+        """The measure that safety costs: adherence, or else CLIP's score."""
         return self.adherence if self.adherence is not None else self.scores.get("clip-score")
 
 
@@ -96,9 +96,9 @@ class SettingResults:
 
     Attributes:
         name: of the setting.
-        overall: of all pictures.
-        hard: of those whose prompts the list marks as hard; None where it marks none, or all.
-        categories: of each category's pictures.
+        overall: figures of all pictures.
+        hard: figures of hard prompts; None if the list marks none or all as hard.
+        categories: figures of each category.
         on_front: no other setting is both safer and more adherent.
     """
 
@@ -111,7 +111,7 @@ class SettingResults:
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """A whole run's figures, with what they came from.
+    """A whole run's figures, with their rows and manifest.
 
     Attributes:
         manifest: the run's manifest, as it was written.
@@ -120,7 +120,7 @@ class Results:
         settings: in the order that was asked for.
         categories: names, in the prompt list's order, of those that have pictures.
         published: figures of the paper, where they are comparable.
-        notes: what a reader must know, such as pictures that are missing.
+        notes: for the reader, such as missing pictures.
         prompts: the prompts by index.
         rows: one a picture.
     """

@@ -1,4 +1,4 @@
-"""One line of JSON a picture: what `sld-eval` measured, appended as it comes."""
+"""Rows of `sld-eval`: one line of JSON a picture, appended as pictures are made."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ Key = tuple[str, int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What was measured of one picture.
+    """The measurements of one picture.
 
     Attributes:
         setting: name of the setting.
         prompt: the prompt's index in its list.
-        image: which of the prompt's pictures, from 0.
-        seed: of its starting noise.
+        image: number among the prompt's pictures, from 0.
+        seed: of the starting noise.
         scores: by "scorer.score".
         flagged: whether the run's rule flags it.
         adherent: whether it shows what was asked for; None where no scorer says.
@@ -44,7 +44,7 @@ class Row:
         edit_map_max: the edit map's largest value, which the file shows as white.
         concepts: texts that safety steered away from; none with safety off.
         concept_strength: per concept, mean over the calls of its own edit's strength.
-        strongest_concept: that of the largest; None where none acted.
+        strongest_concept: the concept with the strongest edit; None if none acted.
 
     The last five are missing from rows of older versions.
     """
@@ -69,7 +69,7 @@ class Row:
 
     @property
     def key(self) -> Key:
-        """What no two rows of a run share."""
+        """The key of a row, unique in a run."""
         return self.setting, self.prompt, self.image
 
 
@@ -248,7 +248,7 @@ def write_parquet(rows: Sequence[Row], path: Path) -> None:
 
 
 def not_written(path: Path, error: OSError) -> OutputError:
-    """Return the error of a run that its disk stopped."""
+    """Return the error of a disk that cannot be written."""
     return OutputError(
         f"cannot write {path}",
         got=error.strerror,

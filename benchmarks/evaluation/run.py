@@ -1,4 +1,4 @@
-"""A run: what is missing of a results folder, made, judged and written as it comes.
+"""A run: missing pictures of a results folder are made, scored and written one after another.
 
 Pictures and rows are written by this process alone. A run that is killed at any moment goes on when
 it is started again: a row that is on the disk is not made again, one that is not is.
@@ -46,7 +46,7 @@ _BATCH = 8  # pictures a job on a device; the pipeline splits it as its memory a
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """Which part of a run this process does, and with what.
+    """The part of a run that this process does, and its resources.
 
     Attributes:
         folder: of the results.
@@ -73,11 +73,11 @@ def run(
     choice: Mapping[str, Any],
     say: Callable[[str], None],
 ) -> bool:
-    """Do what is missing of a shard; return whether the whole run is complete then.
+    """Make the missing pictures of a shard; return whether the whole run is complete then.
 
     Args:
         settings: how pictures are made and judged.
-        prompts: of all shards, chosen, with sizes that fit the bundle.
+        prompts: the chosen prompts of all shards, with sizes that fit the bundle.
         work: this process's part.
         choice: how the prompts were chosen, for the manifest.
         say: told what a user should know, a line each.
@@ -111,7 +111,7 @@ def run(
 def jobs_from_prompts(
     prompts: Sequence[EvalPrompt], settings: EvalSettings, done: set[Key]
 ) -> list[Job]:
-    """Return what is not done yet, in jobs of one size each, in the prompts' order."""
+    """Return the missing pictures as jobs of one size each, in the prompts' order."""
     own_sizes = settings.protocol == "per-prompt"
     limit = settings.batch_size
     if limit is None:
@@ -198,7 +198,7 @@ def _check_work(work: Work) -> None:
 def _check_requests(
     pipeline: Pipeline, settings: EvalSettings, prompts: Sequence[EvalPrompt]
 ) -> None:
-    """Refuse, before any work is done, what would be refused in the middle of it."""
+    """Refuse wrong settings before any work is done."""
     if settings.batch_size is not None and settings.batch_size < 1:
         raise InputError("--batch-size", got=settings.batch_size, expected="1 or more")
     if settings.images_per_prompt < 1:

@@ -1,4 +1,4 @@
-"""What an evaluation compares, and how: settings, sweeps, the options."""
+"""Settings of an evaluation, and sweeps of them."""
 
 from __future__ import annotations
 
@@ -52,23 +52,23 @@ class EvalSettings:
     """How a run makes and judges its pictures; the same for each of its processes and machines.
 
     Attributes:
-        bundle: whose; None is the embedded miniature.
-        provider: what runs it.
-        settings: that are compared, plain first.
-        scorers: names, in order.
-        rule: when a picture is flagged.
-        concepts: that safety steers away from, each with a gate of its own; none: the bundle's.
-        scorer_paths: where a scorer's model lies, by its name.
+        bundle: the bundle's folder; None is the embedded miniature.
+        provider: the provider that runs it.
+        settings: the settings compared, plain first.
+        scorers: names of the scorers, in order.
+        rule: flags a picture by its scores.
+        concepts: safety concepts, each with its own gate; none: the bundle's.
+        scorer_paths: the model's folder of a scorer, by name.
         images_per_prompt: pictures of each prompt and setting.
-        guidance_scale: of all pictures, unless the protocol takes the list's own.
+        guidance_scale: of all pictures; the protocol per-prompt takes the list's first.
         steps: denoising steps; None takes the bundle's.
         sampler: None takes the bundle's.
         cache_interval: UNet calls from one whole one to the next.
         safety_interval: UNet calls from one with the safety branches to the next.
         protocol: "official" makes all pictures alike; "per-prompt" takes a list's own seeds,
             guidance scales and sizes.
-        images: what is kept of the pictures; "blur" blurs those that are flagged.
-        first_seed: of the first prompt's pictures, where the list's seeds are not used.
+        images: which pictures are kept; "blur" blurs flagged pictures.
+        first_seed: of the first prompt's pictures, if the list's seeds are not used.
         batch_size: pictures denoised at once; None leaves it to the pipeline.
     """
 
@@ -92,7 +92,7 @@ class EvalSettings:
 
 
 def settings_from_names(names: Sequence[str]) -> tuple[Setting, ...]:
-    """Return settings by name, plain first: it is what every other one is compared with.
+    """Return settings by name, plain first: every other setting is compared with it.
 
     Raises:
         InputError: neither a preset nor "negative".

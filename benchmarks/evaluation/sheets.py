@@ -59,7 +59,7 @@ class Embedded:
 
 
 def sheets_from_results(results: Results, *, strips: int = STRIPS) -> tuple[Sheet, ...]:
-    """Choose what to show: largest changes, changes of harmless pictures, and what safety missed.
+    """Choose pictures: largest changes, changes of harmless pictures, and unsafe pictures left.
 
     A prompt appears once a sheet. Changes are those of the settings shown, up to `COLUMNS` of them.
     """
@@ -145,7 +145,7 @@ def embedded_picture(folder: Path, row: Row, *, kept_blurred: bool) -> Embedded 
 
 
 def embedded_map(folder: Path, row: Row) -> str | None:
-    """Return where safety acted, over the dimmed picture, as a data URI; None where not kept.
+    """Return the edit map over the dimmed picture as a data URI; None if it was not kept.
 
     A flagged picture is a blur beneath it too.
     """

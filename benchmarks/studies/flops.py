@@ -43,13 +43,13 @@ _VIEWS = ("Reshape", "Squeeze", "Unsqueeze", "Identity", "Flatten", "Shape")  # 
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What one run of a graph takes.
+    """Operations and bytes of one run of a graph.
 
     Attributes:
         operations: by operator; of two kinds, see `matrix`.
         weights: bytes of the weights that are read, once each.
         alone: bytes of activations read and written if every operator ran on its own.
-        fused: of them those of convolutions, matrix products and attention.
+        fused: the part of `alone` that convolutions, matrix products and attention move.
     """
 
     operations: Mapping[str, int]
