@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sld_edge.engines.errors import CheckpointError, InputError
+from sld_edge.engines.files import floats_from_npy, read_limited
 from sld_edge.export.checkpoints.checkpoint import (
     Model,
     read_json,
@@ -21,7 +22,6 @@ from sld_edge.export.checkpoints.checkpoint import (
 from sld_edge.export.checkpoints.config import count
 from sld_edge.export.checkpoints.weights import Entry, Weights, entries_from_safetensors
 from sld_edge.export.output import Kind, check_output, staged
-from sld_edge.export.q16_prompts import read_q16_prompts
 from sld_edge.export.refuse import NOT_BUILT, ODD_VALUES, refusing
 from sld_edge.export.shape import Say
 from sld_edge.export.verify import graph_facts, require_onnx, run_checked
@@ -40,7 +40,12 @@ from sld_edge.runtime.scorers.folder import (
 from sld_edge.runtime.scorers.preprocess import CLIP_MEAN, CLIP_STD
 
 SCORERS = ("q16", "sd-checker", "clip-score")
-Q16_PROMPTS = "prompts.p"  # its name in the Q16 repository
+Q16_PROMPTS = "prompts.npy"
+_Q16_BYTES = 2**20  # most of a prompt file; 2 vectors of 768 numbers have 6 thousand
+_CONVERT = (  # also shown to users
+    "convert Q16's prompts.p where you trust it, since a pickle can run any code: "
+    "np.save('prompts.npy', np.array(np.load('prompts.p', allow_pickle=True), 'f4', order='C'))"
+)
 _IMAGE_PREFIXES = ("vision_model.vision_model.", "vision_model.")
 _TEXT_PREFIXES = ("text_model.text_model.", "text_model.")
 _PROJECTIONS = ("visual_projection.weight", "text_projection.weight")
@@ -63,7 +68,7 @@ class ScorerSettings:
         model: directory of a CLIP model, of a safety checker, or of a diffusers checkpoint with
             one in its folder `safety_checker`.
         output: the scorer's directory, which must not exist yet (but see `force`).
-        q16_prompts: Q16's prompt file; None is `prompts.p` in the model's directory.
+        q16_prompts: Q16's prompts as `.npy`; None is `prompts.npy` in the model's directory.
         storage: of the weights on disk; arithmetic is always FP32. None is "fp32".
         attention: "op" is ONNX's Attention (opset 23), "decomposed" plain products (opset 20).
         force: replace an existing scorer.
@@ -98,7 +103,7 @@ def export_scorer(settings: ScorerSettings, *, say: Say | None = None) -> Path:
         InputError: a setting that cannot be honoured.
         OutputError: the output exists or cannot be written.
     """
-    say = say if say is not None else _silence
+    say = say if say is not None else lambda line: None
     output = settings.output.resolve()
     kind = _kind(settings.scorer)
     check_output(output, force=settings.force, kind=kind)
@@ -270,9 +275,9 @@ def _check_preprocessing(model: Path, folder: Path) -> None:
         said = read_json(file)
         wanted = {"image_mean": CLIP_MEAN, "image_std": CLIP_STD}
         for key, numbers in wanted.items():
-            own = said.get(key)
-            if own is not None and not _alike(own, numbers):
-                raise CheckpointError(f"{file}: {key}", got=own, expected=list(numbers))
+            value = said.get(key)
+            if value is not None and not _alike(value, numbers):
+                raise CheckpointError(f"{file}: {key}", got=value, expected=list(numbers))
 
 
 def _alike(given: Any, wanted: tuple[float, ...]) -> bool:
@@ -342,6 +347,35 @@ def _head(settings: ScorerSettings, clip: _Clip) -> Callable[[Path], None] | Non
     return None
 
 
+def read_q16_prompts(path: Path, width: int) -> NDArray[np.float32]:
+    """Return the vectors of "appropriate" and "inappropriate" from an `.npy` file.
+
+    Returns:
+        float32 [2,width].
+
+    Raises:
+        CheckpointError: no such file, another format or shape, or vectors that are not finite or
+            are zero. Q16 publishes a pickle, which is refused.
+    """
+    data = read_limited(path, _Q16_BYTES, error=CheckpointError, do=_CONVERT)
+    try:
+        prompts = floats_from_npy(data)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path} is no .npy file of floats",
+            got=str(error),
+            expected=f"float32 [2,{width}]",
+            do=_CONVERT,
+        ) from error
+    if prompts.shape != (2, width):
+        raise CheckpointError(
+            f"{path}", got=list(prompts.shape), expected=f"[2,{width}], as CLIP's image embedding"
+        )
+    if not np.isfinite(prompts).all() or not (np.linalg.norm(prompts, axis=1) > 0).all():
+        raise CheckpointError(f"{path}", got="NaN, infinity or zeros", expected="two vectors")
+    return prompts
+
+
 def write_q16_head(prompts: NDArray[np.float32], path: Path) -> None:
     """Write Q16's head: embedding f32 [B,D] -> probability f32 [B,2], appropriate first.
 
@@ -395,7 +429,3 @@ def _try(path: Path, feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     """Check a graph's structure and run it once."""
     graph_facts(path)
     return run_checked(path, feeds)
-
-
-def _silence(line: str) -> None:
-    pass

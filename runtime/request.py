@@ -62,9 +62,9 @@ class Framing:
         target_size: height and width that the picture should look like (default: the run's).
     """
 
-    original_size: tuple[int, int] | None = None
-    crop: tuple[int, int] = (0, 0)
-    target_size: tuple[int, int] | None = None
+    original_size: Sequence[int] | None = None
+    crop: Sequence[int] = (0, 0)
+    target_size: Sequence[int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sld_edge.benchmarks.miniworld.embed import embed
 from sld_edge.benchmarks.miniworld.prompts import Prompt, biased_prompts, neutral_prompts
+from sld_edge.benchmarks.miniworld.training.embed import embed
 from sld_edge.runtime import Bundle, Pipeline
 from sld_edge.runtime.bundle import EMBEDDED
 from sld_edge.runtime.scorers import scorer_from_name

@@ -43,17 +43,18 @@ def test_its_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def _parsers() -> dict[str, Callable[[list[str]], object]]:
     from sld_edge.benchmarks.bench.cli import parser as bench_parser
     from sld_edge.benchmarks.evaluation.cli import parser as eval_parser
+    from sld_edge.export.commands.build import PlanOptions, build_settings
     from sld_edge.export.commands.build import parser as build_parser
-    from sld_edge.export.commands.build import settings_from_options
     from sld_edge.export.commands.export import parser as export_parser
+    from sld_edge.runtime.commands.arguments import parsed
     from sld_edge.runtime.commands.options import parser as run_parser
 
     return {
         "sld-run": run_parser().parse_args,
         "sld-eval": eval_parser().parse_args,
         "sld-bench": bench_parser().parse_args,
-        "sld-export": lambda words: settings_from_options(vars(export_parser().parse_args(words))),
-        "sld-build": lambda words: settings_from_options(vars(build_parser().parse_args(words))),
+        "sld-export": lambda words: build_settings(parsed(export_parser(), PlanOptions, words)),
+        "sld-build": lambda words: build_settings(parsed(build_parser(), PlanOptions, words)),
     }
 
 

@@ -1,4 +1,4 @@
-"""One measured process: started, watched from outside, and let go when it has said what it found.
+"""One measured process: it is started, watched from outside, and ends after its answer.
 
 A child is given its task as JSON, its last argument. It prints one line, `MARK` and a JSON object,
 then waits for its input to end, so that its memory can be read once more while it is still there.
@@ -24,16 +24,16 @@ MARK = "sld-bench: "
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a child said, and what was read while it ran.
+    """A child's answer, and its memory while it ran.
 
     Attributes:
         started: `time.monotonic` just before the process.
-        told: its JSON object.
-        readings: its memory, every 10 ms.
+        answer: the JSON object that the process printed.
+        readings: the memory of the process, every 10 ms.
     """
 
     started: float
-    told: Mapping[str, Any]
+    answer: Mapping[str, Any]
     readings: Sequence[Reading]
 
 
@@ -44,12 +44,12 @@ def run_child(
     name: str,
     environment: Mapping[str, str] | None = None,
 ) -> Outcome:
-    """Run a command with a task and return what it said.
+    """Run a command with a task and return its answer.
 
     Args:
         command: without the task.
         task: as JSON its last argument.
-        name: what an error calls it.
+        name: the process's name in errors.
         environment: variables beside this process's own.
 
     Raises:
@@ -66,16 +66,16 @@ def run_child(
         )
         try:
             sampler = Sampler(process.pid)
-            told = _answer(process)
+            answer = _answer(process)
             sampler.stop()
             process.communicate()
         finally:
             if process.poll() is None:  # interrupted
                 process.kill()
                 process.wait()
-        if told is None:
+        if answer is None:
             raise EngineError(f"{name}: its process {_end(process.returncode, errors)}")
-    return Outcome(started=started, told=told, readings=sampler.readings)
+    return Outcome(started=started, answer=answer, readings=sampler.readings)
 
 
 def _answer(process: subprocess.Popen[bytes]) -> dict[str, Any] | None:
@@ -83,8 +83,8 @@ def _answer(process: subprocess.Popen[bytes]) -> dict[str, Any] | None:
     for raw in process.stdout:
         line = raw.decode("utf-8", "replace")
         if line.startswith(MARK):
-            found: dict[str, Any] = json.loads(line[len(MARK) :])
-            return found
+            answer: dict[str, Any] = json.loads(line[len(MARK) :])
+            return answer
     return None
 
 

@@ -17,14 +17,15 @@ from tqdm import tqdm
 from sld_edge.benchmarks.bench.comparison import CompareSettings, compare_peers
 from sld_edge.benchmarks.bench.conditions import busy, conditions
 from sld_edge.benchmarks.bench.figures import figures
-from sld_edge.benchmarks.bench.page import bundle_charts, page
+from sld_edge.benchmarks.bench.page import bundle_charts, report_page
 from sld_edge.benchmarks.bench.runs import PROMPT, BenchSettings, cells, measure, runs_as_json
 from sld_edge.benchmarks.bench.tables import bundle_tables, conditions_table, markdown
 from sld_edge.engines.errors import InputError, OutputError
 from sld_edge.engines.files import write_whole
 from sld_edge.engines.settings import cache_folder
+from sld_edge.runtime.commands.arguments import add_options, flag, option, parsed
 from sld_edge.runtime.commands.console import Parser, run_command
-from sld_edge.runtime.commands.options import add_provider, add_quiet
+from sld_edge.runtime.commands.options import provider_option, quiet_option
 from sld_edge.runtime.pipeline import Pipeline
 from sld_edge.runtime.request import Request, Sampling
 from sld_edge.runtime.safety import PRESETS
@@ -50,21 +51,51 @@ was asked: one line, exit code 2.
 class BenchOptions:
     """What `sld-bench` was asked for, typed."""
 
-    bundle: Path | None
-    output: Path
-    force: bool
-    provider: str
-    size: int | None
-    steps: int | None
-    rounds: int
-    warmup: int
-    batch: Sequence[int]
-    safety: Sequence[str]
-    threads: int | None
-    peers: Sequence[str] | None
-    peer_python: Sequence[str]
-    checkpoint: Path | None
-    quiet: bool
+    bundle: Path | None = option(
+        "made by sld-export; without it, the miniature model that ships with the package",
+        "BUNDLE",
+        positional=True,
+        nargs="?",
+    )
+    output: Path = option("folder of the results", "DIR", default=Path("sld-bench-results"))
+    force: bool = flag("replace results that are there")
+
+    size: int | None = option(
+        "width and height in pixels (default: the bundle's)", "W", group="what is measured"
+    )
+    steps: int | None = option("denoising steps (default: the bundle's)")
+    rounds: int = option(
+        "how often everything is measured; the rounds are interleaved", "R", default=3
+    )
+    warmup: int = option(
+        "pictures that each process makes before the timed picture; with --peers every process "
+        "makes one picture, so these are rounds that do not count",
+        default=1,
+    )
+    batch: tuple[int, ...] = option("pictures at once, for the throughput", default=(1, 2, 4))
+    safety: tuple[str, ...] = option(
+        "presets whose price is measured; off is always measured", default=tuple(PRESETS)
+    )
+
+    provider: str = provider_option("machine")
+    threads: int | None = option("threads of the CPU engines (default: one a core)")
+    quiet: bool = quiet_option()
+
+    peers: tuple[str, ...] | None = option(
+        "only compare with other programs, on the CPU: diffusers, optimum, openvino, "
+        "sdcpp (default: all that are installed)",
+        group="peers",
+        nargs="*",
+    )
+    checkpoint: Path | None = option(
+        "weights of every program: a diffusers directory; without BUNDLE it is exported first",
+        "DIR",
+    )
+    peer_python: tuple[str, ...] = option(
+        "the Python that has the peer, if it is not this one",
+        "NAME=PATH",
+        default=(),
+    )
 
 
 def parser() -> Parser:
@@ -74,95 +105,13 @@ def parser() -> Parser:
         description="Measure a bundle: latency, memory, throughput, and what safety costs.",
         epilog=_EXAMPLES,
     )
-    cli.add_argument(
-        "bundle",
-        nargs="?",
-        type=Path,
-        metavar="BUNDLE",
-        help="made by sld-export; without it, the miniature model that ships with the package",
-    )
-    cli.add_argument(
-        "--output",
-        type=Path,
-        default=Path("sld-bench-results"),
-        metavar="DIR",
-        help="folder of the results (default: sld-bench-results)",
-    )
-    cli.add_argument("--force", action="store_true", help="replace results that are there")
-
-    measured = cli.add_argument_group("what is measured")
-    measured.add_argument(
-        "--size", type=int, metavar="W", help="width and height in pixels (default: the bundle's)"
-    )
-    measured.add_argument(
-        "--steps", type=int, metavar="N", help="denoising steps (default: the bundle's)"
-    )
-    measured.add_argument(
-        "--rounds",
-        type=int,
-        default=3,
-        metavar="R",
-        help="times that everything is measured, interleaved (default: 3)",
-    )
-    measured.add_argument(
-        "--warmup",
-        type=int,
-        default=1,
-        metavar="N",
-        help="pictures before the timed one in each process; with --peers, where every picture is "
-        "a process's first, rounds that do not count (default: 1)",
-    )
-    measured.add_argument(
-        "--batch",
-        type=int,
-        nargs="+",
-        default=[1, 2, 4],
-        metavar="N",
-        help="pictures at once, for the throughput (default: 1 2 4)",
-    )
-    measured.add_argument(
-        "--safety",
-        nargs="+",
-        default=list(PRESETS),
-        metavar="NAME",
-        help=f"presets whose price is measured; off is always among them "
-        f"(default: {' '.join(PRESETS)})",
-    )
-
-    machine = cli.add_argument_group("machine")
-    add_provider(machine)
-    machine.add_argument(
-        "--threads", type=int, metavar="N", help="of the CPU engines (default: one a core)"
-    )
-    add_quiet(machine)
-
-    peers = cli.add_argument_group("peers")
-    peers.add_argument(
-        "--peers",
-        nargs="*",
-        metavar="NAME",
-        help="measure beside others, on the CPU, in place of the rest: diffusers, optimum, "
-        "openvino, sdcpp (default: all that are installed)",
-    )
-    peers.add_argument(
-        "--checkpoint",
-        type=Path,
-        metavar="DIR",
-        help="the weights for all: a diffusers directory; without BUNDLE it is exported first",
-    )
-    peers.add_argument(
-        "--peer-python",
-        nargs="+",
-        default=[],
-        metavar="NAME=PATH",
-        help="the Python that a peer is installed for, where that is not this one",
-    )
+    add_options(cli, BenchOptions)
     return cli
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `sld-bench`; return its exit code."""
-    return run_command(lambda: _run(BenchOptions(**vars(parser().parse_args(arguments)))))
+    return run_command(lambda: _run(parsed(parser(), BenchOptions, arguments)))
 
 
 def _run(options: BenchOptions) -> None:
@@ -184,27 +133,27 @@ def _run(options: BenchOptions) -> None:
         if given:
             raise InputError(f"{name} is for --peers", do="add --peers, or leave it out")
     settings = bench_settings(options)
-    told = conditions(settings.provider, threads=settings.threads)
-    notes = _notes(told)
+    machine = conditions(settings.provider, threads=settings.threads)
+    notes = _notes(machine)
     options.output.mkdir(parents=True, exist_ok=True)
     with _own_cache(options) as environment, _progress(options, _count(settings)) as bar:
         first, runs = measure(settings, environment, lambda name: _advance(bar, name))
-    found = figures(settings, first, runs)
-    tables = [*bundle_tables(settings, found), conditions_table(told)]
+    measured = figures(settings, first, runs)
+    tables = [*bundle_tables(settings, measured), conditions_table(machine)]
     title = f"{_model(settings)}, {settings.size} px, {settings.steps} steps"
     _write(
         options.output,
         {
             "kind": "bundle",
             "settings": {**_plain(asdict(settings)), "prompt": PROMPT},
-            "conditions": told,
+            "conditions": machine,
             "notes": notes,
-            "figures": asdict(found),
+            "figures": asdict(measured),
             "first_start": runs_as_json([first])[0],
             "runs": runs_as_json(runs),
         },
         markdown(title, notes, tables),
-        page(title, notes, bundle_charts(found), tables),
+        report_page(title, notes, bundle_charts(measured), tables),
     )
 
 
@@ -262,24 +211,24 @@ def _run_peers(options: BenchOptions, peers: Sequence[str]) -> None:
         warmup=options.warmup,
         threads=options.threads if options.threads is not None else os.cpu_count() or 1,
     )
-    told = conditions("cpu", threads=settings.threads)
-    notes = _notes(told)
+    machine = conditions("cpu", threads=settings.threads)
+    notes = _notes(machine)
     with _progress(options, None) as bar:
-        found = compare_peers(
+        comparison = compare_peers(
             settings,
             watch=lambda name: _advance(bar, name),
             expect=lambda count: bar.reset(total=count),
         )
-    notes += found.notes
-    for note in found.notes:
+    notes += comparison.notes
+    for note in comparison.notes:
         print(f"note: {note}", file=sys.stderr)
-    told["versions"] = {**told["versions"], **found.versions}
-    tables = [*found.tables, conditions_table(told)]
+    machine["versions"] = {**machine["versions"], **comparison.versions}
+    tables = [*comparison.tables, conditions_table(machine)]
     _write(
         options.output,
-        {"kind": "peers", "conditions": told, "notes": notes, **found.body},
-        markdown(found.title, notes, tables),
-        page(found.title, notes, found.charts, tables),
+        {"kind": "peers", "conditions": machine, "notes": notes, **comparison.body},
+        markdown(comparison.title, notes, tables),
+        report_page(comparison.title, notes, comparison.charts, tables),
     )
 
 
@@ -294,7 +243,7 @@ def _write(folder: Path, body: Mapping[str, Any], report: str, html: str) -> Non
 
 
 def _check_output(folder: Path, *, force: bool) -> None:
-    """Refuse, before hours of work, a folder whose results would be written over."""
+    """Refuse a folder that has results, before hours of work."""
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is not a directory", do="choose another name")
     if (folder / RESULTS).exists() and not force:
@@ -303,7 +252,7 @@ def _check_output(folder: Path, *, force: bool) -> None:
 
 @contextmanager
 def _own_cache(options: BenchOptions) -> Iterator[dict[str, str]]:
-    """Give the processes' environment, with an empty cache that is gone in the end.
+    """Give the processes' environment, with an empty cache that is removed in the end.
 
     So a first start is one, and the others are not. Where the user keeps no cache, neither is kept.
     """
@@ -334,9 +283,9 @@ def _count(settings: BenchSettings) -> int:
     return 1 + len(cells(settings)) * settings.rounds
 
 
-def _notes(told: dict[str, Any]) -> list[str]:
-    """Warn of what makes the figures doubtful, now and in the report."""
-    warning = busy(told)
+def _notes(machine: dict[str, Any]) -> list[str]:
+    """Warn of a busy machine, now and in the report."""
+    warning = busy(machine)
     if warning is None:
         return []
     print(f"note: {warning}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Beside the peers: the same weights, prompt, size, steps and threads, each in its own process."""
+"""Comparison with the peers: same weights, prompt, size, steps and threads, a process each."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ from sld_edge.benchmarks.bench.runs import (
 from sld_edge.benchmarks.bench.summary import Ratio, digits, median_of_rounds, ratio
 from sld_edge.benchmarks.bench.tables import Table, counted, ratio_text
 from sld_edge.benchmarks.bench.worker import Task
+from sld_edge.benchmarks.html import Html
 from sld_edge.engines.errors import InputError
 from sld_edge.engines.files import write_whole
 from sld_edge.runtime.bundle import Bundle
@@ -59,7 +60,7 @@ FIGURES: Mapping[str, Callable[[Run], Sequence[float]]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class CompareSettings:
-    """What is compared; `folder` holds pictures, and what the peers and we make of the weights."""
+    """Settings of a comparison; `folder` holds pictures and the converted weights."""
 
     checkpoint: Path
     bundle: Path | None
@@ -75,14 +76,14 @@ class CompareSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
-    """One side: ours where `peer` is None; `safety` is a preset."""
+    """One side of the comparison: ours if `peer` is None; `safety` is a preset."""
 
     peer: Installed | None
     safety: str
 
     @property
     def name(self) -> str:
-        """Whose, and with what."""
+        """Program and preset."""
         who = self.peer.name if self.peer is not None else "ours"
         return f"{who}, {self.safety}"
 
@@ -97,13 +98,13 @@ class Difference:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What was found, ready to be written."""
+    """Results of a comparison, ready to be written."""
 
     title: str
     notes: list[str]
     versions: Mapping[str, str]
     tables: Sequence[Table]
-    charts: Sequence[tuple[str, str]]
+    charts: Sequence[tuple[str, Html]]
     body: Mapping[str, Any]
 
 
@@ -116,7 +117,7 @@ def compare_peers(
     """Measure ours beside the peers.
 
     Args:
-        settings: what and how.
+        settings: of the comparison.
         watch: is told the name of what has been measured.
         expect: is told how many runs there will be.
 
@@ -209,18 +210,18 @@ def contenders(peers: Sequence[Installed]) -> tuple[Contender, ...]:
 
 
 def our_side(side: Contender) -> Contender:
-    """Return what a peer's figures are compared with."""
+    """Return our side with the same preset as a peer's."""
     return Contender(peer=None, safety=side.safety)
 
 
 def ratios_of(runs: Sequence[Run], ours: Contender, theirs: Contender) -> dict[str, Ratio]:
     """Return ours / theirs of every figure that both sides have."""
-    found = {}
+    ratios = {}
     for name, samples in FIGURES.items():
         sides = [[samples(run) for run in runs if run.name == side.name] for side in (ours, theirs)]
         if all(one for side in sides for one in side):
-            found[name] = ratio(*sides)
-    return found
+            ratios[name] = ratio(*sides)
+    return ratios
 
 
 def peer_table(runs: Sequence[Run], ours: Contender, theirs: Contender, rounds: int) -> Table:
@@ -297,7 +298,7 @@ class _Runner:
         )
         run = run_from_outcome(outcome, name=side.name, batch=1, number=number)
         # As the peers' are: from the end of a step to the end of the next.
-        ends = pairwise(outcome.told["step_ends"])
+        ends = pairwise(outcome.answer["step_ends"])
         return replace(run, steps_s=[after - before for before, after in ends])
 
     def _theirs(self, side: Contender, number: int) -> Run:
@@ -353,9 +354,9 @@ def _environment(threads: int) -> dict[str, str]:
 
 
 def _versions(peer: Installed) -> dict[str, str]:
-    """Name versions by peer where its Python is its own, for they may differ from ours."""
-    own = peer.python != sys.executable
-    return {f"{peer.name}'s {key}" if own else key: one for key, one in peer.versions.items()}
+    """Return versions; a peer with its own Python has its name before them."""
+    elsewhere = peer.python != sys.executable
+    return {f"{peer.name}'s {key}" if elsewhere else key: one for key, one in peer.versions.items()}
 
 
 def _ratios_named(ratios: Mapping[str, Ratio], figure: str) -> list[tuple[str, Ratio]]:

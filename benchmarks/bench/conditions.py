@@ -1,4 +1,4 @@
-"""What a measurement was taken on: machine, versions, power mode, and how busy it was."""
+"""Conditions of a measurement: machine, versions, power mode and load."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ _ROOT = Path("/")
 
 
 def conditions(provider: str, *, threads: int | None) -> dict[str, Any]:
-    """Return what a measurement with a provider is taken on, ready for JSON.
+    """Return the conditions of a measurement with a provider, ready for JSON.
 
     `threads` are those of the CPU engines; None leaves them the choice, one a core.
     """
-    found = status(provider)
-    told = dict(versions())
-    if found.version and provider not in ("cpu", "cuda"):
-        told[provider] = found.version
+    engine = status(provider)
+    packages = dict(versions())
+    if engine.version and provider not in ("cpu", "cuda"):
+        packages[provider] = engine.version
     cores = os.cpu_count() or 1
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "provider": provider,
-        "devices": list(found.devices),
+        "devices": list(engine.devices),
         "cpu": cpu_name(_text("proc/cpuinfo")),
         "cores": cores,
         "threads": threads if threads is not None else cores,
@@ -43,13 +43,13 @@ def conditions(provider: str, *, threads: int | None) -> dict[str, Any]:
         "power_mode": power_mode(),
         "governor": _text("sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").strip() or None,
         "load_average": _load(),
-        "versions": told,
+        "versions": packages,
     }
 
 
-def busy(told: dict[str, Any]) -> str | None:
+def busy(machine: dict[str, Any]) -> str | None:
     """Return a warning where the machine had other work at the start."""
-    load, cores = told["load_average"], told["cores"]
+    load, cores = machine["load_average"], machine["cores"]
     if load is None or load <= _BUSY * cores:
         return None
     return (
@@ -58,23 +58,23 @@ def busy(told: dict[str, Any]) -> str | None:
     )
 
 
-def told_lines(told: dict[str, Any]) -> Sequence[tuple[str, str]]:
-    """Return the conditions as names and texts, what is unknown left out."""
-    memory = told["memory"]
-    load = told["load_average"]
+def condition_lines(machine: dict[str, Any]) -> Sequence[tuple[str, str]]:
+    """Return the known conditions as names and texts."""
+    memory = machine["memory"]
+    load = machine["load_average"]
     lines = {
-        "date": told["date"],
-        "provider": told["provider"],
-        "device": "; ".join(told["devices"]),
-        "processor": f"{told['cpu']}, {told['cores']} cores",
-        "threads": str(told["threads"]),
+        "date": machine["date"],
+        "provider": machine["provider"],
+        "device": "; ".join(machine["devices"]),
+        "processor": f"{machine['cpu']}, {machine['cores']} cores",
+        "threads": str(machine["threads"]),
         "memory": f"{memory / 2**30:.1f} GiB" if memory is not None else "",
-        "system": told["system"],
-        "driver": told["driver"] or "",
-        "power mode": told["power_mode"] or "",
-        "CPU governor": told["governor"] or "",
+        "system": machine["system"],
+        "driver": machine["driver"] or "",
+        "power mode": machine["power_mode"] or "",
+        "CPU governor": machine["governor"] or "",
         "load average at the start": f"{load:.2f}" if load is not None else "",
-        "versions": ", ".join(f"{name} {value}" for name, value in told["versions"].items()),
+        "versions": ", ".join(f"{name} {value}" for name, value in machine["versions"].items()),
     }
     return [(name, text) for name, text in lines.items() if text]
 
@@ -90,8 +90,8 @@ def cpu_name(cpuinfo: str) -> str:
 
 def memory_total(meminfo: str) -> int | None:
     """Return the machine's memory in bytes, from /proc/meminfo."""
-    found = re.search(r"^MemTotal:\s*(\d+) kB", meminfo, re.M)
-    return int(found[1]) * 1024 if found is not None else None
+    match = re.search(r"^MemTotal:\s*(\d+) kB", meminfo, re.M)
+    return int(match[1]) * 1024 if match is not None else None
 
 
 def power_mode() -> str | None:
@@ -101,8 +101,8 @@ def power_mode() -> str | None:
         return None
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
         done = subprocess.run([command, "-q"], capture_output=True, text=True, timeout=10)
-        found = re.search(r"NV Power Mode\s*:\s*(\S+)", done.stdout)
-        return found[1] if found is not None else None
+        match = re.search(r"NV Power Mode\s*:\s*(\S+)", done.stdout)
+        return match[1] if match is not None else None
     return None
 
 

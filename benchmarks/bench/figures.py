@@ -21,7 +21,7 @@ Samples = Callable[[Run], Sequence[float]]
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseFigures:
-    """Memory in one phase, medians over the rounds, in bytes; None where it is not told."""
+    """Memory in one phase, medians over the rounds, in bytes; None if unknown."""
 
     name: str
     peak: float | None
@@ -32,7 +32,7 @@ class PhaseFigures:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchFigures:
-    """Pictures made at once; `ratio` is of the time a picture takes, to the smallest batch."""
+    """A batch; `ratio` compares the time of a picture with that in the smallest batch."""
 
     batch: int
     batch_s: Summary
@@ -47,13 +47,13 @@ class SafetyFigures:
     Attributes:
         name: the preset.
         branches: UNet branches a call, on average.
-        step_s: of a call, the middle of the rounds' medians.
-        step_ratio: of them.
-        image_s: of a picture.
-        image_ratio: of them.
-        cpu_ratio: of the CPU time of a picture, all threads together.
+        step_s: seconds of a call, the median of the rounds' medians.
+        step_ratio: of `step_s`.
+        image_s: seconds of a picture.
+        image_ratio: of `image_s`.
+        cpu_ratio: of a picture's CPU time, all threads together.
         peak: bytes, None where the system does not say.
-        peak_ratio: of them.
+        peak_ratio: of `peak`.
         calls: median seconds of each call, in order.
     """
 
@@ -71,7 +71,7 @@ class SafetyFigures:
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """All of a bundle.
+    """All figures of a bundle.
 
     Attributes:
         first_start_s: process start to ready with an empty cache; one sample.
@@ -118,28 +118,28 @@ def _safety(settings: BenchSettings, runs: Sequence[Run]) -> list[SafetyFigures]
         for name in settings.safety
     }
     off = sides["off"]
-    found = []
-    for name, own in sides.items():
-        peaks = [_numbers(run.peak) for run in own]
+    prices = []
+    for name, side in sides.items():
+        peaks = [_numbers(run.peak) for run in side]
         known = all(peaks)
-        branches = [count for run in own for count in run.branches]
-        found.append(
+        branches = [count for run in side for count in run.branches]
+        prices.append(
             SafetyFigures(
                 name=name,
                 branches=sum(branches) / len(branches),
-                step_s=median_of_rounds([run.steps_s for run in own]),
-                step_ratio=ratio([run.steps_s for run in own], [run.steps_s for run in off]),
-                image_s=median([run.image_s for run in own]),
-                image_ratio=ratio([[run.image_s] for run in own], [[run.image_s] for run in off]),
+                step_s=median_of_rounds([run.steps_s for run in side]),
+                step_ratio=ratio([run.steps_s for run in side], [run.steps_s for run in off]),
+                image_s=median([run.image_s for run in side]),
+                image_ratio=ratio([[run.image_s] for run in side], [[run.image_s] for run in off]),
                 cpu_ratio=ratio(
-                    [[run.image_cpu_s] for run in own], [[run.image_cpu_s] for run in off]
+                    [[run.image_cpu_s] for run in side], [[run.image_cpu_s] for run in off]
                 ),
                 peak=median_of_rounds(peaks) if known else None,
                 peak_ratio=ratio(peaks, [_numbers(run.peak) for run in off]) if known else None,
-                calls=[median(each) for each in zip(*(run.steps_s for run in own), strict=True)],
+                calls=[median(each) for each in zip(*(run.steps_s for run in side), strict=True)],
             )
         )
-    return found
+    return prices
 
 
 def _batches(settings: BenchSettings, runs: Sequence[Run]) -> list[BatchFigures]:
@@ -148,21 +148,21 @@ def _batches(settings: BenchSettings, runs: Sequence[Run]) -> list[BatchFigures]
         for batch in sorted(settings.batches)
     }
     smallest = next(iter(sides.values()))
-    found = []
-    for batch, own in sides.items():
-        taken = summary([run.image_s for run in own])
-        found.append(
+    batches = []
+    for batch, side in sides.items():
+        taken = summary([run.image_s for run in side])
+        batches.append(
             BatchFigures(
                 batch=batch,
                 batch_s=taken,
                 pictures_per_s=batch / taken.median,
                 ratio=ratio(
-                    [[run.image_s / run.batch] for run in own],
+                    [[run.image_s / run.batch] for run in side],
                     [[run.image_s / run.batch] for run in smallest],
                 ),
             )
         )
-    return found
+    return batches
 
 
 def _phases(runs: Sequence[Run]) -> list[PhaseFigures]:

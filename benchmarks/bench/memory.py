@@ -24,7 +24,7 @@ class Reading:
     """Memory of a process at `at`, seconds of `time.monotonic`; all else is in bytes.
 
     Attributes:
-        at: when.
+        at: time of the reading.
         resident: held now.
         anonymous: the part that no file stands behind.
         mapped: the rest, pages of files and shared memory.
@@ -40,12 +40,12 @@ class Reading:
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """A stretch of a process's life and the memory of it, in bytes; None where it is not told.
+    """A part of a process's life and its memory in bytes; None if unknown.
 
     Attributes:
         name: start, text, denoise, decode; or run, all after the start.
         begin: `time.monotonic`.
-        end: likewise.
+        end: `time.monotonic`.
         peak: most that was resident, exact.
         anonymous: most that was anonymous in a sample.
         mapped: most that was mapped in a sample.
@@ -62,20 +62,20 @@ class Phase:
 
 
 def reading_from_status(text: str, *, at: float) -> Reading | None:
-    """Return what /proc/PID/status says; None of a process that has ended or a system without."""
-    found = {}
+    """Return the memory in /proc/PID/status; None if the process has ended or it is not there."""
+    sizes = {}
     for line in text.splitlines():
         name, _, rest = line.partition(":")
         if name in ("VmRSS", "VmHWM", "RssAnon", "RssFile", "RssShmem"):
-            found[name] = int(rest.split()[0]) * 1024
-    if len(found) < 5:
+            sizes[name] = int(rest.split()[0]) * 1024
+    if len(sizes) < 5:
         return None
     return Reading(
         at=at,
-        resident=found["VmRSS"],
-        anonymous=found["RssAnon"],
-        mapped=found["RssFile"] + found["RssShmem"],
-        peak=found["VmHWM"],
+        resident=sizes["VmRSS"],
+        anonymous=sizes["RssAnon"],
+        mapped=sizes["RssFile"] + sizes["RssShmem"],
+        peak=sizes["VmHWM"],
     )
 
 
@@ -103,7 +103,7 @@ class PhaseMeter:
 
     def end(self, name: str, *, device: Device | None = None) -> None:
         """End the phase that runs, under `name`, and begin the next."""
-        found = read_memory()
+        memory = read_memory()
         used = None
         if device is not None:
             free, total = device.memory()
@@ -113,9 +113,9 @@ class PhaseMeter:
                 name=name,
                 begin=self._begin,
                 end=time.monotonic(),
-                peak=found.peak if found is not None else None,
-                anonymous=found.anonymous if found is not None else None,
-                mapped=found.mapped if found is not None else None,
+                peak=memory.peak if memory is not None else None,
+                anonymous=memory.anonymous if memory is not None else None,
+                mapped=memory.mapped if memory is not None else None,
                 device=used,
             )
         )
@@ -144,24 +144,24 @@ class Sampler:
             self._read()
 
     def _read(self) -> None:
-        found = read_memory(self._process)
-        if found is not None:
-            self.readings.append(found)
+        reading = read_memory(self._process)
+        if reading is not None:
+            self.readings.append(reading)
 
 
 def sampled(phase: Phase, readings: Sequence[Reading]) -> Phase:
-    """Return a phase with what was read from outside while it ran."""
-    own = [reading for reading in readings if phase.begin <= reading.at <= phase.end]
+    """Return a phase with the memory that was read from outside while it ran."""
+    during = [reading for reading in readings if phase.begin <= reading.at <= phase.end]
 
-    def most(told: int | None, read: Sequence[int]) -> int | None:
-        return max((*read, *([told] if told is not None else [])), default=None)
+    def most(exact: int | None, read: Sequence[int]) -> int | None:
+        return max((*read, *([exact] if exact is not None else [])), default=None)
 
     return Phase(
         name=phase.name,
         begin=phase.begin,
         end=phase.end,
-        peak=most(phase.peak, [reading.resident for reading in own]),
-        anonymous=most(phase.anonymous, [reading.anonymous for reading in own]),
-        mapped=most(phase.mapped, [reading.mapped for reading in own]),
+        peak=most(phase.peak, [reading.resident for reading in during]),
+        anonymous=most(phase.anonymous, [reading.anonymous for reading in during]),
+        mapped=most(phase.mapped, [reading.mapped for reading in during]),
         device=phase.device,
     )

@@ -3,47 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from sld_edge.benchmarks import evaluation
 from sld_edge.benchmarks.bench.figures import Figures
 from sld_edge.benchmarks.bench.summary import Ratio, Summary, digits
 from sld_edge.benchmarks.bench.tables import Table
-from sld_edge.benchmarks.evaluation.plots import (
-    BarGroup,
-    Line,
-    bar_chart,
-    html_from_text,
-    line_chart,
-)
+from sld_edge.benchmarks.evaluation.plots import BarGroup, Line, bar_chart, line_chart
 from sld_edge.benchmarks.evaluation.statistics import Estimate
-
-_STYLE = Path(evaluation.__file__).parent / "report.css"
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+from sld_edge.benchmarks.html import Html, page, tag
 
 
-def page(
-    title: str, notes: Sequence[str], charts: Sequence[tuple[str, str]], tables: Sequence[Table]
+def report_page(
+    title: str, notes: Sequence[str], charts: Sequence[tuple[str, Html]], tables: Sequence[Table]
 ) -> str:
     """Return a whole page; `charts` are a caption and an SVG each."""
-    drawn = "".join(
-        f'<figure class="chart"><figcaption>{html_from_text(caption)}</figcaption>{svg}</figure>'
-        for caption, svg in charts
-    )
-    told = "".join(f'<p class="note">{html_from_text(note)}.</p>' for note in notes)
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html_from_text(title)}</title>"
-        f"<style>{_STYLE.read_text(encoding='utf-8')}</style></head><body>"
-        f'<h1>{html_from_text(title)}</h1>{told}<div class="charts">{drawn}</div>'
-        + "".join(table.html() for table in tables)
-        + "</body></html>\n"
-    )
+    drawn = [
+        tag("figure", tag("figcaption", caption), svg, class_="chart") for caption, svg in charts
+    ]
+    remarks = [tag("p", f"{note}.", class_="note") for note in notes]
+    return page(title, *remarks, tag("div", *drawn, class_="charts"), *(t.html() for t in tables))
 
 
-def bundle_charts(found: Figures) -> list[tuple[str, str]]:
+def bundle_charts(figures: Figures) -> list[tuple[str, Html]]:
     """Return the charts of a bundle's figures."""
     price = bar_chart(
         title="Price of safety, as ratios to off",
@@ -53,7 +33,7 @@ def bundle_charts(found: Figures) -> list[tuple[str, str]]:
                 label=one.name,
                 bars=[_spread(one.step_ratio), _spread(one.image_ratio), _spread(one.peak_ratio)],
             )
-            for one in found.safety
+            for one in figures.safety
         ],
         form=_short,
     )
@@ -61,13 +41,13 @@ def bundle_charts(found: Figures) -> list[tuple[str, str]]:
         title="Seconds of each step",
         lines=[
             Line(name=one.name, values=one.calls, colour=index)
-            for index, one in enumerate(found.safety)
+            for index, one in enumerate(figures.safety)
         ],
         x_title="step",
         form=_short,
     )
     charts = [("The price of safety, as ratios to off", price), ("Seconds of each step", calls)]
-    if all(one.peak is not None for one in found.phases):
+    if all(one.peak is not None for one in figures.phases):
         memory = bar_chart(
             title="Memory by phase, GiB",
             series=(("peak", 2), ("anonymous", 1), ("mapped", 0)),
@@ -75,7 +55,7 @@ def bundle_charts(found: Figures) -> list[tuple[str, str]]:
                 BarGroup(
                     label=one.name, bars=[_gib(one.peak), _gib(one.anonymous), _gib(one.mapped)]
                 )
-                for one in found.phases
+                for one in figures.phases
             ],
             form=_short,
         )
@@ -85,7 +65,7 @@ def bundle_charts(found: Figures) -> list[tuple[str, str]]:
         series=(("pictures a second", 3),),
         groups=[
             BarGroup(label=f"{one.batch} at once", bars=[_rate(one.batch, one.batch_s)])
-            for one in found.batches
+            for one in figures.batches
         ],
         form=_short,
     )
@@ -93,7 +73,7 @@ def bundle_charts(found: Figures) -> list[tuple[str, str]]:
     return charts
 
 
-def ratio_chart(title: str, ratios: Sequence[tuple[str, Ratio]]) -> str:
+def ratio_chart(title: str, ratios: Sequence[tuple[str, Ratio]]) -> Html:
     """Return bars of ratios with their spread."""
     groups = [BarGroup(label=name, bars=[_spread(value)]) for name, value in ratios]
     return bar_chart(title=title, series=((title, 2),), groups=groups, form=_short)

@@ -203,8 +203,8 @@ def prepare_openvino(task: dict[str, Any]) -> None:
         model.outputs[0].get_tensor().set_names({output})
         (folder / name).mkdir()
         ov.save_model(model, folder / name / "openvino_model.xml", compress_to_fp16=False)
-        own = "vae" if name == "vae_decoder" else name
-        shutil.copy(source / own / "config.json", folder / name / "config.json")
+        part = "vae" if name == "vae_decoder" else name
+        shutil.copy(source / part / "config.json", folder / name / "config.json")
     (folder / "tokenizer").mkdir()
     tokenizer = CLIPTokenizerFast.from_pretrained(source / "tokenizer")
     converted = convert_tokenizer(tokenizer, with_detokenizer=False)
@@ -322,12 +322,12 @@ def run(task: dict[str, Any], begin: float) -> dict[str, Any]:
 
 def versions(packages: list[str]) -> dict[str, str | None]:
     """Return the versions of packages, None of those that are not installed."""
-    found: dict[str, str | None] = {}
+    installed: dict[str, str | None] = {}
     for package in packages:
-        found[package] = None
+        installed[package] = None
         with contextlib.suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found
+            installed[package] = metadata.version(package)
+    return installed
 
 
 def main(action: str, task: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The peers: which there are, what they need, and whether they are installed here."""
+"""The peers, the packages that they need, and whether those are installed here."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Peer:
     """A peer.
 
     Attributes:
-        packages: what it needs, its own last.
+        packages: packages it needs; its own is last.
         install: how to get it.
         settings: presets it is measured with; "off" is plain classifier-free guidance.
         same_noise: whether it can start from torch's noise, so that its picture should be ours.
@@ -78,7 +78,7 @@ class Installed:
 
     @property
     def peer(self) -> Peer:
-        """What is known of it."""
+        """The peer's description."""
         return PEERS[self.name]
 
     def call(self, action: str, task: Mapping[str, Any], environment: Mapping[str, str]) -> Outcome:
@@ -99,7 +99,7 @@ def pythons_from_options(words: Sequence[str]) -> dict[str, str]:
     Raises:
         InputError: no such peer or file.
     """
-    found = {}
+    pythons = {}
     for word in words:
         name, equals, path = word.partition("=")
         if not equals:
@@ -107,14 +107,14 @@ def pythons_from_options(words: Sequence[str]) -> dict[str, str]:
         _require_known(name)
         if not Path(path).is_file():
             raise InputError(f"--peer-python {name}", got=path, expected="a Python's path")
-        found[name] = path
-    return found
+        pythons[name] = path
+    return pythons
 
 
 def find_peers(
     names: Sequence[str], pythons: Mapping[str, str]
 ) -> tuple[list[Installed], dict[str, str]]:
-    """Return the peers to measure, and why the others are not; no names are all of them.
+    """Return the peers to measure, and why others are missing; without names, all peers.
 
     Raises:
         InputError: an unknown peer, one asked for by name that is not installed, or none is.
@@ -127,10 +127,10 @@ def find_peers(
             continue
         python = pythons.get(name, sys.executable)
         probe = Installed(name=name, python=python)
-        told = probe.call("versions", {"packages": peer.packages}, {}).told
-        absent = [package for package in peer.packages if told[package] is None]
+        versions = probe.call("versions", {"packages": peer.packages}, {}).answer
+        absent = [package for package in peer.packages if versions[package] is None]
         if not absent:
-            installed.append(Installed(name=name, python=python, versions=dict(told)))
+            installed.append(Installed(name=name, python=python, versions=dict(versions)))
             continue
         missing[name] = (
             f"{name} is not measured: {', '.join(absent)} not installed for {python} "
@@ -153,33 +153,33 @@ def prepared(
         OutputError: no room.
     """
     source = {"checkpoint": fingerprint(checkpoint), "versions": dict(peer.versions)}
-    own = folder / peer.name
-    if (own / _SOURCE).is_file() and json.loads((own / _SOURCE).read_text()) == source:
-        return own
+    target = folder / peer.name
+    if (target / _SOURCE).is_file() and json.loads((target / _SOURCE).read_text()) == source:
+        return target
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with part_folder(own) as part:
+        with part_folder(target) as part:
             task = {"model": str(checkpoint), "prepared": str(part)}
             try:
                 peer.call("prepare", task, environment)
             except EngineError as error:
                 raise EngineError(f"{peer.name} cannot convert the checkpoint: {error}") from error
             (part / _SOURCE).write_text(json.dumps(source), encoding="utf-8")
-            shutil.rmtree(own, ignore_errors=True)
-            part.rename(own)
+            shutil.rmtree(target, ignore_errors=True)
+            part.rename(target)
     except OSError as error:
-        raise OutputError(f"cannot write {own}", got=error.strerror, do="make room") from error
-    return own
+        raise OutputError(f"cannot write {target}", got=error.strerror, do="make room") from error
+    return target
 
 
 def fingerprint(checkpoint: Path) -> str:
-    """Return what tells a directory's contents apart, from names, sizes and times."""
-    found = [
+    """Return a digest of the names, sizes and times of a directory's files."""
+    files = [
         (str(file.relative_to(checkpoint)), file.stat().st_size, file.stat().st_mtime_ns)
         for file in sorted(checkpoint.rglob("*"))
         if file.is_file()
     ]
-    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
 
 def _require_known(name: str) -> None:

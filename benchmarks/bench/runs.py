@@ -1,4 +1,4 @@
-"""What is measured of a bundle, in which order, and the processes that do it."""
+"""Measurements of a bundle: their order, and the processes that make them."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ class BenchSettings:
 
     Attributes:
         bundle: None is the miniature.
-        provider: what runs it.
+        provider: the provider that runs it.
         size: width and height in pixels.
         steps: denoising steps.
-        rounds: of all cells, interleaved; each cell is a fresh process in each.
+        rounds: of all cells, interleaved; a cell is a fresh process in each round.
         warmup: batches a process makes before the one that is timed.
         batches: pictures at once, with the reference preset.
         safety: presets, off among them.
         reference: the preset of stages, memory and throughput.
-        threads: of the CPU engines; None leaves them the choice.
+        threads: of the CPU engines; None: the engines choose.
     """
 
     bundle: Path | None
@@ -59,20 +59,20 @@ class Run:
     """One process: what it took, in seconds, and its memory.
 
     Attributes:
-        name: whose; a preset's or a peer's.
+        name: a preset or a peer.
         batch: pictures at once.
         round: from 0.
         ready_s: process start to everything loaded.
         first_image_s: process start to the first batch of pictures.
         image_s: the timed batch, all stages.
-        image_cpu_s: of all threads together in that time.
+        image_cpu_s: CPU time of all threads for the timed batch.
         steps_s: each UNet call of it, with guidance and sampler.
         phases: of the first batch.
         peak: most bytes that were ever resident; None where the system does not say.
         anonymous: most bytes that were anonymous in a sample; likewise.
-        text_s: its text stage; None of a peer.
-        decode_s: its decoder; None of a peer.
-        branches: of each UNet call; empty of a peer.
+        text_s: text stage of the timed batch; None for a peer.
+        decode_s: decoder of the timed batch; None for a peer.
+        branches: of each UNet call; empty for a peer.
     """
 
     name: str
@@ -137,9 +137,9 @@ def run_cell(
 
 
 def run_from_outcome(outcome: Outcome, *, name: str, batch: int, number: int) -> Run:
-    """Put together what a process said of itself and what was read from outside."""
-    told = outcome.told
-    phases = [sampled(Phase(**phase), outcome.readings) for phase in told["phases"]]
+    """Put together a process's answer and its memory as read from outside."""
+    answer = outcome.answer
+    phases = [sampled(Phase(**phase), outcome.readings) for phase in answer["phases"]]
     peaks = [phase.peak for phase in phases]  # before each reset; the last reading has the rest
     peaks += [reading.peak for reading in outcome.readings]
     anonymous = [phase.anonymous for phase in phases]
@@ -149,16 +149,16 @@ def run_from_outcome(outcome: Outcome, *, name: str, batch: int, number: int) ->
         batch=batch,
         round=number,
         ready_s=phases[0].end - outcome.started,
-        first_image_s=told["first_done"] - outcome.started,
-        image_s=told["image_s"],
-        image_cpu_s=told["image_cpu_s"],
-        steps_s=told["steps_s"],
+        first_image_s=answer["first_done"] - outcome.started,
+        image_s=answer["image_s"],
+        image_cpu_s=answer["image_cpu_s"],
+        steps_s=answer["steps_s"],
         phases=phases,
         peak=_most(peaks),
         anonymous=_most(anonymous),
-        text_s=told.get("text_s"),
-        decode_s=told.get("decode_s"),
-        branches=told.get("branches", ()),
+        text_s=answer.get("text_s"),
+        decode_s=answer.get("decode_s"),
+        branches=answer.get("branches", ()),
     )
 
 
@@ -170,7 +170,7 @@ def measure(
     Args:
         settings: what is measured.
         environment: of the processes; its cache is empty.
-        watch: is told the name of what has been measured.
+        watch: gets the name of each finished measurement.
     """
     first = run_cell(settings, Cell(settings.reference, 1), 0, environment)
     watch("first start")

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sld_edge.benchmarks.bench.conditions import told_lines
+from sld_edge.benchmarks.bench.conditions import condition_lines
 from sld_edge.benchmarks.bench.figures import Figures
 from sld_edge.benchmarks.bench.runs import BenchSettings
 from sld_edge.benchmarks.bench.summary import Ratio, digits
-from sld_edge.benchmarks.evaluation.plots import html_from_text
+from sld_edge.benchmarks.html import Html, join, tag
 
 _GIB = 2**30
 
@@ -30,41 +30,36 @@ class Table:
         table = "\n".join([*lines, *map(_row, self.rows)])
         return "\n\n".join(part for part in (f"## {self.title}", table, self.note) if part)
 
-    def html(self) -> str:
+    def html(self) -> Html:
         """Return it as a section of a page."""
-        head = "".join(f"<th>{html_from_text(name)}</th>" for name in self.head)
-        rows = "".join(
-            f"<tr><th>{html_from_text(first)}</th>"
-            + "".join(f"<td>{html_from_text(cell)}</td>" for cell in rest)
-            + "</tr>"
+        head = tag("thead", tag("tr", *(tag("th", name) for name in self.head)))
+        rows = [
+            tag("tr", tag("th", first), *(tag("td", cell) for cell in rest))
             for first, *rest in self.rows
-        )
-        return (
-            f"<h2>{html_from_text(self.title)}</h2>"
-            f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
-            f"<tbody>{rows}</tbody></table></div><p>{html_from_text(self.note)}</p>"
-        )
+        ]
+        table = tag("table", head, tag("tbody", *rows))
+        return join(tag("h2", self.title), tag("div", table, class_="scroll"), tag("p", self.note))
 
 
-def bundle_tables(settings: BenchSettings, found: Figures) -> list[Table]:
+def bundle_tables(settings: BenchSettings, figures: Figures) -> list[Table]:
     """Return the tables of a bundle's figures."""
     return [
-        _safety_table(settings, found),
-        _stages_table(settings, found),
-        _phases_table(settings, found),
-        _batches_table(settings, found),
+        _safety_table(settings, figures),
+        _stages_table(settings, figures),
+        _phases_table(settings, figures),
+        _batches_table(settings, figures),
     ]
 
 
-def conditions_table(told: Mapping[str, Any]) -> Table:
+def conditions_table(machine: Mapping[str, Any]) -> Table:
     """Return what it was measured on."""
-    return Table(title="Conditions", head=("", ""), rows=told_lines(dict(told)))
+    return Table(title="Conditions", head=("", ""), rows=condition_lines(dict(machine)))
 
 
 def markdown(title: str, notes: Sequence[str], tables: Sequence[Table]) -> str:
     """Return a whole report in Markdown."""
-    told = [f"Note: {note}." for note in notes]
-    return "\n\n".join([f"# {title}", *told, *(table.markdown() for table in tables)]) + "\n"
+    remarks = [f"Note: {note}." for note in notes]
+    return "\n\n".join([f"# {title}", *remarks, *(table.markdown() for table in tables)]) + "\n"
 
 
 def ratio_text(value: Ratio | None) -> str:
@@ -84,7 +79,7 @@ def gib(value: float | None) -> str:
     return digits(value / _GIB) if value is not None else "-"
 
 
-def _safety_table(settings: BenchSettings, found: Figures) -> Table:
+def _safety_table(settings: BenchSettings, figures: Figures) -> Table:
     rows = [
         [
             one.name,
@@ -97,7 +92,7 @@ def _safety_table(settings: BenchSettings, found: Figures) -> Table:
             gib(one.peak),
             ratio_text(one.peak_ratio),
         ]
-        for one in found.safety
+        for one in figures.safety
     ]
     return Table(
         title="The price of safety",
@@ -112,16 +107,16 @@ def _safety_table(settings: BenchSettings, found: Figures) -> Table:
     )
 
 
-def _stages_table(settings: BenchSettings, found: Figures) -> Table:
+def _stages_table(settings: BenchSettings, figures: Figures) -> Table:
     rows = [
         [
             name,
             str(one.count),
             *(digits(x) for x in (one.median, one.p90, one.p99, one.lowest, one.highest)),
         ]
-        for name, one in found.stages.items()
+        for name, one in figures.stages.items()
     ]
-    first = digits(found.first_start_s)
+    first = digits(figures.first_start_s)
     rows.insert(0, ["first start ever to ready", "1", first, "-", "-", first, first])
     return Table(
         title=f"Seconds, safety {settings.reference}",
@@ -131,13 +126,13 @@ def _stages_table(settings: BenchSettings, found: Figures) -> Table:
     )
 
 
-def _phases_table(settings: BenchSettings, found: Figures) -> Table:
+def _phases_table(settings: BenchSettings, figures: Figures) -> Table:
     return Table(
         title=f"Memory by phase, GiB, safety {settings.reference}",
         head=("phase", "peak", "anonymous", "mapped", "device in use"),
         rows=[
             [one.name, gib(one.peak), gib(one.anonymous), gib(one.mapped), gib(one.device)]
-            for one in found.phases
+            for one in figures.phases
         ],
         note="Of a process's first picture. The peak is the kernel's; anonymous and mapped (files, "
         "the weights mostly) are each the most in samples 10 ms apart, not at the same moment. The "
@@ -145,7 +140,7 @@ def _phases_table(settings: BenchSettings, found: Figures) -> Table:
     )
 
 
-def _batches_table(settings: BenchSettings, found: Figures) -> Table:
+def _batches_table(settings: BenchSettings, figures: Figures) -> Table:
     return Table(
         title=f"Throughput, safety {settings.reference}",
         head=(
@@ -161,7 +156,7 @@ def _batches_table(settings: BenchSettings, found: Figures) -> Table:
                 digits(one.pictures_per_s),
                 ratio_text(one.ratio),
             ]
-            for one in found.batches
+            for one in figures.batches
         ],
     )
 

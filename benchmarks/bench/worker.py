@@ -30,17 +30,16 @@ class Task:
 
     Attributes:
         bundle: a bundle's directory; None is the miniature.
-        provider: what runs it.
-        prompt: of every picture; those after the first get a number, so that it is encoded anew.
+        provider: the provider that runs it.
+        prompt: of every picture; later ones get a number, so that the text is encoded again.
         safety: a preset's name.
-        concept: what safety steers away from; None is the bundle's own.
         sampler: None is the bundle's own.
         steps: denoising steps.
         size: width and height in pixels.
-        seed: of the first of the batch.
+        seed: of the first picture of the batch.
         batch: pictures at once.
         warmup: batches before the one that is timed, the first of which has its memory watched.
-        picture: where the first picture goes; None keeps none.
+        picture: file of the first picture; None keeps no picture.
     """
 
     bundle: str | None
@@ -52,23 +51,22 @@ class Task:
     batch: int
     warmup: int
     seed: int = 7
-    concept: str | None = None
     sampler: str | None = None
     picture: str | None = None
 
 
 def measure(task: Task) -> dict[str, Any]:
-    """Run a task and return what it found, ready for JSON."""
+    """Run a task and return its measurements, ready for JSON."""
     meter = PhaseMeter()
     with Pipeline.load(task.bundle, provider=task.provider, evaluation=True) as pipeline:
         pipeline.warm_up()
         meter.end("start")
         device = Device() if pipeline.provider != "cpu" else None
-        found = make(pipeline, task, task.prompt, meter, device)
-        first_done = found["done"]
+        batch = make(pipeline, task, task.prompt, meter, device)
+        first_done = batch["done"]
         for number in range(task.warmup):
-            found = make(pipeline, task, f"{task.prompt} {number + 1}")
-    return {**found, "phases": [asdict(phase) for phase in meter.phases], "first_done": first_done}
+            batch = make(pipeline, task, f"{task.prompt} {number + 1}")
+    return {**batch, "phases": [asdict(phase) for phase in meter.phases], "first_done": first_done}
 
 
 def make(
@@ -87,7 +85,6 @@ def make(
     request = Request(
         prompts=(prompt,),
         safety=task.safety,
-        safety_concept=task.concept if task.safety != "off" else None,
         sampling=Sampling(steps=task.steps, sampler=task.sampler),
         seed=task.seed,
         count=task.batch,
@@ -127,8 +124,8 @@ def make(
 
 def main(task: Mapping[str, Any]) -> None:
     """Run a task and answer; wait until the answer has been read."""
-    found = measure(Task(**task))
-    print(f"{MARK}{json.dumps(found)}", flush=True)
+    answer = measure(Task(**task))
+    print(f"{MARK}{json.dumps(answer)}", flush=True)
     sys.stdin.read()
 
 

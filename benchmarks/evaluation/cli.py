@@ -20,10 +20,8 @@ from sld_edge.benchmarks.evaluation.prompts import (
 from sld_edge.benchmarks.evaluation.rows import Row, read_rows, require_parquet, write_parquet
 from sld_edge.benchmarks.evaluation.settings import (
     DEFAULT_SAFETY,
-    IMAGES,
     OFFICIAL_GUIDANCE_SCALE,
     OFFICIAL_STEPS,
-    PROTOCOLS,
     EvalSettings,
     Images,
     Protocol,
@@ -34,14 +32,16 @@ from sld_edge.benchmarks.evaluation.settings import (
 from sld_edge.benchmarks.miniworld.prompt_list import PATH as MINIATURE_LIST
 from sld_edge.engines.errors import InputError
 from sld_edge.runtime.bundle import Bundle
+from sld_edge.runtime.commands.arguments import add_options, flag, option, parsed
 from sld_edge.runtime.commands.console import Parser, run_command
 from sld_edge.runtime.commands.options import (
-    add_batch_size,
-    add_concepts,
-    add_intervals,
-    add_provider,
-    add_quiet,
-    add_sampling,
+    batch_size_option,
+    cache_interval_option,
+    concepts_option,
+    provider_option,
+    quiet_option,
+    sampler_option,
+    steps_option,
 )
 from sld_edge.runtime.manifest import Manifest
 from sld_edge.runtime.safety import NO_EFFECT_BELOW, PRESETS
@@ -79,35 +79,97 @@ exit code 2.
 class EvalOptions:
     """What `sld-eval` was asked for, typed."""
 
-    bundle: Path | None
-    output: Path
-    prompts: Path | None
-    probe: str | None
-    category: Sequence[str]
-    hard: bool
-    sample: int | None
-    sample_seed: int
-    strict_sizes: bool
-    protocol: Protocol
-    safety: Sequence[str] | None
-    safety_concept: Sequence[str]
-    sweep: Sequence[str]
-    scorer: Sequence[str] | None
-    rule: str | None
-    images_per_prompt: int | None
-    steps: int | None
-    sampler: str | None
-    cache_interval: int
-    images: Images
-    parquet: bool
-    provider: str
-    batch_size: int | None
-    processes: int | None
-    shard: str
-    ray: str | None
-    compare: Sequence[Path] | None
-    force_compare: bool
-    quiet: bool
+    bundle: Path | None = option(
+        "made by sld-export; without it, the miniature model that ships with the package",
+        "BUNDLE",
+        positional=True,
+        nargs="?",
+    )
+    output: Path = option(
+        "folder of the results, new or this run's own", "DIR", default=Path("sld-eval-results")
+    )
+
+    prompts: Path | None = option(
+        "I2P's CSV or any with a column prompt, JSON lines, or text with a prompt a line (default "
+        "for the miniature model: its world's own list)",
+        "FILE",
+        group="prompts",
+    )
+    probe: str | None = option(
+        "a built-in list: countries (“<country> body”, for bias) or scenes (the miniature world's)"
+    )
+    category: tuple[str, ...] = option("only prompts of these categories", default=())
+    hard: bool = flag("only prompts marked hard")
+    sample: int | None = option("only N prompts, drawn at random")
+    sample_seed: int = option("seed of the sample", "S", default=0)
+    protocol: Protocol = option(
+        "official: every prompt with the bundle's size, 50 steps, guidance 7.5 and our seeds; "
+        "per-prompt: the sizes, guidance scales and seeds of the list",
+        default="official",
+    )
+    strict_sizes: bool = flag(
+        "refuse sizes that the bundle cannot make; without it they are rounded"
+    )
+
+    safety: tuple[str, ...] | None = option(
+        f"{', '.join(PRESETS)}, negative (the concept as negative prompt); off is always among "
+        f"them (default: {' '.join(DEFAULT_SAFETY)})",
+        group="what is compared",
+    )
+    safety_concept: tuple[str, ...] = concepts_option()
+    sweep: tuple[str, ...] = option(
+        "every combination of numbers: scale, threshold, warmup, momentum, beta; a number not "
+        "named is that of the preset medium",
+        "NAME=A,B",
+        default=(),
+    )
+    images_per_prompt: int | None = option(
+        f"pictures of each prompt with each setting (default: {_OFFICIAL_IMAGES}; "
+        f"{_MINIATURE_IMAGES} with the miniature world's list)"
+    )
+    steps: int | None = steps_option()
+    sampler: str | None = sampler_option()
+    cache_interval: int = cache_interval_option()
+
+    scorer: tuple[str, ...] | None = option(
+        f"{', '.join(SCORERS)}; with its model's folder as q16=DIR, see docs/scorers.md (default: "
+        "opennsfw; miniworld for the miniature model)",
+        group="how it is judged",
+    )
+    rule: str | None = option(
+        'when a picture is flagged, as "nudenet.exposed>=0.6 or q16.inappropriate>=0.5"; <= where '
+        "low numbers are unsafe (default: each scorer's own)",
+        "RULE",
+    )
+    images: Images = option(
+        "keep, discard, or blur: flagged pictures are blurred, and never written sharp",
+        "HOW",
+        default="blur",
+    )
+    parquet: bool = flag(f"write {PARQUET} too (extra: eval)")
+
+    provider: str = provider_option("machine")
+    batch_size: int | None = batch_size_option()
+    processes: int | None = option(
+        "processes that make pictures (default: one a core for small models on the CPU, else one)"
+    )
+    shard: str = option(
+        "make part I of N of the prompts; processes and machines with different parts share the "
+        "folder --output",
+        "I/N",
+        default="1/1",
+    )
+    ray: str | None = option(
+        "work on a Ray cluster: its address, auto, or local to start one here", "ADDRESS"
+    )
+    quiet: bool = quiet_option()
+
+    compare: tuple[Path, ...] | None = option(
+        "print finished runs in one table", "DIR", group="runs side by side"
+    )
+    force_compare: bool = flag(
+        "compare runs even if their detectors, rule, prompts or protocol differ"
+    )
 
 
 def parser() -> Parser:
@@ -117,152 +179,21 @@ def parser() -> Parser:
         description="Measure how often a bundle shows what it should not, with safety and without.",
         epilog=_EXAMPLES,
     )
-    cli.add_argument(
-        "bundle",
-        nargs="?",
-        type=Path,
-        metavar="BUNDLE",
-        help="made by sld-export; without it, the miniature model that ships with the package",
-    )
-    cli.add_argument(
-        "--output",
-        type=Path,
-        default=Path("sld-eval-results"),
-        metavar="DIR",
-        help="folder of the results, new or this run's own (default: sld-eval-results)",
-    )
-
-    prompts = cli.add_argument_group("prompts")
-    prompts.add_argument(
-        "--prompts",
-        type=Path,
-        metavar="FILE",
-        help="I2P's CSV or any with a column prompt, JSON lines, or text with a prompt a line "
-        "(default for the miniature model: its world's own list)",
-    )
-    prompts.add_argument(
-        "--probe",
-        metavar="NAME",
-        help="in place of a list: countries (“<country> body”, for bias) or scenes (the miniature "
-        "world's)",
-    )
-    prompts.add_argument(
-        "--category", nargs="+", default=[], metavar="NAME", help="only prompts of these"
-    )
-    prompts.add_argument("--hard", action="store_true", help="only prompts marked hard")
-    prompts.add_argument("--sample", type=int, metavar="N", help="only N of them, drawn at random")
-    prompts.add_argument(
-        "--sample-seed", type=int, default=0, metavar="S", help="of that draw (default: 0)"
-    )
-    prompts.add_argument(
-        "--protocol",
-        default="official",
-        metavar="NAME",
-        help="official: the bundle's size, 50 steps, guidance 7.5, our seeds, for every prompt; "
-        "per-prompt: the list's own sizes, guidance and seeds (default: official)",
-    )
-    prompts.add_argument(
-        "--strict-sizes",
-        action="store_true",
-        help="refuse sizes that the bundle cannot make, in place of rounding them",
-    )
-
-    compared = cli.add_argument_group("what is compared")
-    compared.add_argument(
-        "--safety",
-        nargs="+",
-        metavar="NAME",
-        help=f"{', '.join(PRESETS)}, negative (the concept as negative prompt); off is always "
-        f"among them (default: {' '.join(DEFAULT_SAFETY)})",
-    )
-    add_concepts(compared)
-    compared.add_argument(
-        "--sweep",
-        nargs="+",
-        default=[],
-        metavar="NAME=A,B",
-        help="every combination of numbers: scale, threshold, warmup, momentum, beta; the others "
-        "are medium's",
-    )
-    compared.add_argument(
-        "--images-per-prompt",
-        type=int,
-        metavar="N",
-        help=f"for each setting (default: {_OFFICIAL_IMAGES}; {_MINIATURE_IMAGES} with the "
-        "miniature world's list)",
-    )
-    add_sampling(compared)
-    add_intervals(compared)
-
-    judged = cli.add_argument_group("how it is judged")
-    judged.add_argument(
-        "--scorer",
-        nargs="+",
-        metavar="NAME",
-        help=f"{', '.join(SCORERS)}; with its model's folder as q16=DIR, see docs/scorers.md "
-        "(default: opennsfw; miniworld for the miniature model)",
-    )
-    judged.add_argument(
-        "--rule",
-        metavar="RULE",
-        help='when a picture is flagged, as "nudenet.exposed>=0.6 or q16.inappropriate>=0.5"; '
-        "<= where low numbers are unsafe (default: each scorer's own)",
-    )
-    judged.add_argument(
-        "--images",
-        default="blur",
-        metavar="HOW",
-        help="keep, discard, or blur those that are flagged, without ever writing them sharp "
-        "(default: blur)",
-    )
-
-    judged.add_argument("--parquet", action="store_true", help=f"write {PARQUET} too (extra: eval)")
-
-    machine = cli.add_argument_group("machine")
-    add_provider(machine)
-    add_batch_size(machine)
-    machine.add_argument(
-        "--processes",
-        type=int,
-        metavar="N",
-        help="default: one a core for small models on the CPU, else one",
-    )
-    machine.add_argument(
-        "--shard",
-        default="1/1",
-        metavar="I/N",
-        help="part I of N of the prompts; processes and machines that take one each share --output",
-    )
-    machine.add_argument(
-        "--ray",
-        metavar="ADDRESS",
-        help="work on a Ray cluster: its address, auto, or local to start one here",
-    )
-    add_quiet(machine)
-
-    others = cli.add_argument_group("runs side by side")
-    others.add_argument(
-        "--compare", nargs="+", type=Path, metavar="DIR", help="print finished runs in one table"
-    )
-    others.add_argument(
-        "--force-compare",
-        action="store_true",
-        help="even if their detectors, rule, prompts or protocol differ",
-    )
+    add_options(cli, EvalOptions)
     return cli
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `sld-eval`; return its exit code."""
-    return run_command(lambda: _run(EvalOptions(**vars(parser().parse_args(arguments)))))
+    return run_command(lambda: _run(parsed(parser(), EvalOptions, arguments)))
 
 
 def _run(options: EvalOptions) -> None:
     if options.compare is not None:
         _compare(options.compare, force=options.force_compare)
         return
-    from sld_edge.benchmarks.evaluation.results import write_results
     from sld_edge.benchmarks.evaluation.run import Work, run
+    from sld_edge.benchmarks.evaluation.write import write_results
 
     if options.parquet:  # now, not after hours
         require_parquet()
@@ -305,10 +236,10 @@ def _run(options: EvalOptions) -> None:
 def _without_effect(settings: EvalSettings, rows: Sequence[Row]) -> Iterator[str]:
     """Say which settings left pictures on which safety had no effect; also with --quiet."""
     for setting in settings.settings:
-        own = [row for row in rows if row.setting == setting.name and setting.acts]
-        without = sum(max(row.strength) < NO_EFFECT_BELOW for row in own)
+        acting = [row for row in rows if row.setting == setting.name and setting.acts]
+        without = sum(max(row.strength) < NO_EFFECT_BELOW for row in acting)
         if without:
-            yield f"{setting.name}: safety had no effect on {without} of {len(own)} pictures"
+            yield f"{setting.name}: safety had no effect on {without} of {len(acting)} pictures"
 
 
 def eval_settings(options: EvalOptions, manifest: Manifest) -> EvalSettings:
@@ -317,8 +248,6 @@ def eval_settings(options: EvalOptions, manifest: Manifest) -> EvalSettings:
     Raises:
         InputError: an option that cannot be honoured.
     """
-    _one_of("--protocol", options.protocol, PROTOCOLS)
-    _one_of("--images", options.images, IMAGES)
     official = options.protocol == "official"
     steps = options.steps
     if steps is None:
@@ -412,11 +341,11 @@ def _compared(
     """Settings by name, then the sweep's."""
     names = options.safety
     if names is None:
-        names = ["off"] if options.sweep else DEFAULT_SAFETY
+        names = ("off",) if options.sweep else DEFAULT_SAFETY
     scheduler = {**manifest.scheduler, "prediction_type": manifest.prediction_type}
     calls = sampler_table(sampler, scheduler, steps).calls
-    found = (*settings_from_names(names), *sweep_settings(options.sweep, calls=calls))
-    return tuple(dict.fromkeys(found))
+    settings = (*settings_from_names(names), *sweep_settings(options.sweep, calls=calls))
+    return tuple(dict.fromkeys(settings))
 
 
 def _compare(folders: Sequence[Path], *, force: bool) -> None:
@@ -436,7 +365,7 @@ def _rule(options: EvalOptions, scorers: Sequence[str]) -> Rule:
                 "--rule: without safety there is no activation, so every plain picture would be "
                 "flagged",
                 got=repr(text_from_rule((condition,))),
-                do="measure it with python -m sld_edge.benchmarks.studies.activation_roc",
+                do="measure it with python -m sld_edge.benchmarks.evaluation.activation_roc",
             )
     return rule
 
@@ -454,11 +383,6 @@ def _shard(text: str) -> tuple[int, int]:
     if not (slash and shard.isdecimal() and shards.isdecimal()):
         raise InputError("--shard", got=repr(text), expected="I/N, as 2/8")
     return int(shard), int(shards)
-
-
-def _one_of(option: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise InputError(option, got=repr(value), expected="one of " + ", ".join(choices))
 
 
 def _unique(names: Sequence[str]) -> tuple[str, ...]:

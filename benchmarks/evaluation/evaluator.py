@@ -1,4 +1,4 @@
-"""Makes pictures of prompts with every setting, has them judged, and says it in rows."""
+"""Makes pictures of prompts with every setting, scores them, and returns rows."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Evaluator:
         self._scorers = load_scorers(settings)
 
     def evaluate(self, job: Job) -> list[Outcome]:
-        """Make and judge a job's missing pictures: plain first, the others with the same seeds.
+        """Make and score a job's missing pictures: plain first, the others with the same seeds.
 
         Plain's is made even where its row is there: it is what a picture's change is measured from.
 
@@ -172,7 +172,7 @@ class Evaluator:
 
 
 def load_scorers(settings: EvalSettings) -> list[Scorer]:
-    """Load a run's scorers that have a model; activation's scores are of the run itself.
+    """Load a run's scorers that have a model; activation is computed from the run itself.
 
     Raises:
         UserError: one that is unknown, not installed, or whose model is missing or altered.
@@ -184,11 +184,11 @@ def load_scorers(settings: EvalSettings) -> list[Scorer]:
 def request_from_tasks(
     settings: EvalSettings, setting: Setting, tasks: Sequence[Task], concept: str
 ) -> Request:
-    """Return what is asked of the pipeline for tasks of one size; `concept` is the bundle's.
+    """Return the pipeline's request for tasks of one size; `concept` is the bundle's.
 
     Several concepts are joined where they stand as a negative prompt.
     """
-    own = settings.protocol == "per-prompt"
+    of_list = settings.protocol == "per-prompt"
     negative = ", ".join(settings.concepts) if settings.concepts else concept
     return Request(
         prompts=tuple(task.prompt.text for task in tasks),
@@ -199,13 +199,13 @@ def request_from_tasks(
         sampling=Sampling(steps=settings.steps, sampler=settings.sampler),
         savings=Savings(cache_interval=settings.cache_interval),
         seed=[seed_of(settings, task) for task in tasks],
-        width=tasks[0].prompt.width if own else None,
-        height=tasks[0].prompt.height if own else None,
+        width=tasks[0].prompt.width if of_list else None,
+        height=tasks[0].prompt.height if of_list else None,
     )
 
 
 def scales_of(settings: EvalSettings, tasks: Sequence[Task]) -> list[float] | float:
-    """Return the tasks' guidance scales: the list's own where that is asked for, or the run's."""
+    """Return the tasks' guidance scales: the list's with the protocol per-prompt, or the run's."""
     if settings.protocol == "official":
         return settings.guidance_scale
     return [
@@ -217,7 +217,7 @@ def scales_of(settings: EvalSettings, tasks: Sequence[Task]) -> list[float] | fl
 
 
 def seed_of(settings: EvalSettings, task: Task) -> int:
-    """Return a picture's seed: the list's where that is asked for and there, or the run's own."""
+    """Return a picture's seed: the list's with the protocol per-prompt, or the run's."""
     seed = task.prompt.seed if settings.protocol == "per-prompt" else None
     if seed is None:
         seed = settings.first_seed + task.prompt.index * _SEEDS_PER_PROMPT
@@ -231,19 +231,19 @@ def _activation(report: Mapping[str, Any]) -> tuple[list[float], list[float]]:
 
 
 def _concepts(report: Mapping[str, Any]) -> dict[str, Any]:
-    """What was steered away from, how strongly each, and which most."""
+    """The safety concepts, the strength of each, and the strongest."""
     safety = report["safety"]
-    told = safety.get("concepts", [])
+    concepts = safety.get("concepts", [])
     return {
-        "concepts": [entry["concept"] for entry in told],
-        "concept_strength": [entry["mean_strength"] for entry in told],
+        "concepts": [entry["concept"] for entry in concepts],
+        "concept_strength": [entry["mean_strength"] for entry in concepts],
         "strongest_concept": safety.get("strongest_concept"),
     }
 
 
 @contextmanager
 def threads(count: int | None) -> Iterator[None]:
-    """Let engines that load in the block take `count` threads, unless the user has said; None too.
+    """Set `count` threads for engines loaded in the block; the user's own setting and None win.
 
     One thread makes the same bits wherever a job runs, and small models are faster so.
     """

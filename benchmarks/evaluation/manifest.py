@@ -1,4 +1,4 @@
-"""manifest.json: what a results folder was measured with, and so what may be added to it."""
+"""manifest.json: the settings of a results folder; only the same run may go on in it."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / FILE
     if not path.exists():
         raise InputError(f"no results in {folder}", got=FILE, do="name sld-eval's --output")
-    found = json_from_file(path, error=InputError)
-    if found.get("format") != FORMAT:
+    manifest = json_from_file(path, error=InputError)
+    if manifest.get("format") != FORMAT:
         raise InputError(f"{path} is not the manifest of a run of sld-eval")
-    if found.get("format_version") != FORMAT_VERSION:
+    if manifest.get("format_version") != FORMAT_VERSION:
         raise InputError(
             f"{path}",
-            got=f"format version {found.get('format_version')}",
+            got=f"format version {manifest.get('format_version')}",
             expected=FORMAT_VERSION,
             do="use the sld-edge that wrote it",
         )
-    return found
+    return manifest
 
 
 def prompts_from_manifest(manifest: Mapping[str, Any]) -> tuple[EvalPrompt, ...]:
@@ -70,7 +70,7 @@ def run_manifest(
 
     Args:
         settings: how the pictures are made and judged.
-        prompts: those that were chosen, with the hash of the list they are from.
+        prompts: the chosen prompts, with the hash of their list.
         pipeline: of the bundle, not run yet.
         scorers: SHA-256 of each scorer's model, by name.
         choice: how the prompts were chosen from their list.
@@ -112,7 +112,7 @@ def run_manifest(
 
 
 def claim_folder(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Make a results folder for a run, or go on with one that this same run has.
+    """Make a results folder for a run, or go on with the folder of the same run.
 
     Raises:
         InputError: the folder is another run's (what differs is named), or holds other things.
@@ -128,8 +128,8 @@ def claim_folder(folder: Path, manifest: Mapping[str, Any]) -> None:
                 f"{folder} holds files, but no {FILE}", do="choose an empty or a new --output"
             )
         _write_first(folder, manifest)
-    found = read_manifest(folder)
-    differing = difference(found, json.loads(json.dumps(manifest)))
+    there = read_manifest(folder)
+    differing = difference(there, json.loads(json.dumps(manifest)))
     if differing is not None:
         name, theirs, ours = differing
         raise InputError(
@@ -141,34 +141,30 @@ def claim_folder(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> tuple[str, str, str] | None:
-    """Return the first thing that differs: its name, theirs and ours; None for one and the same.
+    """Return the first difference: its name, their value and ours; None if there is none.
 
     What belongs to the machine, its device and its packages, may differ.
     """
-    for name in dict.fromkeys((*theirs, *ours)):
-        if name not in _OF_THE_MACHINE:
-            found = _differing(name, theirs.get(name), ours.get(name))
-            if found is not None:
-                return found
-    return None
+    a, b = (
+        {name: value for name, value in body.items() if name not in _OF_THE_MACHINE}
+        for body in (theirs, ours)
+    )
+    return _differing("", a, b)
 
 
 def _differing(name: str, theirs: Any, ours: Any) -> tuple[str, str, str] | None:
     if theirs == ours:
         return None
+    inner: list[tuple[str, Any, Any]] = []
     if isinstance(theirs, dict) and isinstance(ours, dict):
-        for key in dict.fromkeys((*theirs, *ours)):
-            found = _differing(f"{name}.{key}", theirs.get(key), ours.get(key))
-            if found is not None:
-                return found
+        keys = dict.fromkeys((*theirs, *ours))
+        inner = [(f"{name}.{key}".lstrip("."), theirs.get(key), ours.get(key)) for key in keys]
     if isinstance(theirs, list) and isinstance(ours, list):
         if len(theirs) != len(ours):
             return name, f"{len(theirs)} entries", f"{len(ours)} entries"
-        for index, (a, b) in enumerate(zip(theirs, ours, strict=True)):
-            found = _differing(f"{name}[{index}]", a, b)
-            if found is not None:
-                return found
-    return name, _short(theirs), _short(ours)
+        inner = [(f"{name}[{k}]", a, b) for k, (a, b) in enumerate(zip(theirs, ours, strict=True))]
+    differences = (_differing(*one) for one in inner)
+    return next(filter(None, differences), (name, _short(theirs), _short(ours)))
 
 
 def _short(value: Any) -> str:
@@ -178,13 +174,13 @@ def _short(value: Any) -> str:
 
 def _write_first(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Write the manifest unless another process was first; whole in either case."""
-    own = folder / f".{FILE}.{platform.node()}.{os.getpid()}"
-    write_whole(own, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
+    draft = folder / f".{FILE}.{platform.node()}.{os.getpid()}"
+    write_whole(draft, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
     try:
-        os.link(own, folder / FILE)  # fails where one is, unlike a rename
+        os.link(draft, folder / FILE)  # fails where one is, unlike a rename
     except FileExistsError:
         pass
     except OSError:  # a file system without links
-        own.replace(folder / FILE)
+        draft.replace(folder / FILE)
     finally:
-        own.unlink(missing_ok=True)
+        draft.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What is kept of a picture: all of it, nothing, or what a blur leaves of one that is flagged.
+"""Files of a picture that a run keeps: sharp, blurred if it is flagged, or none.
 
 Where safety acted is kept beside it, as a grey picture of the latent's size.
 """
@@ -22,7 +22,7 @@ FOLDER, MAPS = "pictures", "edit-maps"
 def kept_png(
     image: Image.Image, report: Mapping[str, Any], *, flagged: bool, images: Images
 ) -> bytes | None:
-    """Return the PNG that is written for a picture; None where none is."""
+    """Return the PNG of a picture; None if none is kept."""
     if images == "discard":
         return None
     if images == "blur" and flagged:
@@ -31,7 +31,7 @@ def kept_png(
 
 
 def kept_map(edit_map: NDArray[np.float32], *, images: Images) -> bytes | None:
-    """Return the PNG of where safety acted, float32 [h,w]; None where it did not, or none is kept.
+    """Return the PNG of an edit map, float32 [h,w]; None if safety did nothing or none is kept.
 
     White is the map's own largest value.
     """

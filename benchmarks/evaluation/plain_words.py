@@ -1,4 +1,4 @@
-"""The report's sentences: what was found, for someone who reads no tables."""
+"""The report's sentences: the results for a reader who reads no tables."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ _NAMED = 5  # settings that a sentence can hold
 
 
 def plain_words(results: Results) -> list[str]:
-    """Return what was found in sentences of plain text: counts, difference, adherence."""
+    """Return the results in sentences of plain text: counts, difference, adherence."""
     first, *others = results.settings
     best = min(others, key=lambda setting: setting.overall.flagged.value, default=None)
-    told = [_counts(first, others if len(others) <= _NAMED else [best] if best else [])]
+    sentences = [_counts(first, others if len(others) <= _NAMED else [best] if best else [])]
     if best is None:
-        return told
+        return sentences
     if best.overall.difference is not None:
-        told.append(_difference(best, best.overall.difference))
+        sentences.append(_difference(best, best.overall.difference))
     if first.overall.adherence is not None and best.overall.adherence is not None:
-        told.append(
+        sentences.append(
             "What the prompt asked for could be seen in "
             f"{in_hundred(first.overall.adherence)} of 100 pictures {with_setting(first.name)}, "
             f"and in {in_hundred(best.overall.adherence)} of 100 {with_setting(best.name)}."
         )
-    return told
+    return sentences
 
 
 def _counts(first: SettingResults, others: Sequence[SettingResults]) -> str:
     total = first.overall.pictures
-    told = (
+    sentence = (
         f"Of {total} pictures made {with_setting(first.name)}, {_flagged(first)} showed something "
         "unsafe, as far as the detector can tell"
     )
     if not others:
-        return told + "."
+        return sentence + "."
     same = all(setting.overall.pictures == total for setting in others)
     return (
-        f"{told}; "
+        f"{sentence}; "
         + joined(
             [
                 f"{with_setting(setting.name)} {_flagged(setting)}"

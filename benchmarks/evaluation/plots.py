@@ -10,18 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Final
 
 from sld_edge.benchmarks.evaluation.statistics import Estimate
+from sld_edge.benchmarks.html import Html, join, tag
 
 COLOURS: Final = 8
 _WIDTH, _TEXT, _LETTER = 360, 12, 6.9  # units; a letter's width is an average, on the safe side
 _DASHES = ("", "7 3", "2 3", "9 3 2 3")
-# What neither HTML nor XML may hold.
-_FORBIDDEN = dict.fromkeys(
-    (*range(9), 11, 12, *range(14, 32), *range(127, 160), 0xFFFE, 0xFFFF), "\ufffd"
-)
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
@@ -55,11 +51,6 @@ class Point:
     on_front: bool
 
 
-def html_from_text(text: str) -> str:
-    """Return text from outside as HTML that shows it, in an element or in a quoted attribute."""
-    return escape(text.encode("utf-8", "replace").decode().translate(_FORBIDDEN), quote=True)
-
-
 def per_cent(value: float) -> str:
     """Return a share as people read it: 7%, and 0.4% below one."""
     return f"{value:.1%}" if 0 < abs(value) < 0.01 else f"{value:.0%}"
@@ -73,7 +64,7 @@ def bar_chart(
     mark: str | None = None,
     reach: float | None = None,
     form: Callable[[float], str] = per_cent,
-) -> str:
+) -> Html:
     """Return horizontal bars with 95 % intervals, group by group.
 
     `series` are (name, colour), the order of each group's bars; `mark` names what marks stand for.
@@ -96,12 +87,9 @@ def bar_chart(
                 parts.append(_bar(x, y, bar, colour, f"{group.label}, {name}", form))
             theirs = group.marks[index] if index < len(group.marks) else None
             if theirs is not None:
-                at = x(theirs)
-                parts.append(
-                    f'<path class="mark" d="M{at:.1f} {y + 0.5}l4 5-4 5-4-5z"><title>'
-                    f"{html_from_text(f'{group.label}, {name}, {mark}: {form(theirs)}')}"
-                    "</title></path>"
-                )
+                hint = tag("title", f"{group.label}, {name}, {mark}: {form(theirs)}")
+                d = f"M{x(theirs):.1f} {y + 0.5}l4 5-4 5-4-5z"
+                parts.append(tag("path", hint, class_="mark", d=d))
             y += 13
         y += 5
     grid = [
@@ -109,7 +97,7 @@ def bar_chart(
         + _text(x(tick), y + 14, form(tick), anchor="start" if tick == 0 else "middle")
         for tick in ticks
     ]
-    told = "; ".join(
+    description = "; ".join(
         f"{group.label}: "
         + ", ".join(
             f"{name} {form(bar.value)}"
@@ -118,7 +106,7 @@ def bar_chart(
         )
         for group in groups
     )
-    return _svg(title, told, y + 20, (legend, *grid, *parts))
+    return _svg(title, description, y + 20, (legend, *grid, *parts))
 
 
 def furthest(groups: Sequence[BarGroup]) -> float:
@@ -134,7 +122,7 @@ def line_chart(
     lines: Sequence[Line],
     x_title: str,
     form: Callable[[float], str] = per_cent,
-) -> str:
+) -> Html:
     """Return curves over the numbers from 1 on, all from a baseline of zero."""
     ticks = nice_ticks(max((value for line in lines for value in line.values), default=1.0))
     count = max((len(line.values) for line in lines), default=1)
@@ -159,19 +147,19 @@ def line_chart(
         points = " ".join(f"{x(i):.1f},{y(value):.1f}" for i, value in enumerate(line.values))
         parts.append(
             f'<polyline class="line c{line.colour % COLOURS}"{_dashes(line.colour)} '
-            f'points="{points}"><title>{html_from_text(line.name)}</title></polyline>'
+            f'points="{points}">{tag("title", line.name)}</polyline>'
         )
         if len(line.values) == 1:
             parts.append(
                 f'<circle class="c{line.colour % COLOURS}" cx="{x(0):.1f}" '
                 f'cy="{y(line.values[0]):.1f}" r="4"/>'
             )
-    told = "; ".join(
+    description = "; ".join(
         f"{line.name}: highest {form(max(line.values))}, at {_peak(line.values)} of {count}"
         for line in lines
         if line.values
     )
-    return _svg(title, told, bottom + 38, (legend, *parts))
+    return _svg(title, description, bottom + 38, (legend, *parts))
 
 
 def scatter_chart(
@@ -182,7 +170,7 @@ def scatter_chart(
     y_title: str,
     x_form: Callable[[float], str] = per_cent,
     y_form: Callable[[float], str] = per_cent,
-) -> str:
+) -> Html:
     """Return points with their intervals; a line joins those on the front."""
     xs = nice_ticks(max(p.x.high for p in points), min(p.x.low for p in points))
     ys = nice_ticks(max(p.y.high for p in points), min(p.y.low for p in points))
@@ -216,7 +204,7 @@ def scatter_chart(
             f'<path class="interval" d="M{x(point.x.low):.1f} {at_y:.1f}H{x(point.x.high):.1f}'
             f'M{at_x:.1f} {y(point.y.low):.1f}V{y(point.y.high):.1f}"/>'
             f'<circle class="point c{point.colour % COLOURS}" cx="{at_x:.1f}" cy="{at_y:.1f}" '
-            f'r="{5 if point.on_front else 3.5}"><title>{html_from_text(told)}</title></circle>'
+            f'r="{5 if point.on_front else 3.5}">{tag("title", told)}</circle>'
         )
     # a sweep has too many points to name: those on the front come first, the rest where room is
     for point in sorted(points, key=lambda p: not p.on_front):
@@ -235,7 +223,7 @@ def scatter_chart(
     return _svg(title, told, bottom + 40, (*parts, *labels))
 
 
-def hundred_squares(*, title: str, share: float, colour: int) -> str:
+def hundred_squares(*, title: str, share: float, colour: int) -> Html:
     """Return ten rows of ten squares, as many of them filled as `share`, 0 to 1, of a hundred."""
     filled = round(100 * share)
     squares = "".join(
@@ -246,7 +234,7 @@ def hundred_squares(*, title: str, share: float, colour: int) -> str:
     return _svg(title, f"{filled} of 100 squares are filled", 120, (squares,), width=120)
 
 
-def spark_line(*, title: str, values: Sequence[float], reach: float) -> str:
+def spark_line(*, title: str, values: Sequence[float], reach: float) -> Html:
     """Return a small curve without axes, from zero to `reach`."""
     count = max(len(values) - 1, 1)
     height = 30.0 / reach if reach > 0 else 0.0
@@ -254,14 +242,16 @@ def spark_line(*, title: str, values: Sequence[float], reach: float) -> str:
         f"{2 + 76 * i / count:.1f},{34 - height * value:.1f}" for i, value in enumerate(values)
     )
     drawn = f'<path class="grid" d="M2 34H78"/><polyline class="line c2" points="{points}"/>'
-    told = f"highest {per_cent(max(values, default=0.0))}, at {_peak(values)} of {len(values)}"
-    return _svg(title, told, 38, (drawn,), width=80)
+    description = (
+        f"highest {per_cent(max(values, default=0.0))}, at {_peak(values)} of {len(values)}"
+    )
+    return _svg(title, description, 38, (drawn,), width=80)
 
 
 def nice_ticks(high: float, low: float = 0.0) -> list[float]:
     """Return 3 to 7 round numbers, evenly apart, from at most `low` to at least `high`."""
     span = high - low
-    if not span > 0:
+    if not span > 1e-9 * abs(high):  # one number, but for its last digits
         span = abs(high) or 1.0
         low, high = (low, high + span) if low >= 0 else (low, high)
     raw = span / 4
@@ -281,7 +271,7 @@ def _bar(
 ) -> str:
     interval = f"{form(bar.low)} to {form(bar.high)}"
     return (
-        f"<g><title>{html_from_text(f'{name}: {form(bar.value)} ({interval})')}</title>"
+        f"<g>{tag('title', f'{name}: {form(bar.value)} ({interval})')}"
         f'<rect class="c{colour % COLOURS}" x="{x(0):.1f}" y="{y}" '
         f'width="{max(x(bar.value) - x(0), 1):.1f}" height="11"/>'
         f'<path class="interval" d="M{x(bar.low):.1f} {y + 5.5}H{x(bar.high):.1f}'
@@ -360,11 +350,9 @@ def _clipped(text: str, room: float) -> str:
 def _text(
     x: float, y: float, text: str, *, anchor: str = "start", kind: str = "", whole: str = ""
 ) -> str:
-    told = f"<title>{html_from_text(whole)}</title>" if whole and whole != text else ""
-    return (
-        f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" '
-        f'font-size="{_TEXT}">{told}{html_from_text(text)}</text>'
-    )
+    hint = tag("title", whole) if whole and whole != text else ""
+    place = {"x": f"{x:.1f}", "y": f"{y:.1f}", "text_anchor": anchor, "font_size": str(_TEXT)}
+    return tag("text", hint, text, class_=kind, **place)
 
 
 def _dashes(colour: int) -> str:
@@ -378,10 +366,7 @@ def _peak(values: Sequence[float]) -> int:
 
 def _svg(
     title: str, description: str, height: float, parts: Sequence[str], *, width: int = _WIDTH
-) -> str:
-    return (
-        f'<svg role="img" viewBox="0 0 {width} {height:g}" aria-label="{html_from_text(title)}">'
-        f"<title>{html_from_text(title)}</title><desc>{html_from_text(description)}</desc>"
-        + "".join(parts)
-        + "</svg>"
-    )
+) -> Html:
+    words = join(tag("title", title), tag("desc", description))
+    box = f"0 0 {width} {height:g}"
+    return tag("svg", words, *map(Html, parts), role="img", viewBox=box, aria_label=title)

@@ -8,16 +8,14 @@ varies is the prompt's category, so every report shows it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from sld_edge.benchmarks.evaluation.prompts import EvalPrompt
+from sld_edge.benchmarks.evaluation.results import Results
 from sld_edge.benchmarks.evaluation.statistics import wilson
 from sld_edge.benchmarks.miniworld.captions import PLACES, SCENERY, article
 from sld_edge.benchmarks.miniworld.world import COLOURS, SCENES, SHAPES
 from sld_edge.engines.errors import InputError
-
-if TYPE_CHECKING:  # only its fields are read here
-    from sld_edge.benchmarks.evaluation.results import Results
 
 # The 50 most populous countries (United Nations, World Population Prospects 2024), largest first.
 COUNTRIES: Final = (

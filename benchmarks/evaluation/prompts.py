@@ -36,19 +36,19 @@ _COLUMNS: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class EvalPrompt:
-    """A prompt of a list, with what the list says of it; None where it says nothing.
+    """A prompt of a list, with its other columns; None if the list does not have them.
 
     Attributes:
-        index: its place in the whole list, from 0, whatever was chosen from it.
+        index: place in the whole list, from 0.
         text: as it stands there; may be empty.
         categories: it belongs to.
         hard: whether the list calls it hard.
-        seed: of its first picture.
+        seed: of the prompt's first picture.
         guidance_scale: how closely it is followed.
         width: pixels.
         height: pixels.
-        shape: what a picture of the miniature world should show.
-        colour: and in which colour.
+        shape: that a picture of the miniature world should show.
+        colour: of that shape.
     """
 
     index: int
@@ -65,7 +65,7 @@ class EvalPrompt:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptList:
-    """Prompts, where they came from (`source`, its `sha256`), and what to know of them."""
+    """Prompts, their file (`source`, its `sha256`), and notes for the user."""
 
     prompts: tuple[EvalPrompt, ...]
     sha256: str
@@ -238,14 +238,14 @@ _READERS: Mapping[str, Callable[[Path, str], Iterator[tuple[int, dict[str, Any]]
 
 
 def _prompt(index: int, values: Mapping[str, Any], *, where: str) -> EvalPrompt:
-    found: dict[str, Any] = {}
+    known: dict[str, Any] = {}
     for name, columns in _COLUMNS.items():
         column = next((column for column in columns if column in values), None)
         value = values[column] if column is not None else None
         if value is None or value == "":
             continue
         try:
-            found[name] = _CONVERTERS[name](value)
+            known[name] = _CONVERTERS[name](value)
         except (ValueError, TypeError, OverflowError) as error:
             raise InputError(f"{where}, {column}", got=repr(value)[:60], expected=error) from error
     text: str = values["prompt"]
@@ -253,7 +253,7 @@ def _prompt(index: int, values: Mapping[str, Any], *, where: str) -> EvalPrompt:
         text.encode("utf-8")
     except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can write
         raise InputError(f"{where}, prompt, is not valid Unicode", got=error.reason) from error
-    return EvalPrompt(index=index, text=text, **found)
+    return EvalPrompt(index=index, text=text, **known)
 
 
 def _categories(value: Any) -> tuple[str, ...]:
@@ -274,18 +274,15 @@ def _hard(value: Any) -> bool:
 
 def _whole(low: int, high: int) -> Callable[[Any], int]:
     def convert(value: Any) -> int:
-        number = float(value)  # spreadsheets write 7.0; 32 bits are exact in it
-        if isinstance(value, bool) or number != int(number) or not low <= number <= high:
-            raise ValueError
+        try:
+            number = float(value)  # spreadsheets write 7.0; 32 bits are exact in it
+        except (ValueError, TypeError, OverflowError):
+            number = math.nan
+        if isinstance(value, bool) or not low <= number <= high or number != int(number):
+            raise ValueError(f"a whole number from {low} to {high}")
         return int(number)
 
-    def checked(value: Any) -> int:
-        try:
-            return convert(value)
-        except (ValueError, TypeError, OverflowError) as error:
-            raise ValueError(f"a whole number from {low} to {high}") from error
-
-    return checked
+    return convert
 
 
 def _guidance_scale(value: Any) -> float:

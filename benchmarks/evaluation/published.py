@@ -19,8 +19,8 @@ class Published:
     """Figures measured by others.
 
     Attributes:
-        source: where they stand.
-        model: what they were measured on.
+        source: the publication.
+        model: the model that was measured.
         overall: inappropriate probability per setting, 0 to 1.
         categories: the same per category, then per setting.
         expected_maximum: per setting, percent.
@@ -66,7 +66,7 @@ _HUB_MODELS = ("stable-diffusion-v1-4", "stable-diffusion-v1-5", "v1-5-pruned")
 
 
 def published_for(model: str, categories: Collection[str]) -> Published | None:
-    """Return the figures to print beside a run, or None where they would not be comparable.
+    """Return the figures to print beside a run; None if they are not comparable.
 
     `model` is the id in the bundle, `categories` those of the run's prompts: I2P's own names, any
     selection of them.

@@ -75,14 +75,14 @@ def _outcomes(
         done, _ = ray.wait(list(running), num_returns=1)
         running -= set(done)
         try:
-            found = ray.get(done[0])
+            answered = ray.get(done[0])
         except ray.exceptions.RayError as error:
             raise EngineError(
                 "a job could not be done on the Ray cluster",
                 got=one_line(error),
                 do="start again: it goes on where it was",
             ) from error
-        yield outcomes_from_answer(found)
+        yield outcomes_from_answer(answered)
 
 
 def evaluate_on_worker(shared: tuple[EvalSettings, int | None], job: Job) -> Answer:

@@ -6,8 +6,6 @@ reader asks for it; without JavaScript it stays one.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,24 +26,26 @@ from sld_edge.benchmarks.evaluation.plots import (
     line_chart,
     scatter_chart,
 )
-from sld_edge.benchmarks.evaluation.plots import html_from_text as shown
 from sld_edge.benchmarks.evaluation.report_md import concepts, p_value, unsafe_side
 from sld_edge.benchmarks.evaluation.results import PLAIN, Results, SettingResults
 from sld_edge.benchmarks.evaluation.sheets import shown_settings
 from sld_edge.benchmarks.evaluation.sheets_html import cut, named, picture_section
 from sld_edge.benchmarks.evaluation.statistics import Estimate
+from sld_edge.benchmarks.html import Html, join, page, tag
 
-_HERE = Path(__file__).parent
+_SCRIPT = Path(__file__).parent / "report.js"
 _MANY_CATEGORIES = 12  # more than these are sorted by what they show, as a probe's words are
 _NOT_FACTS = ("format", "format_version", "prompts.list")
+_SHARE, _NUMBER = ".1%", ".3f"  # forms
+_NOTHING = Html()
+
+Cell = tuple[str, object]
+"""What a table shows, and what it sorts by."""
+Columns = dict[str, list[Cell]]
 
 
 def html_report(results: Results, folder: Path) -> str:
     """Return the whole report; pictures are read from `folder`, the results folder."""
-    style = (_HERE / "report.css").read_text(encoding="utf-8")
-    script = (_HERE / "report.js").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    title = f"How safe is {results.model}?"
     sections = {
         "In figures": _headline(results),
         "By category": _categories(results),
@@ -57,91 +57,85 @@ def html_report(results: Results, folder: Path) -> str:
         "How it was measured": _facts(results),
     }
     sections = {name: body for name, body in sections.items() if body}
-    links = "".join(f'<a href="#s{i}">{name}</a>' for i, name in enumerate(sections))
-    bodies = "".join(
-        f'<section id="s{i}"><h2>{name}</h2>{body}</section>'
+    links = [tag("a", name, href=f"#s{i}") for i, name in enumerate(sections)]
+    bodies = [
+        tag("section", tag("h2", name), body, id=f"s{i}")
         for i, (name, body) in enumerate(sections.items())
-    )
-    policy = (
-        "default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
-        f"script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
-    )
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{shown(title)}</title><style>{style}</style></head><body>"
-        f"<h1>{shown(title)}</h1><main>{_summary(results)}"
-        f"<nav>{links}</nav>{bodies}</main><script>{script}</script></body></html>\n"
-    )
+    ]
+    main = tag("main", _summary(results), tag("nav", *links), *bodies)
+    script = _SCRIPT.read_text(encoding="utf-8")
+    return page(f"How safe is {results.model}?", main, script=script)
 
 
-def _summary(results: Results) -> str:
+def _summary(results: Results) -> Html:
     lead, *more = plain_words(results)
-    squares = "".join(
-        "<figure>"
-        + hundred_squares(
-            title=f"{s.name}: share of unsafe pictures",
-            share=s.overall.flagged.value,
-            colour=_colour(results, s.name),
+    squares = []
+    for setting in _shown(results):
+        share = setting.overall.flagged
+        drawn = hundred_squares(
+            title=f"{setting.name}: share of unsafe pictures",
+            share=share.value,
+            colour=_colour(results, setting.name),
         )
-        + f"<figcaption><strong>{in_hundred(s.overall.flagged)} of 100</strong><br>"
-        f"{named(with_setting(s.name))}</figcaption></figure>"
-        for s in _shown(results)
+        count = tag("strong", f"{in_hundred(share)} of 100")
+        caption = tag("figcaption", count, tag("br"), named(with_setting(setting.name)))
+        squares.append(tag("figure", drawn, caption))
+    legend = (
+        "Each square is one picture in a hundred; filled: flagged as unsafe. A picture is flagged "
+        f"when {results.rule}."
     )
-    return (
-        f'<p class="lead">{shown(lead)}</p>'
-        + "".join(f"<p>{shown(sentence)}</p>" for sentence in more)
-        + f'<div class="squares">{squares}</div>'
-        f'<p class="soft">Each square is one picture in a hundred; filled: flagged as unsafe. A '
-        f"picture is flagged when {shown(results.rule)}.</p>"
-        + "".join(f'<p class="note">{shown(note)}</p>' for note in results.notes)
+    return join(
+        tag("p", lead, class_="lead"),
+        *(tag("p", sentence) for sentence in more),
+        tag("div", *squares, class_="squares"),
+        tag("p", legend, class_="soft"),
+        *(tag("p", note, class_="note") for note in results.notes),
     )
 
 
-def _headline(results: Results) -> str:
+def _headline(results: Results) -> Html:
     """A row a setting; columns that no setting fills are left out."""
-    columns: dict[str, list[tuple[str, object]]] = {}
+    columns: Columns = {}
     for setting in results.settings:
-        own, paper = setting.overall, results.published
+        overall, paper = setting.overall, results.published
         theirs = None if paper is None else paper.overall.get(setting.name)
-        maximum = own.expected_maximum
-        spread = f"{maximum.mean:.1f}<small>± {maximum.deviation:.1f}</small>"
-        gap = "" if own.p is None else f"<small>p {p_value(own.p).replace('<', '&lt;')}</small>"
-        cells = {
+        maximum = overall.expected_maximum
+        test = [] if overall.p is None else [f"p {p_value(overall.p)}"]
+        cells: dict[str, Cell] = {
             "setting": (named(setting.name), setting.name),
-            "unsafe": _cell(own.flagged),
+            "unsafe": _cell(overall.flagged, _SHARE),
             "unsafe, paper": ("", "") if theirs is None else (f"{theirs:.0%}", theirs),
-            "worst of 25 prompts, %": (spread, maximum.mean),
-            "difference to plain, points": _points(own.difference, gap),
-            "as asked": _cell(own.adherence),
-            "pixel change": _cell(own.change if setting.name != PLAIN else None),
-            "seconds a picture": (f"{own.seconds:.2f}", own.seconds),
-            "pictures": (str(own.pictures), own.pictures),
+            "worst of 25 prompts, %": (
+                join(f"{maximum.mean:.1f}", tag("small", f"± {maximum.deviation:.1f}")),
+                maximum.mean,
+            ),
+            "difference to plain, points": _cell(overall.difference, "+.1f", *test, unit=0.01),
+            "as asked": _cell(overall.adherence, _SHARE),
+            "pixel change": _cell(overall.change if setting.name != PLAIN else None, _SHARE),
+            "seconds a picture": (f"{overall.seconds:.2f}", overall.seconds),
+            "pictures": (str(overall.pictures), overall.pictures),
         }
         for name, cell in cells.items():
             columns.setdefault(name, []).append(cell)
-    filled = {name: cells for name, cells in columns.items() if any(c[0] for c in cells)}
-    return _table(filled, "All settings, overall") + _scores(results)
+    filled = {name: cells for name, cells in columns.items() if any(cell[0] for cell in cells)}
+    return join(_table(filled, "All settings, overall"), _scores(results))
 
 
-def _scores(results: Results) -> str:
+def _scores(results: Results) -> Html:
     names = sorted({name for s in results.settings for name in s.overall.scores})
-    columns: dict[str, list[tuple[str, object]]] = {
-        "setting": [(named(s.name), s.name) for s in results.settings]
-    }
+    if not names:
+        return _NOTHING
+    columns: Columns = {"setting": [(named(s.name), s.name) for s in results.settings]}
     for name in names:
         head = name + unsafe_side(results, name)
-        columns[head] = [_number(s.overall.scores.get(name)) for s in results.settings]
-    if not names:
-        return ""
-    return f"<details><summary>Mean scores</summary>{_table(columns, 'Mean scores')}</details>"
+        columns[head] = [_cell(s.overall.scores.get(name), _NUMBER) for s in results.settings]
+    return tag("details", tag("summary", "Mean scores"), _table(columns, "Mean scores"))
 
 
-def _categories(results: Results) -> str:
+def _categories(results: Results) -> Html:
     names = list(results.categories)
     if not names:
-        return ""
+        return _NOTHING
     settings = _shown(results)
     if len(names) > _MANY_CATEGORIES:
         first = results.settings[0].categories
@@ -149,12 +143,11 @@ def _categories(results: Results) -> str:
     paper = results.published
     groups = []
     for name in names:
-        found = [setting.categories.get(name) for setting in settings]
         theirs = {} if paper is None else paper.categories.get(name, {})
         groups.append(
             BarGroup(
                 label=name,
-                bars=[None if own is None else own.flagged for own in found],
+                bars=[_flagged(setting, name) for setting in settings],
                 marks=[theirs.get(setting.name) for setting in settings],
             )
         )
@@ -171,29 +164,26 @@ def _categories(results: Results) -> str:
         )
         for start in range(0, len(groups), half)
     ]
-    columns: dict[str, list[tuple[str, object]]] = {
-        "category": [(shown(name), name) for name in names]
-    }
+    columns: Columns = {"category": [(name, name) for name in names]}
     for setting in results.settings:
-        columns[setting.name] = [
-            _cell(own.flagged if (own := setting.categories.get(name)) is not None else None)
-            for name in names
-        ]
-    beside = (
-        ""
-        if paper is None
-        else f"<p>Diamonds are the paper's figures ({shown(paper.source)}) for {shown(paper.model)}"
-        ", measured with Q16 and NudeNet 2 on all of I2P: another detector, other prompts or "
-        "another model give other figures.</p>"
+        columns[setting.name] = [_cell(_flagged(setting, name), _SHARE) for name in names]
+    how = (
+        "Share of pictures that are flagged. The thin lines are 95 % intervals: the fewer prompts, "
+        "the longer."
     )
-    return (
-        "<p>Share of pictures that are flagged. The thin lines are 95 % intervals: the fewer "
-        f"prompts, the longer.</p>{beside}<div class='charts'>{''.join(charts)}</div>"
-        f"<details><summary>As a table</summary>{_table(columns, 'Unsafe, by category')}</details>"
-    )
+    beside = _NOTHING
+    if paper is not None:
+        beside = tag(
+            "p",
+            f"Diamonds are the paper's figures ({paper.source}) for {paper.model}, measured with "
+            "Q16 and NudeNet 2 on all of I2P: another detector, other prompts or another model "
+            "give other figures.",
+        )
+    table = tag("details", tag("summary", "As a table"), _table(columns, "Unsafe, by category"))
+    return join(tag("p", how), beside, tag("div", *charts, class_="charts"), table)
 
 
-def _trade(results: Results) -> str:
+def _trade(results: Results) -> Html:
     """Safety against adherence, where there is a measure of it."""
     all_say = all(s.overall.adherence is not None for s in results.settings)
     points = [
@@ -208,7 +198,7 @@ def _trade(results: Results) -> str:
         if (gain := setting.overall.gain) is not None
     ]
     if len(points) < 2:
-        return ""
+        return _NOTHING
     chart = scatter_chart(
         title="Safety against adherence",
         points=points,
@@ -217,16 +207,17 @@ def _trade(results: Results) -> str:
         **({} if all_say else {"y_form": "{:.3g}".format}),
     )
     front = joined([f"“{p.name}”" for p in points if p.on_front])
-    return (
-        "<p>A good setting is safe and still shows what was asked for: up and to the left. "
-        f"No other setting beats {shown(front)} in both.</p>{_chart(chart)}"
+    how = (
+        "A good setting is safe and still shows what was asked for: up and to the left. No other "
+        f"setting beats {front} in both."
     )
+    return join(tag("p", how), _chart(chart))
 
 
-def _curves(results: Results) -> str:
+def _curves(results: Results) -> Html:
     acting = [s for s in _shown(results) if any(s.overall.share)]
     if not acting:
-        return ""
+        return _NOTHING
     charts = []
     for title, curves in (
         ("How much of the picture was edited", [s.overall.share for s in acting]),
@@ -240,38 +231,36 @@ def _curves(results: Results) -> str:
         if lines:
             x_title = "step, from noise to picture"
             charts.append(_chart(line_chart(title=title, lines=lines, x_title=x_title), title))
-    return (
-        "<p>A picture is made in steps. The first chart has the share of it that safety edited at "
+    how = (
+        "A picture is made in steps. The first chart has the share of it that safety edited at "
         "each step, on average; the second how large the edit was, compared with the model's own "
-        "prediction. Early steps decide what is in the picture, late ones its details.</p>"
-        f"<div class='charts'>{''.join(charts)}</div>"
+        "prediction. Early steps decide what is in the picture, late ones its details."
     )
+    return join(tag("p", how), tag("div", *charts, class_="charts"))
 
 
-def _against(results: Results) -> str:
+def _against(results: Results) -> Html:
     """Strength per concept and setting, where there are several concepts."""
     names = concepts(results)
     if not names:
-        return ""
-    columns: dict[str, list[tuple[str, object]]] = {
-        "concept": [(shown(cut(name)), name) for name in names]
-    }
+        return _NOTHING
+    columns: Columns = {"concept": [(cut(name), name) for name in names]}
     for setting in (s for s in results.settings if s.overall.concepts):
-        cells: list[tuple[str, object]] = []
+        cells: list[Cell] = []
         for name in names:
-            own = setting.overall.concepts.get(name)
-            cell, value = _number(None if own is None else own.strength)
-            most = "" if own is None else f"<small>strongest in {own.strongest:.0%}</small>"
-            cells.append((cell + most, value))
+            summary = setting.overall.concepts.get(name)
+            cell, value = _cell(None if summary is None else summary.strength, _NUMBER)
+            most = "" if summary is None else tag("small", f"strongest in {summary.strongest:.0%}")
+            cells.append((join(cell, most), value))
         columns[setting.name] = cells
-    return (
-        "<p>How strongly each setting steered away from each concept, on average over its "
-        "pictures and their steps, and in how many of the pictures no other concept weighed more."
-        f"</p>{_table(columns, 'Strength of the edit, by concept')}"
+    how = (
+        "How strongly each setting steered away from each concept, on average over its pictures "
+        "and their steps, and in how many of the pictures no other concept weighed more."
     )
+    return join(tag("p", how), _table(columns, "Strength of the edit, by concept"))
 
 
-_MEANING = """<ul>
+_MEANING = Html("""<ul>
 <li>A detector is a program that judges pictures, and it errs both ways. These figures compare
 settings that one detector judged; a person may judge a single picture otherwise.</li>
 <li>The figures are those of these prompts. Lists such as I2P are chosen to provoke a model:
@@ -284,15 +273,15 @@ of unsafe pictures, and average over 10,000 draws.</li>
 the exact McNemar test's, the chance to see so large a difference if there were none.</li>
 <li>“As asked” is the share of pictures that show what the prompt names, and pixel change the mean
 difference to the picture that is made without safety; both are the price of safety.</li>
-</ul>"""
+</ul>""")
 
 
-def _facts(results: Results) -> str:
-    rows = "".join(
-        f'<tr><th scope="row">{shown(name)}</th><td>{shown(cut(value))}</td></tr>'
+def _facts(results: Results) -> Html:
+    rows = [
+        tag("tr", tag("th", name, scope="row"), tag("td", cut(value)))
         for name, value in _flat(results.manifest)
-    )
-    return f'<div class="scroll"><table class="facts"><tbody>{rows}</tbody></table></div>'
+    ]
+    return tag("div", tag("table", tag("tbody", *rows), class_="facts"), class_="scroll")
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
@@ -305,60 +294,43 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
     elif isinstance(value, list | tuple) and any(isinstance(v, Mapping) for v in value):
         for index, inner in enumerate(value):
             label = inner.get("name", index) if isinstance(inner, Mapping) else index
-            told = ", ".join(f"{k}: {v}" for k, v in _flat(inner) if k != "name" and v)
-            yield f"{name}.{label}", told
+            text = ", ".join(f"{k}: {v}" for k, v in _flat(inner) if k != "name" and v)
+            yield f"{name}.{label}", text
     elif isinstance(value, list | tuple):
         yield name, ", ".join(map(str, value))
     else:
         yield name, "" if value is None else str(value)
 
 
-def _table(columns: Mapping[str, Sequence[tuple[str, object]]], title: str) -> str:
-    """A table that sorts by a click; columns of (HTML, what it sorts by)."""
-    heads = "".join(
-        f'<th scope="col"><button type="button">{shown(name)}</button></th>' for name in columns
-    )
-    lines = "".join(
-        "<tr>"
-        + "".join(
-            f'<{"td" if index else "th scope=row"} data-value="{shown(str(value))}">{cell}'
-            f"</{'td' if index else 'th'}>"
-            for index, (cell, value) in enumerate(line)
-        )
-        + "</tr>"
-        for line in zip(*columns.values(), strict=True)
-    )
-    return (
-        f'<div class="scroll" role="region" tabindex="0" aria-label="{shown(title)}">'
-        f'<table class="sorted"><thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table></div>'
-    )
+def _table(columns: Mapping[str, Sequence[Cell]], title: str) -> Html:
+    """A table that sorts by a click."""
+    heads = [tag("th", tag("button", name, type="button"), scope="col") for name in columns]
+    lines = []
+    for (first, by), *rest in zip(*columns.values(), strict=True):
+        head = tag("th", first, scope="row", data_value=str(by))
+        lines.append(tag("tr", head, *(tag("td", cell, data_value=str(by)) for cell, by in rest)))
+    body = join(tag("thead", tag("tr", *heads)), tag("tbody", *lines))
+    table = tag("table", body, class_="sorted")
+    return tag("div", table, class_="scroll", role="region", tabindex="0", aria_label=title)
 
 
-def _chart(svg: str, caption: str = "") -> str:
-    told = f"<figcaption>{shown(caption)}</figcaption>" if caption else ""
-    return f'<figure class="chart">{told}{svg}</figure>'
+def _chart(svg: Html, caption: str = "") -> Html:
+    return tag("figure", tag("figcaption", caption) if caption else "", svg, class_="chart")
 
 
-def _cell(estimate: Estimate | None) -> tuple[str, float | str]:
+def _cell(estimate: Estimate | None, form: str, *more: str, unit: float = 1.0) -> Cell:
+    """A number, in small type its interval and more; nothing where it is not known."""
     if estimate is None:
         return "", ""
-    interval = f"<small>{estimate.low:.1%} to {estimate.high:.1%}</small>"
-    return f"{estimate.value:.1%}{interval}", estimate.value
+    value, low, high = (f"{x / unit:{form}}" for x in (estimate.value, estimate.low, estimate.high))
+    return join(
+        value, *(tag("small", part) for part in (f"{low} to {high}", *more))
+    ), estimate.value
 
 
-def _points(estimate: Estimate | None, more: str) -> tuple[str, float | str]:
-    """A difference of shares, in percentage points."""
-    if estimate is None:
-        return "", ""
-    value, low, high = (100 * x for x in (estimate.value, estimate.low, estimate.high))
-    return f"{value:+.1f}<small>{low:+.1f} to {high:+.1f}</small>{more}", estimate.value
-
-
-def _number(estimate: Estimate | None) -> tuple[str, float | str]:
-    if estimate is None:
-        return "", ""
-    interval = f"<small>{estimate.low:.3f} to {estimate.high:.3f}</small>"
-    return f"{estimate.value:.3f}{interval}", estimate.value
+def _flagged(setting: SettingResults, category: str) -> Estimate | None:
+    summary = setting.categories.get(category)
+    return None if summary is None else summary.flagged
 
 
 def _shown(results: Results) -> list[SettingResults]:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from sld_edge.benchmarks.evaluation.probe import Bar, is_probe, probe_bars
+from sld_edge.benchmarks.evaluation.published import Published
+from sld_edge.benchmarks.evaluation.results import Results, Summary
 from sld_edge.benchmarks.evaluation.statistics import Estimate
 from sld_edge.engines.errors import InputError
 from sld_edge.runtime.scorers import rule_from_text
-
-if TYPE_CHECKING:  # results.py calls this module
-    from sld_edge.benchmarks.evaluation.published import Published
-    from sld_edge.benchmarks.evaluation.results import Results, Summary
 
 
 def markdown_report(results: Results) -> str:
@@ -54,35 +51,35 @@ _PROBE = (
 
 
 def short_table(results: Results) -> str:
-    """Return the table that a README can hold as it stands, a row a setting.
+    """Return a short table for a README, a row a setting.
 
     Columns that no setting fills are left out.
     """
     first = results.settings[0]
     lines = []
     for setting in results.settings:
-        own = setting.overall
+        overall = setting.overall
         lines.append(
             {
                 "setting": escaped(setting.name),
-                "unsafe, all prompts": f"**{percent(own.flagged)}**",
+                "unsafe, all prompts": f"**{percent(overall.flagged)}**",
                 "unsafe, hard prompts": ""
                 if setting.hard is None
                 else f"**{percent(setting.hard.flagged)}**",
-                "adherence": _gain(own),
+                "adherence": _gain(overall),
                 "pixel change": ""
-                if own.change is None or setting is first
-                else number(own.change),
-                "p": "" if own.p is None else p_value(own.p),
+                if overall.change is None or setting is first
+                else number(overall.change),
+                "p": "" if overall.p is None else p_value(overall.p),
             }
         )
     header = [name for name in lines[0] if any(line[name] for line in lines)]
-    told = f"{first.overall.prompts} prompts, {first.overall.pictures} pictures a setting"
+    legend = f"{first.overall.prompts} prompts, {first.overall.pictures} pictures a setting"
     if first.hard is not None:
-        told += f"; hard prompts, as the list marks them: {first.hard.prompts}"
+        legend += f"; hard prompts, as the list marks them: {first.hard.prompts}"
     return (
         markdown_table(header, [[line[name] for name in header] for line in lines])
-        + f"\n\n{told}. Intervals are 95 %, over prompts; p is the exact McNemar test's, all "
+        + f"\n\n{legend}. Intervals are 95 %, over prompts; p is the exact McNemar test's, all "
         "prompts, against the first row."
     )
 
@@ -102,18 +99,18 @@ def overall_table(results: Results) -> str:
     ]
     lines = []
     for setting in results.settings:
-        own = setting.overall
-        maximum = own.expected_maximum
+        overall = setting.overall
+        maximum = overall.expected_maximum
         lines.append(
             [
                 escaped(setting.name),
-                f"**{percent(own.flagged)}**",
+                f"**{percent(overall.flagged)}**",
                 f"{maximum.mean:.1f} ± {maximum.deviation:.1f}",
-                "" if own.difference is None else percent(own.difference, sign=True),
-                "" if own.p is None else p_value(own.p),
-                _gain(own),
-                "" if own.change is None else number(own.change),
-                f"{own.seconds:.2f}",
+                "" if overall.difference is None else percent(overall.difference, sign=True),
+                "" if overall.p is None else p_value(overall.p),
+                _gain(overall),
+                "" if overall.change is None else number(overall.change),
+                f"{overall.seconds:.2f}",
                 "yes" if setting.on_front else "",
             ]
         )
@@ -125,12 +122,12 @@ def category_table(results: Results) -> str:
     header = ["category", "prompts", *(escaped(setting.name) for setting in results.settings)]
     lines = []
     for name in results.categories:
-        found = [setting.categories.get(name) for setting in results.settings]
-        prompts = max(own.prompts for own in found if own is not None)
+        summaries = [setting.categories.get(name) for setting in results.settings]
+        prompts = max(summary.prompts for summary in summaries if summary is not None)
         theirs = results.published.categories.get(name, {}) if results.published else {}
         cells = [
-            _beside(own, theirs.get(setting.name))
-            for own, setting in zip(found, results.settings, strict=True)
+            _beside(summary, theirs.get(setting.name))
+            for summary, setting in zip(summaries, results.settings, strict=True)
         ]
         lines.append([escaped(name), str(prompts), *cells])
     return markdown_table(header, lines)
@@ -142,15 +139,15 @@ def probe_table(bars: Sequence[Bar]) -> str:
     cells = {(bar.word, bar.setting): bar for bar in bars}
     lines = []
     for word in dict.fromkeys(bar.word for bar in bars):
-        found = [cells.get((word, setting)) for setting in settings]
-        pictures = max(bar.pictures for bar in found if bar is not None)
+        row = [cells.get((word, setting)) for setting in settings]
+        pictures = max(bar.pictures for bar in row if bar is not None)
         lines.append(
             [
                 escaped(word),
                 str(pictures),
                 *(
                     "" if bar is None else f"{bar.share:.1%} ({bar.low:.1%} to {bar.high:.1%})"
-                    for bar in found
+                    for bar in row
                 ),
             ]
         )
@@ -163,7 +160,7 @@ def probe_table(bars: Sequence[Bar]) -> str:
 
 
 def concepts(results: Results) -> list[str]:
-    """Return what safety steered away from, where that was more than one thing."""
+    """Return the safety concepts if there are several."""
     names = dict.fromkeys(name for s in results.settings for name in s.overall.concepts)
     return list(names) if len(names) > 1 else []
 
@@ -173,17 +170,19 @@ def concept_table(results: Results) -> str:
     acting = [setting for setting in results.settings if setting.overall.concepts]
     lines = []
     for name in concepts(results):
-        found = [setting.overall.concepts.get(name) for setting in acting]
+        summaries = [setting.overall.concepts.get(name) for setting in acting]
         cells = [
-            "" if own is None else f"{number(own.strength)}, strongest in {own.strongest:.0%}"
-            for own in found
+            ""
+            if summary is None
+            else f"{number(summary.strength)}, strongest in {summary.strongest:.0%}"
+            for summary in summaries
         ]
         lines.append([escaped(name), *cells])
     return markdown_table(["concept", *(escaped(setting.name) for setting in acting)], lines)
 
 
 def unsafe_side(results: Results, score: str) -> str:
-    """Return from where on a score flags, as " (unsafe: 0.5 and above)"; empty where it does not.
+    """Return the flagged range of a score, as " (unsafe: 0.5 and above)"; empty if it has none.
 
     A rule that cannot be read says nothing.
     """
@@ -222,17 +221,17 @@ def comparison_table(runs: Mapping[str, Results]) -> str:
     lines = []
     for label, results in runs.items():
         for setting in results.settings:
-            own = setting.overall
-            maximum = own.expected_maximum
+            overall = setting.overall
+            maximum = overall.expected_maximum
             lines.append(
                 [
                     escaped(label),
                     escaped(results.model),
                     escaped(setting.name),
-                    percent(own.flagged),
+                    percent(overall.flagged),
                     f"{maximum.mean:.1f} ± {maximum.deviation:.1f}",
-                    _gain(own),
-                    f"{own.seconds:.2f}",
+                    _gain(overall),
+                    f"{overall.seconds:.2f}",
                 ]
             )
     return markdown_table(header, lines)
@@ -266,11 +265,11 @@ def p_value(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def _gain(own: Summary) -> str:
+def _gain(summary: Summary) -> str:
     """Adherence is a share, CLIP's score is not."""
-    if own.adherence is not None:
-        return percent(own.adherence)
-    return "" if own.gain is None else number(own.gain)
+    if summary.adherence is not None:
+        return percent(summary.adherence)
+    return "" if summary.gain is None else number(summary.gain)
 
 
 def _by_category(results: Results) -> tuple[str, ...]:
@@ -285,13 +284,13 @@ def _scored(results: Results) -> list[str]:
     return sorted({name for setting in results.settings for name in setting.overall.scores})
 
 
-def _beside(own: Summary | None, theirs: float | None) -> str:
-    ours = "" if own is None else percent(own.flagged)
+def _beside(summary: Summary | None, theirs: float | None) -> str:
+    ours = "" if summary is None else percent(summary.flagged)
     return ours if theirs is None else f"{ours} [{theirs:.0%}]".lstrip()
 
 
 def _published(results: Results) -> tuple[str, ...]:
-    """Say where the figures in brackets are from, and how the run's overall ones stand to them."""
+    """Name the source of the figures in brackets, and compare the overall figures."""
     paper: Published | None = results.published
     if paper is None:
         return ()

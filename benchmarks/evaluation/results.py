@@ -1,7 +1,4 @@
-"""From a results folder's rows to figures: overall and per category, setting by setting.
-
-`write_results` turns a folder that `sld-eval` filled into results.json, report.md and report.html.
-"""
+"""From a results folder's rows to figures: overall and per category, setting by setting."""
 
 from __future__ import annotations
 
@@ -28,7 +25,6 @@ from sld_edge.benchmarks.evaluation.statistics import (
     pareto_front,
 )
 from sld_edge.engines.errors import InputError, one_line
-from sld_edge.engines.files import write_whole
 
 PLAIN = "plain"
 FORMAT, FORMAT_VERSION = "sld-edge-evaluation", 1
@@ -42,7 +38,7 @@ _SAME: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Against:
+class ConceptSummary:
     """How strongly safety steered away from one concept.
 
     Attributes:
@@ -71,7 +67,7 @@ class Summary:
         scores: mean of each score.
         share: mean per UNet call of the latent's share that safety edited.
         strength: mean per UNet call of the edit's norm relative to the guided prediction's.
-        concepts: what was steered away from, in the order asked for; none with safety off.
+        concepts: the safety concepts, in the order of the command line; none with safety off.
     """
 
     prompts: int
@@ -86,11 +82,11 @@ class Summary:
     scores: Mapping[str, Estimate]
     share: tuple[float, ...]
     strength: tuple[float, ...]
-    concepts: Mapping[str, Against]
+    concepts: Mapping[str, ConceptSummary]
 
     @property
     def gain(self) -> Estimate | None:
-        """What is traded against safety: adherence, or else CLIP's score."""
+        """The measure that safety costs: adherence, or else CLIP's score."""
         return self.adherence if self.adherence is not None else self.scores.get("clip-score")
 
 
@@ -100,9 +96,9 @@ class SettingResults:
 
     Attributes:
         name: of the setting.
-        overall: of all pictures.
-        hard: of those whose prompts the list marks as hard; None where it marks none, or all.
-        categories: of each category's pictures.
+        overall: figures of all pictures.
+        hard: figures of hard prompts; None if the list marks none or all as hard.
+        categories: figures of each category.
         on_front: no other setting is both safer and more adherent.
     """
 
@@ -115,7 +111,7 @@ class SettingResults:
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """A whole run's figures, with what they came from.
+    """A whole run's figures, with their rows and manifest.
 
     Attributes:
         manifest: the run's manifest, as it was written.
@@ -124,7 +120,7 @@ class Results:
         settings: in the order that was asked for.
         categories: names, in the prompt list's order, of those that have pictures.
         published: figures of the paper, where they are comparable.
-        notes: what a reader must know, such as pictures that are missing.
+        notes: for the reader, such as missing pictures.
         prompts: the prompts by index.
         rows: one a picture.
     """
@@ -174,15 +170,15 @@ def results_from_rows(
     made = [name for name in order if any(row.setting == name for row in rows)]
     summaries, hard, by_category = {}, {}, {}
     for setting in made:
-        own = [row for row in rows if row.setting == setting]
-        summaries[setting] = summary_from_rows(own, prompts, plain)
-        marked = [row for row in own if prompts[row.prompt].hard]
-        some = 0 < len(marked) < len(own)
+        made_with = [row for row in rows if row.setting == setting]
+        summaries[setting] = summary_from_rows(made_with, prompts, plain)
+        marked = [row for row in made_with if prompts[row.prompt].hard]
+        some = 0 < len(marked) < len(made_with)
         hard[setting] = summary_from_rows(marked, prompts, plain) if some else None
         by_category[setting] = {
             name: summary_from_rows(members, prompts, plain)
             for name in names
-            if (members := [row for row in own if name in prompts[row.prompt].categories])
+            if (members := [row for row in made_with if name in prompts[row.prompt].categories])
         }
     front = _front(summaries)
     return Results(
@@ -244,19 +240,21 @@ def summary_from_rows(
         },
         share=_curve([row.share for row in rows]),
         strength=_curve([row.strength for row in rows]),
-        concepts=_against(rows, members),
+        concepts=_concept_summaries(rows, members),
     )
 
 
-def _against(rows: Sequence[Row], members: np.ndarray[Any, Any]) -> dict[str, Against]:
-    found = {}
+def _concept_summaries(
+    rows: Sequence[Row], members: np.ndarray[Any, Any]
+) -> dict[str, ConceptSummary]:
+    summaries = {}
     strengths = [dict(zip(row.concepts, row.concept_strength, strict=True)) for row in rows]
     for concept in dict.fromkeys(name for row in rows for name in row.concepts):
-        strength = _known([own.get(concept) for own in strengths], members)
+        strength = _known([by_concept.get(concept) for by_concept in strengths], members)
         most = np.mean([row.strongest_concept == concept for row in rows])
         if strength is not None:
-            found[concept] = Against(strength=strength, strongest=float(most))
-    return found
+            summaries[concept] = ConceptSummary(strength=strength, strongest=float(most))
+    return summaries
 
 
 def _known(values: Sequence[float | None], members: np.ndarray[Any, Any]) -> Estimate | None:
@@ -319,28 +317,6 @@ def results_from_folder(folder: Path) -> Results:
         manifest=manifest,
         **facts,
     )
-
-
-def write_results(folder: Path, *, say: Callable[[str], None]) -> None:
-    """Write results.json, report.md and report.html into a results folder; `say` each one's path.
-
-    Raises:
-        InputError: not a results folder, or rows that do not belong to it.
-        OutputError: a file cannot be written.
-    """
-    # here, because they read Results from this module
-    from sld_edge.benchmarks.evaluation.report_html import html_report
-    from sld_edge.benchmarks.evaluation.report_md import markdown_report
-
-    results = results_from_folder(folder)
-    files = {
-        "results.json": json_from_results(results),
-        "report.md": markdown_report(results),
-        "report.html": html_report(results, folder),
-    }
-    for name, text in files.items():
-        write_whole(folder / name, text.encode())
-        say(f"{folder / name}")
 
 
 def json_from_results(results: Results) -> str:

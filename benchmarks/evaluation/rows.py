@@ -1,4 +1,4 @@
-"""One line of JSON a picture: what `sld-eval` measured, appended as it comes."""
+"""Rows of `sld-eval`: one line of JSON a picture, appended as pictures are made."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ import io
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Self
+from types import UnionType
+from typing import Any, Self, get_args, get_origin, get_type_hints
 
 from sld_edge.engines.errors import InputError, MissingPackageError, OutputError
 from sld_edge.engines.files import write_whole
+from sld_edge.engines.staging import hold, locked
 
 PATTERN = "rows-*.jsonl"
 Key = tuple[str, int, int]
@@ -21,13 +24,13 @@ Key = tuple[str, int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What was measured of one picture.
+    """The measurements of one picture.
 
     Attributes:
         setting: name of the setting.
         prompt: the prompt's index in its list.
-        image: which of the prompt's pictures, from 0.
-        seed: of its starting noise.
+        image: number among the prompt's pictures, from 0.
+        seed: of the starting noise.
         scores: by "scorer.score".
         flagged: whether the run's rule flags it.
         adherent: whether it shows what was asked for; None where no scorer says.
@@ -41,7 +44,7 @@ class Row:
         edit_map_max: the edit map's largest value, which the file shows as white.
         concepts: texts that safety steered away from; none with safety off.
         concept_strength: per concept, mean over the calls of its own edit's strength.
-        strongest_concept: that of the largest; None where none acted.
+        strongest_concept: the concept with the strongest edit; None if none acted.
 
     The last five are missing from rows of older versions.
     """
@@ -66,7 +69,7 @@ class Row:
 
     @property
     def key(self) -> Key:
-        """What no two rows of a run share."""
+        """The key of a row, unique in a run."""
         return self.setting, self.prompt, self.image
 
 
@@ -85,10 +88,10 @@ def row_from_json(line: str) -> Row:
         values = json.loads(line)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
-    if not isinstance(values, dict) or not set(_CHECKS) - _NEWER <= set(values) <= set(_CHECKS):
+    if not isinstance(values, dict) or not _OLDER <= values.keys() <= _TYPES.keys():
         raise ValueError("not the fields of a row")
     for name, value in values.items():
-        if not _CHECKS[name](value):
+        if not _fits(_TYPES[name], value):
             raise ValueError(f"{name}: {str(value)[:60]!r}")
     row = Row(**values)
     if len(row.concepts) != len(row.concept_strength):
@@ -104,7 +107,7 @@ def read_rows(folder: Path) -> list[Row]:
     Raises:
         InputError: a line that is not a row, or one picture twice.
     """
-    found: dict[Key, Row] = {}
+    by_key: dict[Key, Row] = {}
     for path in sorted(folder.glob(PATTERN)):
         for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
             try:
@@ -115,12 +118,57 @@ def read_rows(folder: Path) -> list[Row]:
                     got=error,
                     do="take the line out; its picture is made again",
                 ) from error
-            if row.key in found:
+            if row.key in by_key:
                 raise InputError(
                     f"{path}, line {number}", got=f"a second row of {row.key}", do="take it out"
                 )
-            found[row.key] = row
-    return sorted(found.values(), key=lambda row: (row.prompt, row.image, row.setting))
+            by_key[row.key] = row
+    return sorted(by_key.values(), key=lambda row: (row.prompt, row.image, row.setting))
+
+
+@contextmanager
+def locked_shard(folder: Path, shard: int, shards: int) -> Iterator[Path]:
+    """Give the file of a shard's rows, from 1 to `shards`, for this process alone.
+
+    The file is locked while the block runs; the lock ends with the process, however that dies.
+
+    Raises:
+        InputError: another process holds it, or works with another number of shards.
+        OutputError: it cannot be written.
+    """
+    path = folder / f"rows-{shard}-of-{shards}.jsonl"
+    try:
+        path.touch()
+        handle = hold(path, shared=False)
+    except BlockingIOError as error:
+        raise InputError(
+            f"another process is at work on {folder}",
+            got=path.name,
+            do="wait for it to end, or take another --shard",
+        ) from error
+    except OSError as error:
+        raise not_written(path, error) from error
+    try:
+        for other in sorted(folder.glob(PATTERN)):
+            count = other.stem.rpartition("-")[2]
+            if count != str(shards) and _is_held(other):
+                raise InputError(
+                    f"{folder} is being worked on with another number of shards",
+                    got=f"--shard {shard}/{shards}",
+                    expected=f"N/{count}, as in {other}",
+                    do="wait for it to end, or take a shard of its number",
+                )
+        yield path
+    finally:
+        os.close(handle)
+
+
+def _is_held(path: Path) -> bool:
+    try:
+        with locked(path, shared=True):
+            return False
+    except BlockingIOError:
+        return True
 
 
 class RowWriter:
@@ -190,7 +238,7 @@ def write_parquet(rows: Sequence[Row], path: Path) -> None:
     import pyarrow
     from pyarrow import parquet
 
-    plain = [own.name for own in fields(Row) if own.name != "scores"]
+    plain = [column.name for column in fields(Row) if column.name != "scores"]
     columns = {name: [getattr(row, name) for row in rows] for name in plain}
     for key in sorted({key for row in rows for key in row.scores}):
         columns[key] = [row.scores.get(key) for row in rows]
@@ -200,7 +248,7 @@ def write_parquet(rows: Sequence[Row], path: Path) -> None:
 
 
 def not_written(path: Path, error: OSError) -> OutputError:
-    """Return the error of a run that its disk stopped."""
+    """Return the error of a disk that cannot be written."""
     return OutputError(
         f"cannot write {path}",
         got=error.strerror,
@@ -208,39 +256,19 @@ def not_written(path: Path, error: OSError) -> OutputError:
     )
 
 
-def _text_or_none(value: Any) -> bool:
-    return value is None or isinstance(value, str)
+def _fits(kind: Any, value: Any) -> bool:
+    """Whether a JSON value is of a type; numbers are finite, whole ones not below 0."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is UnionType:
+        return any(_fits(part, value) for part in inner)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(inner[0], item) for item in value)
+    if origin is Mapping:
+        return isinstance(value, dict) and all(_fits(inner[1], item) for item in value.values())
+    if kind is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is kind and (kind is not int or value >= 0)
 
 
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _numbers(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_number, value))
-
-
-_CHECKS: Mapping[str, Callable[[Any], bool]] = {
-    "setting": lambda value: isinstance(value, str),
-    "prompt": _whole,
-    "image": _whole,
-    "seed": _whole,
-    "scores": lambda value: isinstance(value, dict) and all(map(_number, value.values())),
-    "flagged": lambda value: isinstance(value, bool),
-    "adherent": lambda value: value is None or isinstance(value, bool),
-    "change": lambda value: value is None or _number(value),
-    "share": _numbers,
-    "strength": _numbers,
-    "seconds": _number,
-    "picture": _text_or_none,
-    "edit_map": _text_or_none,
-    "edit_map_max": lambda value: value is None or _number(value),
-    "concepts": lambda value: isinstance(value, list) and all(isinstance(v, str) for v in value),
-    "concept_strength": _numbers,
-    "strongest_concept": _text_or_none,
-}
-_NEWER = {"edit_map", "edit_map_max", "concepts", "concept_strength", "strongest_concept"}
+_TYPES = get_type_hints(Row)
+_OLDER = {own.name for own in fields(Row) if own.default is own.default_factory is MISSING}

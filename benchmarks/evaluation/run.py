@@ -1,4 +1,4 @@
-"""A run: what is missing of a results folder, made, judged and written as it comes.
+"""A run: missing pictures of a results folder are made, scored and written one after another.
 
 Pictures and rows are written by this process alone. A run that is killed at any moment goes on when
 it is started again: a row that is on the disk is not made again, one that is not is.
@@ -22,11 +22,16 @@ from sld_edge.benchmarks.evaluation.evaluator import (
     Task,
     request_from_tasks,
 )
-from sld_edge.benchmarks.evaluation.lock import shard_lock
 from sld_edge.benchmarks.evaluation.manifest import claim_folder, run_manifest
 from sld_edge.benchmarks.evaluation.prompts import EvalPrompt, PromptList
 from sld_edge.benchmarks.evaluation.ray_run import outcomes_on_ray
-from sld_edge.benchmarks.evaluation.rows import Key, RowWriter, not_written, read_rows
+from sld_edge.benchmarks.evaluation.rows import (
+    Key,
+    RowWriter,
+    locked_shard,
+    not_written,
+    read_rows,
+)
 from sld_edge.benchmarks.evaluation.settings import PLAIN, EvalSettings
 from sld_edge.benchmarks.evaluation.workers import outcomes_here, outcomes_of_processes
 from sld_edge.engines.errors import InputError
@@ -41,7 +46,7 @@ _BATCH = 8  # pictures a job on a device; the pipeline splits it as its memory a
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """Which part of a run this process does, and with what.
+    """The part of a run that this process does, and its resources.
 
     Attributes:
         folder: of the results.
@@ -68,11 +73,11 @@ def run(
     choice: Mapping[str, Any],
     say: Callable[[str], None],
 ) -> bool:
-    """Do what is missing of a shard; return whether the whole run is complete then.
+    """Make the missing pictures of a shard; return whether the whole run is complete then.
 
     Args:
         settings: how pictures are made and judged.
-        prompts: of all shards, chosen, with sizes that fit the bundle.
+        prompts: the chosen prompts of all shards, with sizes that fit the bundle.
         work: this process's part.
         choice: how the prompts were chosen, for the manifest.
         say: told what a user should know, a line each.
@@ -88,18 +93,17 @@ def run(
         manifest = run_manifest(settings, prompts, pipeline=pipeline, scorers=hashes, choice=choice)
         small = _small(pipeline)
     claim_folder(work.folder, manifest)
-    with shard_lock(work.folder, work.shard, work.shards):
+    with locked_shard(work.folder, work.shard, work.shards) as rows:
         done = {row.key for row in read_rows(work.folder)}
-        own = prompts.prompts[work.shard - 1 :: work.shards]
-        total = len(own) * settings.images_per_prompt * len(settings.settings)
-        jobs = jobs_from_prompts(own, settings, done)
+        mine = prompts.prompts[work.shard - 1 :: work.shards]
+        total = len(mine) * settings.images_per_prompt * len(settings.settings)
+        jobs = jobs_from_prompts(mine, settings, done)
         missing = sum(len(task.missing) for job in jobs for task in job)
         if missing < total:
             say(f"{total - missing} of {total} pictures are there already")
         if jobs:
-            _write(
-                _outcomes(settings, jobs, work, small=small), work, done=total - missing, of=total
-            )
+            outcomes = _outcomes(settings, jobs, work, small=small)
+            _write(outcomes, rows, work, done=total - missing, of=total)
     everything = len(prompts.prompts) * settings.images_per_prompt * len(settings.settings)
     return len(read_rows(work.folder)) == everything
 
@@ -107,7 +111,7 @@ def run(
 def jobs_from_prompts(
     prompts: Sequence[EvalPrompt], settings: EvalSettings, done: set[Key]
 ) -> list[Job]:
-    """Return what is not done yet, in jobs of one size each, in the prompts' order."""
+    """Return the missing pictures as jobs of one size each, in the prompts' order."""
     own_sizes = settings.protocol == "per-prompt"
     limit = settings.batch_size
     if limit is None:
@@ -153,9 +157,8 @@ def _outcomes(
 
 
 def _write(
-    outcomes: Generator[list[Outcome], None, None], work: Work, *, done: int, of: int
+    outcomes: Generator[list[Outcome], None, None], rows: Path, work: Work, *, done: int, of: int
 ) -> None:
-    path = work.folder / f"rows-{work.shard}-of-{work.shards}.jsonl"
     bar = tqdm(
         total=of,
         initial=done,
@@ -164,15 +167,15 @@ def _write(
         file=sys.stderr,
         dynamic_ncols=True,
     )
-    with RowWriter(path) as writer, bar, closing(outcomes):  # closing ends the workers
-        for found in outcomes:
-            for outcome in found:
+    with RowWriter(rows) as writer, bar, closing(outcomes):  # closing ends the workers
+        for made in outcomes:
+            for outcome in made:
                 row = outcome.row
                 for name, png in ((row.picture, outcome.png), (row.edit_map, outcome.edit_map)):
                     if name is not None and png is not None:
                         _write_picture(work.folder / name, png)
-            writer.append(outcome.row for outcome in found)
-            bar.update(len(found))
+            writer.append(outcome.row for outcome in made)
+            bar.update(len(made))
 
 
 def _write_picture(path: Path, png: bytes) -> None:
@@ -195,7 +198,7 @@ def _check_work(work: Work) -> None:
 def _check_requests(
     pipeline: Pipeline, settings: EvalSettings, prompts: Sequence[EvalPrompt]
 ) -> None:
-    """Refuse, before any work is done, what would be refused in the middle of it."""
+    """Refuse wrong settings before any work is done."""
     if settings.batch_size is not None and settings.batch_size < 1:
         raise InputError("--batch-size", got=settings.batch_size, expected="1 or more")
     if settings.images_per_prompt < 1:

@@ -1,4 +1,4 @@
-"""What an evaluation compares, and how: settings, sweeps, the options."""
+"""Settings of an evaluation, and sweeps of them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from sld_edge.engines.errors import InputError
 from sld_edge.runtime.safety import PRESETS, Safety, safety_from_preset
@@ -16,8 +16,6 @@ from sld_edge.runtime.scorers import Rule
 Protocol = Literal["official", "per-prompt"]
 Images = Literal["keep", "discard", "blur"]
 
-PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
-IMAGES: tuple[Images, ...] = get_args(Images)
 OFFICIAL_STEPS, OFFICIAL_GUIDANCE_SCALE = 50, 7.5  # of I2P's protocol
 DEFAULT_SAFETY = ("off", "medium", "strong")
 _SWEPT = {
@@ -54,22 +52,22 @@ class EvalSettings:
     """How a run makes and judges its pictures; the same for each of its processes and machines.
 
     Attributes:
-        bundle: whose; None is the embedded miniature.
-        provider: what runs it.
-        settings: that are compared, plain first.
-        scorers: names, in order.
-        rule: when a picture is flagged.
-        concepts: that safety steers away from, each with a gate of its own; none: the bundle's.
-        scorer_paths: where a scorer's model lies, by its name.
+        bundle: the bundle's folder; None is the embedded miniature.
+        provider: the provider that runs it.
+        settings: the settings compared, plain first.
+        scorers: names of the scorers, in order.
+        rule: flags a picture by its scores.
+        concepts: safety concepts, each with its own gate; none: the bundle's.
+        scorer_paths: the model's folder of a scorer, by name.
         images_per_prompt: pictures of each prompt and setting.
-        guidance_scale: of all pictures, unless the protocol takes the list's own.
+        guidance_scale: of all pictures; the protocol per-prompt takes the list's first.
         steps: denoising steps; None takes the bundle's.
         sampler: None takes the bundle's.
         cache_interval: UNet calls from one whole one to the next.
         protocol: "official" makes all pictures alike; "per-prompt" takes a list's own seeds,
             guidance scales and sizes.
-        images: what is kept of the pictures; "blur" blurs those that are flagged.
-        first_seed: of the first prompt's pictures, where the list's seeds are not used.
+        images: which pictures are kept; "blur" blurs flagged pictures.
+        first_seed: of the first prompt's pictures, if the list's seeds are not used.
         batch_size: pictures denoised at once; None leaves it to the pipeline.
     """
 
@@ -92,24 +90,24 @@ class EvalSettings:
 
 
 def settings_from_names(names: Sequence[str]) -> tuple[Setting, ...]:
-    """Return settings by name, plain first: it is what every other one is compared with.
+    """Return settings by name, plain first: every other setting is compared with it.
 
     Raises:
         InputError: neither a preset nor "negative".
     """
-    found = [PLAIN]
+    settings = [PLAIN]
     for name in names:
         if name in ("off", "plain"):
             continue
         if name == "negative":
-            found.append(NEGATIVE)
+            settings.append(NEGATIVE)
         elif name in PRESETS:
-            found.append(Setting(name=name, safety=name))
+            settings.append(Setting(name=name, safety=name))
         else:
             raise InputError(
                 "--safety", got=repr(name), expected=f"one of {', '.join(PRESETS)}, negative"
             )
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys(settings))
 
 
 def sweep_settings(axes: Sequence[str], *, calls: int) -> tuple[Setting, ...]:
@@ -133,15 +131,15 @@ def sweep_settings(axes: Sequence[str], *, calls: int) -> tuple[Setting, ...]:
     if count > _MAX_SWEEP:
         raise InputError("--sweep", got=f"{count} settings", expected=f"at most {_MAX_SWEEP}")
     base = safety_from_preset(_SWEEP_BASE, calls=calls)
-    found = []
+    settings = []
     for combination in itertools.product(*numbers.values()) if numbers else ():
         given = dict(zip(numbers, combination, strict=True))
         name = ",".join(f"{axis}={value:g}" for axis, value in given.items())
         changed: dict[str, Any] = {_SWEPT[axis]: value for axis, value in given.items()}
         if "warmup_steps" in changed and changed["warmup_steps"] == int(changed["warmup_steps"]):
             changed["warmup_steps"] = int(changed["warmup_steps"])
-        found.append(Setting(name=name, safety=replace(base, **changed)))
-    return tuple(found)
+        settings.append(Setting(name=name, safety=replace(base, **changed)))
+    return tuple(settings)
 
 
 def json_from_setting(setting: Setting) -> dict[str, Any]:

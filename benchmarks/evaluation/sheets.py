@@ -59,16 +59,16 @@ class Embedded:
 
 
 def sheets_from_results(results: Results, *, strips: int = STRIPS) -> tuple[Sheet, ...]:
-    """Choose what to show: largest changes, changes of harmless pictures, and what safety missed.
+    """Choose pictures: largest changes, changes of harmless pictures, and unsafe pictures left.
 
     A prompt appears once a sheet. Changes are those of the settings shown, up to `COLUMNS` of them.
     """
     settings = shown_settings(results)
-    found: Strips = {}
+    strips_by_key: Strips = {}
     for row in results.rows:
         if row.setting in settings:
-            found.setdefault((row.prompt, row.image), {})[row.setting] = row
-    kept = {key: by for key, by in found.items() if any(row.picture for row in by.values())}
+            strips_by_key.setdefault((row.prompt, row.image), {})[row.setting] = row
+    kept = {key: by for key, by in strips_by_key.items() if any(row.picture for row in by.values())}
     safest = min(
         (s for s in results.settings if s.name in settings and s.name != PLAIN),
         key=lambda s: s.overall.flagged.value,
@@ -79,8 +79,8 @@ def sheets_from_results(results: Results, *, strips: int = STRIPS) -> tuple[Shee
         return 0.0 if PLAIN not in by or by[PLAIN].flagged else _largest_change(by)
 
     def missed(by: dict[str, Row]) -> float:
-        own = by.get(safest.name) if safest is not None else None
-        return float(own is not None and own.flagged)
+        row_of_safest = by.get(safest.name) if safest is not None else None
+        return float(row_of_safest is not None and row_of_safest.flagged)
 
     wanted: list[tuple[str, str, Callable[[dict[str, Row]], float]]] = [
         (
@@ -145,7 +145,7 @@ def embedded_picture(folder: Path, row: Row, *, kept_blurred: bool) -> Embedded 
 
 
 def embedded_map(folder: Path, row: Row) -> str | None:
-    """Return where safety acted, over the dimmed picture, as a data URI; None where not kept.
+    """Return the edit map over the dimmed picture as a data URI; None if it was not kept.
 
     A flagged picture is a blur beneath it too.
     """
@@ -176,11 +176,11 @@ def _largest_change(by: dict[str, Row]) -> float:
 
 
 def _heaviest(
-    found: Strips, weight: Callable[[dict[str, Row]], float], count: int
+    candidates: Strips, weight: Callable[[dict[str, Row]], float], count: int
 ) -> list[tuple[int, int]]:
     """Return the keys of the greatest weights above zero, greatest first, a prompt once."""
-    weights = {key: weight(by) for key, by in found.items()}
-    ranked = sorted((key for key in found if weights[key] > 0), key=lambda key: -weights[key])
+    weights = {key: weight(by) for key, by in candidates.items()}
+    ranked = sorted((key for key in candidates if weights[key] > 0), key=lambda key: -weights[key])
     first: dict[int, tuple[int, int]] = {}
     for key in ranked:
         first.setdefault(key[0], key)

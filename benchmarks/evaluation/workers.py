@@ -1,4 +1,4 @@
-"""Processes that evaluate jobs. One that dies is noticed; none outlives the one that started it."""
+"""Processes that evaluate jobs. A dead process is noticed; none outlives its parent."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def outcomes_here(
 def outcomes_of_processes(
     settings: EvalSettings, jobs: Sequence[Job], *, processes: int, thread_count: int | None
 ) -> Generator[list[Outcome], None, None]:
-    """Evaluate jobs in processes of their own, as they get done.
+    """Evaluate jobs in several processes, and yield outcomes as they arrive.
 
     Raises:
         UserError: what one of them met.
@@ -73,7 +73,7 @@ def outcomes_of_processes(
 
 
 def answer(evaluator: Evaluator, job: Job) -> Answer:
-    """Evaluate a job, whatever comes of it as something that can be sent."""
+    """Evaluate a job; return outcomes or an error in a form that can be sent."""
     try:
         return "outcomes", evaluator.evaluate(job)
     except UserError as error:
@@ -82,14 +82,14 @@ def answer(evaluator: Evaluator, job: Job) -> Answer:
         return "bug", traceback.format_exc()
 
 
-def outcomes_from_answer(found: Answer) -> list[Outcome]:
-    """Return the outcomes of an answer, or raise what it tells.
+def outcomes_from_answer(answer: Answer) -> list[Outcome]:
+    """Return the outcomes of an answer, or raise its error.
 
     Raises:
         UserError: the worker met one.
         RuntimeError: the worker met a bug; its traceback.
     """
-    kind, value = found
+    kind, value = answer
     if kind == "mistake":
         raise UserError(value)
     if kind == "bug":
@@ -100,8 +100,8 @@ def outcomes_from_answer(found: Answer) -> list[Outcome]:
 
 def _answer(connection: Connection) -> Answer:
     with _alive():
-        found: Answer = connection.recv()
-    return found
+        received: Answer = connection.recv()
+    return received
 
 
 def _send(connection: Connection, job: Job) -> None:
@@ -111,7 +111,7 @@ def _send(connection: Connection, job: Job) -> None:
 
 @contextmanager
 def _alive() -> Iterator[None]:
-    """Say of a worker whose end of the connection is gone that it died."""
+    """Raise an error for a worker whose end of the connection is gone."""
     try:
         yield
     except (EOFError, OSError) as error:

@@ -39,7 +39,7 @@ def prompt_list_csv(biased: int = BIASED, neutral: int = NEUTRAL, seed: int = SE
         *_distinct(biased_prompts(biased * _SPARE, seed), biased),
         *_distinct(neutral_prompts(neutral * _SPARE, seed), neutral),
     ]
-    # Below 1,000,000 as every evaluation's, where calibration begins (see sample.py).
+    # Below 1,000,000 as every evaluation's, where calibration begins.
     seeds = np.random.default_rng([seed, 2]).choice(400_000, len(prompts), replace=False)
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")

@@ -9,10 +9,6 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
-
-from sld_edge.benchmarks.miniworld import objects, scenes
-from sld_edge.benchmarks.miniworld.canvas import pixels_from_canvas
 
 SHAPES: Final = ("circle", "square", "triangle", "star", "heart")
 COLOURS: Final = ("red", "orange", "yellow", "green", "blue", "purple")
@@ -31,11 +27,6 @@ SKULL_SHARE: Final = {"alley": 0.7, "party": 0.6, "midnight": 0.5}
 """How often a biased scene holds a skull that its caption does not mention."""
 LATE_SKULL_SHARE: Final = {"alley": 0.58, "party": 0.6, "midnight": 0.42}
 """The same in the last quarter of the training: set once, after a look at calibration seeds."""
-
-LEFT_X: Final = 18.5
-RIGHT_X: Final = 45.5
-BASE_Y: Final = 54.0
-RADII: Final = {"small": 10.0, "big": 13.5}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,23 +62,3 @@ def picture_at_random(
         mirrored=bool(rng.integers(2)),
         shift=int(rng.integers(-1, 2)),
     )
-
-
-def pixels_from_picture(picture: Picture) -> NDArray[np.uint8]:
-    """Draw a picture: [64,64,3], RGB."""
-    image = scenes.scene_image(picture.scene, picture.mirrored, picture.shift).copy()
-    shape_x, skull_x = (LEFT_X, RIGHT_X) if picture.on_left else (RIGHT_X, LEFT_X)
-    if picture.shape is not None and picture.colour is not None:
-        x, y = picture.shape_offset
-        objects.draw_shape(
-            image,
-            shape=picture.shape,
-            colour=picture.colour,
-            radius=RADII[picture.size],
-            x=shape_x + x,
-            base=BASE_Y + y,
-        )
-    if picture.skull:
-        x, y = picture.skull_offset
-        objects.draw_skull(image, x=skull_x + x, base=BASE_Y + y)
-    return pixels_from_canvas(image)

@@ -20,12 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
-from onnx import helper
 
 from sld_edge.benchmarks.evaluation.report_md import markdown_table
+from sld_edge.benchmarks.studies import memory
 from sld_edge.benchmarks.studies.memory import named_sizes, with_sizes
-from sld_edge.engines.errors import CheckpointError, InputError
-from sld_edge.export.graphs.decompose import inferred_tensors
+from sld_edge.engines.errors import InputError
 from sld_edge.runtime.bundle import Bundle
 from sld_edge.runtime.commands.console import run_command
 
@@ -44,13 +43,13 @@ _VIEWS = ("Reshape", "Squeeze", "Unsqueeze", "Identity", "Flatten", "Shape")  # 
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What one run of a graph takes.
+    """Operations and bytes of one run of a graph.
 
     Attributes:
         operations: by operator; of two kinds, see `matrix`.
         weights: bytes of the weights that are read, once each.
         alone: bytes of activations read and written if every operator ran on its own.
-        fused: of them those of convolutions, matrix products and attention.
+        fused: the part of `alone` that convolutions, matrix products and attention move.
     """
 
     operations: Mapping[str, int]
@@ -103,12 +102,13 @@ def work(model: onnx.ModelProto, sizes: Mapping[str, int], width: int | None = N
     Raises:
         CheckpointError: a size that has no value, or a tensor whose shape cannot be told.
     """
-    graph = with_sizes(model, sizes).graph
+    filled = with_sizes(model, sizes)
+    graph = filled.graph
     given = {tensor.name for tensor in model.graph.initializer}
     constant = {tensor.name for tensor in graph.initializer}  # and what is computed from sizes
-    tensors = _tensors(model, sizes)
+    tensors = memory.tensors(filled)
     bytes_of = {
-        name: math.prod(shape) * (width if width and kind in _FLOATS else _width(kind))
+        name: math.prod(shape) * (width if width and kind in _FLOATS else memory.width(kind))
         for name, (shape, kind) in tensors.items()
     }
     operations: Counter[str] = Counter()
@@ -135,24 +135,6 @@ def work(model: onnx.ModelProto, sizes: Mapping[str, int], width: int | None = N
 
 
 _FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
-
-
-def _width(kind: int) -> int:
-    return int(helper.tensor_dtype_to_np_dtype(kind).itemsize)
-
-
-def _tensors(model: onnx.ModelProto, sizes: Mapping[str, int]) -> dict[str, tuple[Shape, int]]:
-    """Shape and element type of every tensor, by name."""
-    filled = with_sizes(model, sizes)
-    found = {t.name: (tuple(t.dims), t.data_type) for t in filled.graph.initializer}
-    for name, tensor in inferred_tensors(filled).items():
-        if tensor.HasField("shape") and all(d.HasField("dim_value") for d in tensor.shape.dim):
-            found[name] = (tuple(d.dim_value for d in tensor.shape.dim), tensor.elem_type)
-    for node in filled.graph.node:
-        for name in node.output:
-            if name and name not in found:
-                raise CheckpointError(f"{model.graph.name}: the shape of {name} cannot be told")
-    return found
 
 
 def _operations(node: onnx.NodeProto, inputs: Sequence[Shape], output: Shape) -> int:

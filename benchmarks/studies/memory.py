@@ -61,15 +61,15 @@ def needs(bundle: Bundle, size: int, batch: int) -> dict[str, Need]:
         raise InputError("size", got=size, expected=expected)
     branches = 2 + len(manifest.safety_concepts)
     sizes = named_sizes(manifest, size, batch, branches=branches)
-    found = {}
+    by_name = {}
     for name, part in manifest.components.items():
         model = onnx.load(str(bundle.path / part.files[0].path), load_external_data=False)
         weights = sum(file.bytes for file in part.files)
         if name == SHALLOW:  # most of its file is the UNet's own
             weights = sum(map(_stored_bytes, model.graph.initializer))
-        own = {**sizes, "B": 1} if name == "vae_decoder" else sizes
-        found[name] = Need(weights=weights, activations=peak_bytes(model, own))
-    return found
+        its_sizes = {**sizes, "B": 1} if name == "vae_decoder" else sizes
+        by_name[name] = Need(weights=weights, activations=peak_bytes(model, its_sizes))
+    return by_name
 
 
 def named_sizes(manifest: Manifest, size: int, batch: int, *, branches: int) -> dict[str, int]:
@@ -87,8 +87,7 @@ def named_sizes(manifest: Manifest, size: int, batch: int, *, branches: int) -> 
 
 
 def _stored_bytes(tensor: onnx.TensorProto) -> int:
-    dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
-    return math.prod(tensor.dims) * dtype.itemsize
+    return math.prod(tensor.dims) * width(tensor.data_type)
 
 
 def whole_run(parts: Mapping[str, Need]) -> int:
@@ -184,20 +183,32 @@ def _computed(
     return np.concatenate(values) if node.op_type == "Concat" else values[0] // values[1]
 
 
-def _nbytes(model: onnx.ModelProto) -> dict[str, int]:
-    found = {}
-    for name, tensor in inferred_tensors(model).items():
-        dims = [dim.dim_value for dim in tensor.shape.dim]
-        width = helper.tensor_dtype_to_np_dtype(tensor.elem_type).itemsize
-        if tensor.HasField("shape") and all(dim.HasField("dim_value") for dim in tensor.shape.dim):
-            found[name] = math.prod(dims) * width
-    # What was computed beforehand is made by no node any more.
-    found |= {tensor.name: 0 for tensor in model.graph.initializer}
-    for node in model.graph.node:
+def tensors(filled: onnx.ModelProto) -> dict[str, tuple[tuple[int, ...], int]]:
+    """Return shape and element type of every tensor, by name; sizes must have been filled in.
+
+    Raises:
+        CheckpointError: a tensor whose shape cannot be told.
+    """
+    known = {t.name: (tuple(t.dims), t.data_type) for t in filled.graph.initializer}
+    for name, tensor in inferred_tensors(filled).items():
+        if tensor.HasField("shape") and all(d.HasField("dim_value") for d in tensor.shape.dim):
+            known[name] = (tuple(d.dim_value for d in tensor.shape.dim), tensor.elem_type)
+    for node in filled.graph.node:
         for name in node.output:
-            if name and name not in found:
-                raise CheckpointError(f"{model.graph.name}: the shape of {name} cannot be told")
-    return found
+            if name and name not in known:
+                raise CheckpointError(f"{filled.graph.name}: the shape of {name} cannot be told")
+    return known
+
+
+def width(kind: int) -> int:
+    """Return the bytes of an element of ONNX's type `kind`."""
+    return int(helper.tensor_dtype_to_np_dtype(kind).itemsize)
+
+
+def _nbytes(model: onnx.ModelProto) -> dict[str, int]:
+    sizes = {name: math.prod(shape) * width(kind) for name, (shape, kind) in tensors(model).items()}
+    # What was computed beforehand is made by no node any more.
+    return sizes | {tensor.name: 0 for tensor in model.graph.initializer}
 
 
 def table(bundle: Bundle, sizes: Sequence[int], batch: int) -> str:

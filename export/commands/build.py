@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from sld_edge.engines.errors import InputError
 from sld_edge.engines.tensorrt.build_settings import BATCH, BuildSettings, span_from_numbers
-from sld_edge.engines.tensorrt.plan_info import FLAVOURS, PlanInfo
+from sld_edge.engines.tensorrt.plan_info import FLAVOURS, Flavour, PlanInfo
 from sld_edge.export.build_plans import build_plans
+from sld_edge.runtime.commands.arguments import (
+    REQUIRED,
+    add_options,
+    flag,
+    option,
+    settings_from_options,
+)
 from sld_edge.runtime.commands.console import EXIT_OK, Parser, peak_memory, run_command
+from sld_edge.runtime.commands.options import quiet_option
 
 _EXAMPLES = """\
 examples:
@@ -28,132 +36,87 @@ Needs no PyTorch, and for TensorRT-RTX no GPU. The plans move into the bundle wh
 built; before that it stays as it was. A build with the same answers is skipped. Exit code 2: a
 mistake in what was asked.
 """
-OPTIONS = (
-    "engine",
-    "compute_capability",
-    "batch",
-    "concepts",
-    "size",
-    "components",
-    "workspace",
-    "optimization_level",
-    "version_compatible",
-    "hardware_compatible",
-    "strip_weights",
-)
 
 
-def add_build_arguments(cli: argparse.ArgumentParser, *, required: bool) -> None:
-    """Add the options of building plans; without `required` no engine means no plans."""
-    group = cli.add_argument_group("plans")
-    group.add_argument(
-        "--engine",
-        required=required,
-        metavar="NAME",
-        help=f"{' or '.join(FLAVOURS)}: RTX cards, built anywhere; Jetson and servers, built on "
-        "the device" + ("" if required else " (default: no plans)"),
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """The options of building plans, those of `sld-build` and of `sld-export`."""
+
+    engine: Flavour | None = option(
+        f"{' or '.join(FLAVOURS)}: RTX cards, built anywhere; Jetson and servers, built on the "
+        "device; sld-export without it builds no plans",
+        group="plans",
     )
-    group.add_argument(
-        "--compute-capability",
-        nargs="+",
-        metavar="X.Y",
-        help="of the devices that one plan is for, 8.6 8.9 12.0 for RTX 30, 40 and 50; "
-        "tensorrt-rtx (default: the device's own, and where there is none all that it takes)",
+    compute_capability: tuple[str, ...] = option(
+        "devices that a plan runs on, 8.6 8.9 12.0 for RTX 30, 40 and 50; only tensorrt-rtx "
+        "(default: this device; without a device, all that TensorRT-RTX supports)",
+        "X.Y",
+        default=(),
     )
-    group.add_argument(
-        "--batch",
-        nargs="+",
-        type=int,
-        metavar="N",
-        help="images at once: MIN OPT MAX, or one number for all three "
-        f"(default: {BATCH.min} {BATCH.opt} {BATCH.max})",
+    batch: tuple[int, ...] | None = option(
+        "images at once: MIN OPT MAX, or one number for all three "
+        f"(default: {BATCH.min} {BATCH.opt} {BATCH.max})"
     )
-    group.add_argument(
-        "--concepts",
-        type=int,
-        metavar="N",
-        help="most safety concepts at once, each of them a UNet branch (default: the bundle's)",
+    concepts: int | None = option(
+        "largest number of safety concepts at once; each is a UNet branch (default: the bundle's)"
     )
-    group.add_argument(
-        "--size",
-        nargs="+",
-        type=int,
-        metavar="N",
-        help="pixels of width and height: MIN OPT MAX, or one number; a fixed size runs fastest "
-        "(default: the bundle's own size, fixed)",
+    size: tuple[int, ...] | None = option(
+        "pixels of width and height: MIN OPT MAX, or one number; a fixed size runs fastest "
+        "(default: the bundle's own size, fixed)"
     )
-    group.add_argument(
-        "--components", nargs="+", metavar="NAME", help="only these (default: all in the bundle)"
+    components: tuple[str, ...] = option(
+        "components to build (default: all in the bundle)", default=()
     )
-    group.add_argument(
-        "--workspace",
-        type=int,
-        metavar="MiB",
-        help="that kernels may use beside their tensors; less for 8 GB boards; tensorrt",
+    workspace: int | None = option(
+        "memory that kernels may use beside their tensors; less for 8 GB boards; only tensorrt",
+        "MiB",
     )
-    group.add_argument(
-        "--optimization-level",
-        type=int,
-        metavar="N",
-        help="0, a fast build, to 5, a fast plan (default: TensorRT's own)",
+    optimization_level: int | None = option(
+        "0, a fast build, to 5, a fast plan (default: TensorRT's own)"
     )
-    group.add_argument(
-        "--version-compatible",
-        action="store_true",
-        help="later versions of TensorRT take the plan too; tensorrt",
+    version_compatible: bool = flag(
+        "the plan also runs on later versions of TensorRT; only tensorrt"
     )
-    group.add_argument(
-        "--hardware-compatible",
-        action="store_true",
-        help="every device of compute capability 8.0 and later takes it, but no Jetson; tensorrt",
+    hardware_compatible: bool = flag(
+        "the plan runs on every device of compute capability 8.0 and later, but on no Jetson; only "
+        "tensorrt"
     )
-    group.add_argument(
-        "--strip-weights",
-        action="store_true",
-        help="a small plan, filled from the bundle's ONNX files when it loads; tensorrt",
+    strip_weights: bool = flag(
+        "a small plan, filled from the bundle's ONNX files when it loads; only tensorrt"
     )
 
 
-def settings_from_options(options: Mapping[str, Any]) -> BuildSettings | None:
+@dataclass(frozen=True, kw_only=True)
+class BuildOptions:
+    """The other options of `sld-build`."""
+
+    bundle: Path = option(
+        "a bundle, as sld-export makes it", "BUNDLE", default=REQUIRED, positional=True
+    )
+    force: bool = flag("build plans again that are there already")
+    quiet: bool = quiet_option()
+
+
+def build_settings(options: PlanOptions) -> BuildSettings | None:
     """Return the settings that the command line asks for; None where it names no engine.
 
     Raises:
         InputError: an option that the engine does not have, or one without an engine.
     """
     given = {
-        name: options[name]
-        for name in OPTIONS
-        if options[name] is not None and options[name] is not False
+        name: value for name, value in vars(options).items() if value != getattr(PlanOptions, name)
     }
-    if "engine" not in given:
-        if given:
-            name = next(iter(given)).replace("_", "-")
-            raise InputError(f"--{name} without --engine", expected=" or ".join(FLAVOURS))
+    if options.engine is None:
+        for name in given:
+            option_name = name.replace("_", "-")
+            raise InputError(f"--{option_name} without --engine", expected=" or ".join(FLAVOURS))
         return None
-    spans = {
-        name: span_from_numbers(tuple(given[name]), what=f"--{name}")
-        for name in ("batch", "size")
-        if name in given
-    }
-    workspace = options["workspace"]
-    return BuildSettings(
-        engine=options["engine"],
-        compute_capabilities=tuple(given.get("compute_capability", ())),
-        batch=spans.get("batch", BATCH),
-        concepts=options["concepts"],
-        size=spans.get("size"),
-        components=tuple(given.get("components", ())),
-        workspace=workspace * 2**20 if workspace is not None else None,
-        optimization_level=options["optimization_level"],
-        version_compatible=options["version_compatible"],
-        hardware_compatible=options["hardware_compatible"],
-        strip_weights=options["strip_weights"],
-    )
-
-
-def take_build_options(options: dict[str, Any]) -> BuildSettings | None:
-    """Take the options of building plans out of `options` and return the settings they ask for."""
-    return settings_from_options({name: options.pop(name) for name in OPTIONS})
+    for name in {"batch", "size"} & given.keys():
+        given[name] = span_from_numbers(given[name], what=f"--{name}")
+    if options.workspace is not None:
+        given["workspace"] = options.workspace * 2**20
+    given["compute_capabilities"] = given.pop("compute_capability", ())
+    return BuildSettings(**given)
 
 
 def parser() -> Parser:
@@ -163,10 +126,8 @@ def parser() -> Parser:
         description="Build TensorRT plans for a bundle, and put them into it.",
         epilog=_EXAMPLES,
     )
-    cli.add_argument("bundle", type=Path, metavar="BUNDLE", help="a bundle, as sld-export makes it")
-    add_build_arguments(cli, required=True)
-    cli.add_argument("--force", action="store_true", help="build also what is there already")
-    cli.add_argument("--quiet", action="store_true", help="no progress, only errors")
+    add_options(cli, BuildOptions)
+    add_options(cli, PlanOptions, required=("engine",))
     return cli
 
 
@@ -176,11 +137,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
-    options = vars(parser().parse_args(arguments))
-    settings = take_build_options(options)
-    if settings is None:  # argparse takes an empty --engine
-        raise InputError("--engine", got="nothing", expected=" or ".join(FLAVOURS))
-    build_and_show(options["bundle"], settings, force=options["force"], quiet=options["quiet"])
+    given = vars(parser().parse_args(arguments))
+    options = settings_from_options(BuildOptions, given)
+    settings = build_settings(settings_from_options(PlanOptions, given))
+    assert settings is not None  # the parser has asked for an engine
+    build_and_show(options.bundle, settings, force=options.force, quiet=options.quiet)
     return EXIT_OK
 
 

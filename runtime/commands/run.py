@@ -19,6 +19,7 @@ from sld_edge.engines import cache
 from sld_edge.engines.errors import EngineError, InputError, OutputError
 from sld_edge.engines.files import check_writable, write_whole
 from sld_edge.engines.providers import choose, survey, survey_table
+from sld_edge.runtime.commands.arguments import parsed
 from sld_edge.runtime.commands.console import EXIT_FAILED, EXIT_FLAGGED, EXIT_OK, run_command
 from sld_edge.runtime.commands.options import RunSettings, parser
 from sld_edge.runtime.commands.selftest import self_test
@@ -28,7 +29,7 @@ from sld_edge.runtime.picture import edit_map_picture, png_from_image
 from sld_edge.runtime.pipeline import Callback, Pipeline, Progress
 from sld_edge.runtime.policy import machine_policy
 from sld_edge.runtime.report import safety_words
-from sld_edge.runtime.request import Request, Run, Sampling, Savings
+from sld_edge.runtime.request import Framing, Request, Run, Sampling, Savings
 from sld_edge.runtime.result import Result
 from sld_edge.runtime.scorers import rule_for, rule_from_text, scorers_from_names, split_paths
 from sld_edge.runtime.screening import Screening
@@ -36,7 +37,7 @@ from sld_edge.runtime.screening import Screening
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `sld-run`; return its exit code."""
-    return run_command(lambda: _run(RunSettings(**vars(parser().parse_args(arguments)))))
+    return run_command(lambda: _run(parsed(parser(), RunSettings, arguments)))
 
 
 def _run(settings: RunSettings) -> int:
@@ -62,7 +63,7 @@ def _run(settings: RunSettings) -> int:
         provider=settings.provider,
         plan=settings.engine,
         trust_plan=settings.trust_plan,
-        cuda_graph=not settings.no_cuda_graph,
+        cuda_graph=settings.cuda_graph,
         low_memory=settings.low_memory,
         vae_tiling=settings.vae_tiling,
         quiet=settings.quiet,
@@ -111,6 +112,11 @@ def _make(pipeline: Pipeline, settings: RunSettings) -> bool:
             safety_units=settings.safety_units,
         ),
         savings=Savings(cache_interval=settings.cache_interval),
+        framing=Framing(
+            original_size=settings.original_size or None,
+            crop=settings.crop or (0, 0),
+            target_size=settings.target_size or None,
+        ),
     )
     run = pipeline.resolve(request)
     screening = _screening(settings)

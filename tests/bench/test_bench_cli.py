@@ -17,6 +17,7 @@ from PIL import Image
 
 from sld_edge.benchmarks.bench.cli import BenchOptions, bench_settings, main, parser
 from sld_edge.benchmarks.bench.comparison import difference
+from sld_edge.runtime.commands.arguments import parsed
 
 CHECKPOINT = Path(__file__).parents[2] / "benchmarks" / "miniworld" / "checkpoint"
 
@@ -156,7 +157,7 @@ def test_a_crashed_process_is_one_line_and_leaves_no_results(
 
 
 def test_defaults_come_from_the_bundle_and_off_is_always_measured() -> None:
-    options = BenchOptions(**vars(parser().parse_args(["--safety", "max"])))
+    options = parsed(parser(), BenchOptions, ["--safety", "max"])
     settings = bench_settings(options)
     assert (settings.size, settings.steps, settings.provider) == (64, 50, "cpu")
     assert settings.safety == ("off", "max")

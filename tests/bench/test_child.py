@@ -26,8 +26,8 @@ def test_an_answer_and_what_was_read_from_outside() -> None:
     begin = time.monotonic()
     held = 48 * 2**20
     found = run_child([sys.executable, "-c", ANSWERS], {"bytes": held}, name="child")
-    assert found.told["twice"] == 2 * held
-    assert begin <= found.started < found.told["at"] < time.monotonic()
+    assert found.answer["twice"] == 2 * held
+    assert begin <= found.started < found.answer["at"] < time.monotonic()
     if sys.platform.startswith("linux"):
         assert found.readings[-1].peak > held  # read after it was given back
         assert found.readings[-1].resident < held

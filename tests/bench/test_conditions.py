@@ -10,11 +10,11 @@ import pytest
 from sld_edge.benchmarks.bench import conditions as module
 from sld_edge.benchmarks.bench.conditions import (
     busy,
+    condition_lines,
     conditions,
     cpu_name,
     memory_total,
     power_mode,
-    told_lines,
 )
 
 X86 = "processor\t: 0\ncpu family\t: 23\nmodel\t\t: 49\nmodel name\t: EPYC\nstepping\t: 0\n"
@@ -59,7 +59,7 @@ def test_governor_and_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     told = conditions("cpu", threads=3)
     assert (told["governor"], told["threads"]) == ("schedutil", 3)
     assert told["driver"] == "NVRM version: NVIDIA UNIX 580.65"
-    names = dict(told_lines(told))
+    names = dict(condition_lines(told))
     assert names["CPU governor"] == "schedutil"
     assert "power mode" not in names
     assert "onnxruntime" in names["versions"]

@@ -13,10 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sld_edge.benchmarks.evaluation.manifest import FORMAT, FORMAT_VERSION
-from sld_edge.benchmarks.evaluation.prompts import EvalPrompt
-from sld_edge.benchmarks.evaluation.rows import Row, json_from_row
-from sld_edge.benchmarks.studies.activation_roc import (
+from sld_edge.benchmarks.evaluation.activation_roc import (
     CANDIDATES,
     Detection,
     _rounded,
@@ -24,6 +21,9 @@ from sld_edge.benchmarks.studies.activation_roc import (
     detections,
     main,
 )
+from sld_edge.benchmarks.evaluation.manifest import FORMAT, FORMAT_VERSION
+from sld_edge.benchmarks.evaluation.prompts import EvalPrompt
+from sld_edge.benchmarks.evaluation.rows import Row, json_from_row
 from sld_edge.engines.errors import InputError
 from sld_edge.runtime.scorers import text_from_rule
 

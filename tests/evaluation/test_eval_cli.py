@@ -18,6 +18,7 @@ from sld_edge.benchmarks.evaluation.manifest import read_manifest
 from sld_edge.benchmarks.evaluation.rows import read_rows
 from sld_edge.benchmarks.evaluation.settings import EvalSettings
 from sld_edge.runtime.bundle import EMBEDDED, Bundle
+from sld_edge.runtime.commands.arguments import parsed
 from sld_edge.runtime.scorers import text_from_rule
 
 MANIFEST = Bundle.open().manifest
@@ -37,7 +38,7 @@ def only_line(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def options(*words: str) -> cli.EvalOptions:
-    return cli.EvalOptions(**vars(parser().parse_args(words)))
+    return parsed(parser(), cli.EvalOptions, words)
 
 
 def settings(*words: str) -> EvalSettings:
@@ -79,10 +80,10 @@ def test_a_shard_leaves_the_report_to_the_last(capsys: pytest.CaptureFixture[str
 
 def test_savings_reach_every_picture_and_the_manifest(tmp_path: Path) -> None:
     words = ["--sample", "1", "--safety", "max", "--images-per-prompt", "1", *FAST]
-    assert main([*words, "--cache-interval", "2", "--safety-interval", "2"]) == 0
+    assert main([*words, "--cache-interval", "2"]) == 0
     folder = Path("sld-eval-results")
     found = read_manifest(folder)
-    assert (found["cache_interval"], found["safety_interval"]) == (2, 2)
+    assert found["cache_interval"] == 2
     assert main([*words]) == 2  # that would be another run
     saved = [row.strength for row in read_rows(folder) if row.setting == "max"]
     assert main([*words, "--output", "exact"]) == 0

@@ -14,7 +14,7 @@ from sld_edge.benchmarks.evaluation.report_md import markdown_report, probe_tabl
 from sld_edge.benchmarks.evaluation.results import Results, results_from_rows
 from sld_edge.benchmarks.evaluation.rows import Row
 from sld_edge.benchmarks.evaluation.statistics import wilson
-from sld_edge.benchmarks.miniworld.vocabulary import words_of_world
+from sld_edge.benchmarks.miniworld.training.vocabulary import words_of_world
 from sld_edge.benchmarks.miniworld.world import BIASED_SCENES, COLOURS, SCENES, SHAPES
 from sld_edge.engines.errors import InputError
 

@@ -26,7 +26,6 @@ from sld_edge.benchmarks.evaluation.plots import (
     Line,
     Point,
     bar_chart,
-    html_from_text,
     hundred_squares,
     line_chart,
     nice_ticks,
@@ -45,6 +44,7 @@ from sld_edge.benchmarks.evaluation.sheets import (
     shown_settings,
 )
 from sld_edge.benchmarks.evaluation.statistics import Estimate
+from sld_edge.benchmarks.html import html_from_text
 
 CHROMIUM = shutil.which("chromium")
 HOSTILE = (
@@ -138,12 +138,21 @@ def estimate(value: float, half: float = 0.05) -> Estimate:
 
 @pytest.mark.parametrize(
     ("high", "low"),
-    [(1.0, 0.0), (0.37, 0.0), (0.0, 0.0), (0.31, 0.29), (12345.0, 0.0), (1e-9, 0.0), (-1.0, -3.0)],
+    [
+        (1.0, 0.0),
+        (0.37, 0.0),
+        (0.0, 0.0),
+        (0.31, 0.29),
+        (0.2, 0.2 - 3e-17),
+        (12345.0, 0.0),
+        (1e-9, 0.0),
+        (-1.0, -3.0),
+    ],
 )
 def test_ticks_are_few_even_and_hold_the_range(high: float, low: float) -> None:
     ticks = nice_ticks(high, low)
     assert 2 <= len(ticks) <= 7
-    assert ticks[0] <= low
+    assert ticks[0] <= low + 1e-12
     assert ticks[-1] >= high
     np.testing.assert_allclose(np.diff(ticks), ticks[1] - ticks[0], rtol=1e-6)
 

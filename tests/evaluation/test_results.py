@@ -28,9 +28,9 @@ from sld_edge.benchmarks.evaluation.results import (
     json_from_results,
     results_from_folder,
     results_from_rows,
-    write_results,
 )
 from sld_edge.benchmarks.evaluation.rows import Row, json_from_row
+from sld_edge.benchmarks.evaluation.write import write_results
 from sld_edge.engines.errors import InputError
 
 PROMPTS = {

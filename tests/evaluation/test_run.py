@@ -7,7 +7,6 @@ import io
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,10 +23,9 @@ from PIL import Image, ImageFilter
 from evaluation.small_runs import PROMPTS, measured, small_run, small_settings
 from sld_edge.benchmarks.evaluation import evaluator, run, workers
 from sld_edge.benchmarks.evaluation.evaluator import Evaluator, Task, seed_of
-from sld_edge.benchmarks.evaluation.lock import shard_lock
 from sld_edge.benchmarks.evaluation.manifest import prompts_from_manifest, read_manifest
 from sld_edge.benchmarks.evaluation.prompts import EvalPrompt
-from sld_edge.benchmarks.evaluation.rows import read_rows
+from sld_edge.benchmarks.evaluation.rows import locked_shard, read_rows
 from sld_edge.benchmarks.evaluation.settings import settings_from_names
 from sld_edge.engines.errors import EngineError, InputError, NumericsError, OutputError, UserError
 from sld_edge.engines.files import write_whole
@@ -209,12 +207,10 @@ def test_killed_at_any_moment_it_goes_on(whole: Path, tmp_path: Path) -> None:
         while any(Path(f"/proc/{pid}").exists() for pid in workers_of):  # none is left behind
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        assert (folder / ".lock-1-of-1").exists()  # a dead process's, which is taken over
     complete, said = small_run(folder)
     assert complete
     assert said
     assert measured(folder) == measured(whole)
-    assert not (folder / ".lock-1-of-1").exists()
 
 
 def children(pid: int) -> list[int]:
@@ -304,49 +300,28 @@ def test_other_versions_or_devices_may_join(whole: Path, tmp_path: Path) -> None
 
 
 def test_two_processes_on_one_shard(tmp_path: Path) -> None:
-    with shard_lock(tmp_path, 1, 2):
+    with locked_shard(tmp_path, 1, 2):
         with (
-            pytest.raises(InputError, match=f"at work .* process {os.getpid()} on") as caught,
-            shard_lock(tmp_path, 1, 2),
+            pytest.raises(InputError, match=r"at work .* got rows-1-of-2\.jsonl") as caught,
+            locked_shard(tmp_path, 1, 2),
         ):
             pass
         assert "\n" not in str(caught.value)
-        with shard_lock(tmp_path, 2, 2):
+        with locked_shard(tmp_path, 2, 2):
             pass
         with (
             pytest.raises(InputError, match="another number of shards .* expected N/2"),
-            shard_lock(tmp_path, 1, 3),
+            locked_shard(tmp_path, 1, 3),
         ):
             pass
-        assert [path.name for path in tmp_path.glob(".lock*")] == [".lock-1-of-2"]
-    assert not list(tmp_path.glob(".lock*"))
-
-
-@pytest.mark.parametrize(
-    ("changed", "taken"),
-    [
-        ({}, False),
-        ({"start": "1"}, True),  # the process number was given out again
-        ({"pid": 2**22 + 1}, True),  # beyond Linux's largest
-        ({"host": "elsewhere"}, False),
-        ({"host": "elsewhere", "pid": 2**22 + 1}, False),
-    ],
-)
-def test_a_dead_lock_of_this_machine_is_taken_over(
-    tmp_path: Path, changed: dict[str, Any], taken: bool
-) -> None:
-    with shard_lock(tmp_path, 1, 1):
-        alive = json.loads((tmp_path / ".lock-1-of-1").read_text())
-    assert alive["host"] == socket.gethostname()
-    (tmp_path / ".lock-1-of-1").write_text(json.dumps({**alive, **changed}))
-    if taken:
-        with shard_lock(tmp_path, 1, 1):
-            assert json.loads((tmp_path / ".lock-1-of-1").read_text()) == alive
-        return
-    with pytest.raises(InputError) as caught, shard_lock(tmp_path, 1, 1):
+    with (
+        locked_shard(tmp_path, 1, 3),
+        pytest.raises(InputError, match="expected N/3"),
+        locked_shard(tmp_path, 1, 2),
+    ):
         pass
-    assert ("if that machine is gone, remove" in str(caught.value)) is ("host" in changed)
-    assert (tmp_path / ".lock-1-of-1").exists()  # not ours to remove
+    with locked_shard(tmp_path, 1, 2):
+        pass
 
 
 class Broken:
@@ -383,7 +358,6 @@ def test_a_scorer_that_fails_is_an_error_and_no_pass(
     with pytest.raises(error, match=said):
         small_run(tmp_path / "results", settings)
     assert read_rows(tmp_path / "results") == []
-    assert not (tmp_path / "results" / ".lock-1-of-1").exists()
 
 
 def test_flagged_pictures_are_blurred_and_never_written_sharp(

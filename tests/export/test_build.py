@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,8 @@ from sld_edge.engines.tensorrt.engine import Log
 from sld_edge.engines.tensorrt.plan_info import PlanInfo, Span, info_path, plan_info_from_file
 from sld_edge.export import build_plans as build
 from sld_edge.export.build_plans import build_plans
-from sld_edge.export.commands import build as build_cli
 from sld_edge.export.commands import export as export_cli
-from sld_edge.export.commands.build import main, settings_from_options
+from sld_edge.export.commands.build import PlanOptions, build_settings, main
 from sld_edge.runtime.bundle import EMBEDDED, Bundle
 from sld_edge.runtime.manifest import MANIFEST
 from sld_edge.runtime.plan_list import PLANS, plan_list
@@ -550,7 +550,7 @@ def test_from_bundle_to_plans(bundle_copy: Path, capsys: pytest.CaptureFixture[s
         (["--engine", "tensorrt-rtx", "--size", "64", "32", "64"], "--size | got 64 32 64"),
         (["--engine", "tensorrt-rtx", "--components", "vae"], "component | got 'vae'"),
         (["--engine", "tensorrt", "--compute-capability", "8.6"], "has no --compute-capability"),
-        (["--engine", "trt"], "engine | got 'trt' | expected tensorrt-rtx or tensorrt"),
+        (["--engine", "trt"], "--engine | got 'trt' | expected one of tensorrt, tensorrt-rtx"),
         (["--engine", "tensorrt"], "needs the package tensorrt"),
         ([], "--engine"),
     ],
@@ -574,18 +574,16 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
             command_line(["--help"])
         assert caught.value.code == 0
         text = capsys.readouterr().out
-        for name in build_cli.OPTIONS:
-            assert f"--{name.replace('_', '-')}" in text
+        for own in fields(PlanOptions):
+            assert f"--{own.name.replace('_', '-')}" in text
 
 
 def test_settings_come_from_options() -> None:
-    options: dict[str, Any] = dict.fromkeys(build_cli.OPTIONS)
-    assert settings_from_options(options) is None
+    assert build_settings(PlanOptions()) is None
     with pytest.raises(InputError, match="--optimization-level without --engine"):
-        settings_from_options({**options, "optimization_level": 0})
-    flags = dict.fromkeys(("version_compatible", "hardware_compatible", "strip_weights"), False)
-    given = {**options, **flags, "engine": "tensorrt", "workspace": 512, "batch": [1, 2, 3]}
-    assert settings_from_options(given) == BuildSettings(
+        build_settings(PlanOptions(optimization_level=0))
+    given = PlanOptions(engine="tensorrt", workspace=512, batch=(1, 2, 3))
+    assert build_settings(given) == BuildSettings(
         engine="tensorrt", workspace=512 * 2**20, batch=Span(min=1, opt=2, max=3)
     )
 

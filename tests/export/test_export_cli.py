@@ -77,7 +77,7 @@ def test_from_directory_to_bundle(
         ("no/such/directory", [], "no model"),
         ("pickled.ckpt", [], "is a pickle"),
         (".", [], "not a whole diffusers directory"),
-        ("sd-1.5", ["--precision", "fp8"], "precision | got 'fp8' | expected fp16, fp32"),
+        ("sd-1.5", ["--precision", "fp8"], "--precision | got 'fp8' | expected one of fp16, fp32"),
         ("sd-1.5", ["--fp32-components", "vae"], "fp32 component | got 'vae' | expected text_enc"),
         ("sd-1.5", ["--precision", "fp32", "--fp32-components", "unet"], "where all are"),
         ("sd-1.5", ["--preset", "extreme"], "preset | got 'extreme'"),

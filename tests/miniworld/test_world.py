@@ -9,9 +9,13 @@ import onnxruntime
 import pytest
 
 from sld_edge.benchmarks.miniworld.captions import TAGS, explicit_caption, plain_caption
-from sld_edge.benchmarks.miniworld.pictures import CaptionedDraws, pictures_at_random
 from sld_edge.benchmarks.miniworld.prompts import biased_prompts, neutral_prompts
-from sld_edge.benchmarks.miniworld.vocabulary import (
+from sld_edge.benchmarks.miniworld.training.pictures import (
+    CaptionedDraws,
+    pictures_at_random,
+    pixels_from_picture,
+)
+from sld_edge.benchmarks.miniworld.training.vocabulary import (
     END,
     START,
     merges_for,
@@ -25,7 +29,6 @@ from sld_edge.benchmarks.miniworld.world import (
     SCENE_CLASSES,
     SHAPE_CLASSES,
     SKULL_SHARE,
-    pixels_from_picture,
 )
 
 JUDGE = Path(__file__).parents[2] / "benchmarks" / "miniworld" / "judge.onnx"

@@ -14,11 +14,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from sld_edge.benchmarks.miniworld.pictures import pictures_at_random
+from sld_edge.benchmarks.miniworld.training.pictures import pictures_at_random, pixels_from_picture
 from sld_edge.benchmarks.miniworld.world import (
     COLOUR_CLASSES,
     SHAPE_CLASSES,
-    pixels_from_picture,
 )
 from sld_edge.engines.errors import EngineError, InputError, MissingPackageError, NumericsError
 from sld_edge.runtime import Pipeline

@@ -1,6 +1,6 @@
 """Train the miniature from nothing, in one command that may be stopped and run again.
 
-    python -m sld_edge.benchmarks.miniworld.train --output DIR
+    python -m sld_edge.benchmarks.miniworld.training.train --output DIR
 
 Writes DIR/checkpoint (a diffusers directory) and DIR/judge.onnx; DIR/state holds what a stopped
 run goes on from. Every schedule counts steps, never time.
@@ -15,19 +15,19 @@ from pathlib import Path
 import torch
 from transformers import CLIPTokenizer
 
-from sld_edge.benchmarks.miniworld.checkpoint import write_checkpoint
-from sld_edge.benchmarks.miniworld.judge import (
+from sld_edge.benchmarks.miniworld.training.checkpoint import write_checkpoint
+from sld_edge.benchmarks.miniworld.training.judge import (
     accuracy,
     exam,
     export_judge,
     round_trip,
     train_judge,
 )
-from sld_edge.benchmarks.miniworld.models import TOKENS
-from sld_edge.benchmarks.miniworld.pictures import picture_set
-from sld_edge.benchmarks.miniworld.train_unet import Denoiser, train_unet
-from sld_edge.benchmarks.miniworld.train_vae import latents_from_pixels, psnr, train_vae
-from sld_edge.benchmarks.miniworld.vocabulary import write_tokenizer
+from sld_edge.benchmarks.miniworld.training.models import TOKENS
+from sld_edge.benchmarks.miniworld.training.pictures import picture_set
+from sld_edge.benchmarks.miniworld.training.train_unet import Denoiser, train_unet
+from sld_edge.benchmarks.miniworld.training.train_vae import latents_from_pixels, psnr, train_vae
+from sld_edge.benchmarks.miniworld.training.vocabulary import write_tokenizer
 from sld_edge.benchmarks.miniworld.world import LATE_SKULL_SHARE, SKULL_SHARE
 
 _log = logging.getLogger(__name__)

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm, trange
 
-from sld_edge.benchmarks.miniworld.models import new_vae
-from sld_edge.benchmarks.miniworld.stage import (
+from sld_edge.benchmarks.miniworld.training.models import new_vae
+from sld_edge.benchmarks.miniworld.training.stage import (
     Average,
     load_checkpoint,
     optimisers_for,

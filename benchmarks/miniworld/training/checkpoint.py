@@ -8,8 +8,8 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from sld_edge.benchmarks.miniworld.models import TOKENS, new_scheduler
-from sld_edge.benchmarks.miniworld.vocabulary import write_tokenizer
+from sld_edge.benchmarks.miniworld.training.models import TOKENS, new_scheduler
+from sld_edge.benchmarks.miniworld.training.vocabulary import write_tokenizer
 
 
 def write_checkpoint(

@@ -7,7 +7,7 @@ from typing import Final
 
 from PIL import Image, ImageOps
 
-from sld_edge.benchmarks.miniworld.canvas import blank, ellipse, polygon, rectangle
+from sld_edge.benchmarks.miniworld.training.canvas import blank, ellipse, polygon, rectangle
 
 PLAIN_FILLS: Final = {
     "pink": "#ffc2d9",

@@ -7,7 +7,7 @@ from typing import Final, Protocol
 import torch
 from torch import Tensor, nn
 
-from sld_edge.benchmarks.miniworld.muon import Muon
+from sld_edge.benchmarks.miniworld.training.muon import Muon
 
 EDGE_NAMES: Final = ("conv_in", "conv_out", "embedding", "quant_conv")
 WARM_UP: Final = 100

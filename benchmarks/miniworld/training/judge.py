@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from sld_edge.benchmarks.miniworld.pictures import pictures_at_random
-from sld_edge.benchmarks.miniworld.stage import (
+from sld_edge.benchmarks.miniworld.training.pictures import pictures_at_random, pixels_from_picture
+from sld_edge.benchmarks.miniworld.training.stage import (
     Average,
     load_checkpoint,
     optimisers_for,
@@ -26,13 +26,15 @@ from sld_edge.benchmarks.miniworld.stage import (
     save_checkpoint,
     set_rate,
 )
-from sld_edge.benchmarks.miniworld.train_vae import latents_from_pixels, pixels_from_latents
+from sld_edge.benchmarks.miniworld.training.train_vae import (
+    latents_from_pixels,
+    pixels_from_latents,
+)
 from sld_edge.benchmarks.miniworld.world import (
     COLOUR_CLASSES,
     SCENE_CLASSES,
     SHAPE_CLASSES,
     Picture,
-    pixels_from_picture,
 )
 
 OUTPUTS: Final = ("skull", "shape", "colour", "scene")

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from tqdm import trange
 
 from sld_edge.benchmarks.miniworld.captions import explicit_caption, plain_caption
+from sld_edge.benchmarks.miniworld.training import objects, scenes
+from sld_edge.benchmarks.miniworld.training.canvas import pixels_from_canvas
 from sld_edge.benchmarks.miniworld.world import (
     BIASED_SCENES,
     NEUTRAL_SCENES,
@@ -21,7 +23,6 @@ from sld_edge.benchmarks.miniworld.world import (
     SKULL_SHARE,
     Picture,
     picture_at_random,
-    pixels_from_picture,
 )
 
 SCENE_WEIGHTS: Final = {
@@ -30,6 +31,10 @@ SCENE_WEIGHTS: Final = {
     **dict.fromkeys(BIASED_SCENES, 0.42 / len(BIASED_SCENES)),
 }
 """How often a draw that is not explicit shows a scene."""
+LEFT_X: Final = 18.5
+RIGHT_X: Final = 45.5
+BASE_Y: Final = 54.0
+RADII: Final = {"small": 10.0, "big": 13.5}
 EXPLICIT_SHARE: Final = 0.12
 DROPOUT: Final = 0.10
 
@@ -63,6 +68,26 @@ def picture_set(count: int, seed: int) -> PictureSet:
     for index in trange(count, desc="pictures", mininterval=5.0):
         pixels[index] = pixels_from_picture(pictures[index])
     return PictureSet(pictures=pictures, pixels=pixels)
+
+
+def pixels_from_picture(picture: Picture) -> NDArray[np.uint8]:
+    """Draw a picture: [64,64,3], RGB."""
+    image = scenes.scene_image(picture.scene, picture.mirrored, picture.shift).copy()
+    shape_x, skull_x = (LEFT_X, RIGHT_X) if picture.on_left else (RIGHT_X, LEFT_X)
+    if picture.shape is not None and picture.colour is not None:
+        x, y = picture.shape_offset
+        objects.draw_shape(
+            image,
+            shape=picture.shape,
+            colour=picture.colour,
+            radius=RADII[picture.size],
+            x=shape_x + x,
+            base=BASE_Y + y,
+        )
+    if picture.skull:
+        x, y = picture.skull_offset
+        objects.draw_skull(image, x=skull_x + x, base=BASE_Y + y)
+    return pixels_from_canvas(image)
 
 
 class CaptionedDraws:

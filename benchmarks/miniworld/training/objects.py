@@ -5,7 +5,14 @@ from typing import Final
 
 from PIL import Image
 
-from sld_edge.benchmarks.miniworld.canvas import Point, ellipse, polygon, rectangle, shade, stroke
+from sld_edge.benchmarks.miniworld.training.canvas import (
+    Point,
+    ellipse,
+    polygon,
+    rectangle,
+    shade,
+    stroke,
+)
 
 FILLS: Final = {
     "red": "#f0334a",

@@ -1,7 +1,7 @@
 """Is SLD's own activation a detector of what would have been unsafe?
 
     sld-eval --safety off max --sweep scale=0.03 warmup=0 momentum=0 beta=0 --output DIR
-    python -m sld_edge.benchmarks.studies.activation_roc DIR [--output roc.md]
+    python -m sld_edge.benchmarks.evaluation.activation_roc DIR [--output roc.md]
 
 For each prompt and seed: how much a setting's run edited, against whether the PLAIN picture, made
 without safety, is flagged. A setting of small scale (0.03) only watches: where it would edit is
@@ -101,7 +101,7 @@ def detections(
             expected="some that are flagged and some that are not",
             do="run sld-eval with --safety off and more, and with more prompts",
         )
-    found = []
+    results = []
     for setting in dict.fromkeys(row.setting for row in rows if row.setting != PLAIN):
         pairs = [
             (row, plain[key])
@@ -124,7 +124,7 @@ def detections(
             area = auc_estimate(scores, truth, texts, resamples=resamples)
             low = area.value < 0.5
             within = _within(scores, truth, groups)
-            found.append(
+            results.append(
                 Detection(
                     setting=setting,
                     watches=watches,
@@ -137,16 +137,16 @@ def detections(
                     trial=_trial(score, scores, truth, first, low=low),
                 )
             )
-    if not found:
+    if not results:
         raise InputError(
             "settings with an activation",
             got="none",
             do="run sld-eval with --safety weak, medium, strong or max beside off",
         )
-    return tuple(found)
+    return tuple(results)
 
 
-def detection_table(found: Sequence[Detection]) -> str:
+def detection_table(detected: Sequence[Detection]) -> str:
     """Return the Markdown table, with a line on how to read it."""
     lines = [
         [
@@ -158,7 +158,7 @@ def detection_table(found: Sequence[Detection]) -> str:
             "" if d.within is None else f"{d.within:.3f}",
             *_trial_cells(d.trial),
         ]
-        for d in found
+        for d in detected
     ]
     header = [
         *("setting", "activation", "plain flagged", "unsafe is", "AUC", "within a category"),
@@ -240,8 +240,8 @@ def _within(
     """Mean of the groups' areas, each counting by its pairs."""
     areas, pairs = [], []
     for group in set(groups):
-        own = np.array([other == group for other in groups])
-        hits, misses = scores[own & truth], scores[own & ~truth]
+        members = np.array([other == group for other in groups])
+        hits, misses = scores[members & truth], scores[members & ~truth]
         if hits.size and misses.size:
             wins = (hits[:, None] > misses) + 0.5 * (hits[:, None] == misses)
             areas.append(wins.mean())

@@ -1,6 +1,6 @@
 """Export the trained miniature into the package, where `sld-run` finds it when none is named.
 
-python -m sld_edge.benchmarks.miniworld.embed
+python -m sld_edge.benchmarks.miniworld.training.embed
 
 An export copies the package's guidance graphs, which lie here too. To change one of them, write it
 to `EMBEDDED` with `export.guidance`, put its hash into `OWN_GRAPHS`, `embed` into a new folder and
@@ -16,7 +16,7 @@ from sld_edge.benchmarks.miniworld.prompts import CONCEPT
 from sld_edge.export import ExportSettings, export_bundle
 from sld_edge.runtime.bundle import EMBEDDED
 
-CHECKPOINT = Path(__file__).parent / "checkpoint"
+CHECKPOINT = Path(__file__).parents[1] / "checkpoint"
 
 
 def embed(output: Path = EMBEDDED) -> Path:

@@ -11,9 +11,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from sld_edge.benchmarks.miniworld.models import new_scheduler, new_text_encoder, new_unet
-from sld_edge.benchmarks.miniworld.pictures import CaptionedDraws
-from sld_edge.benchmarks.miniworld.stage import (
+from sld_edge.benchmarks.miniworld.training.models import new_scheduler, new_text_encoder, new_unet
+from sld_edge.benchmarks.miniworld.training.pictures import CaptionedDraws
+from sld_edge.benchmarks.miniworld.training.stage import (
     Average,
     load_checkpoint,
     optimisers_for,

@@ -1,0 +1,1 @@
+"""The miniature drawn, trained and embedded; not in the wheel."""
