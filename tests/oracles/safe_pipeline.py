@@ -138,6 +138,7 @@ def our_trace(pair: Pair, case: Case) -> Trace:
         guidance_scale=case.guidance_scale,
         negative_prompt=case.negative_prompt,
         seed=case.seed,
+        safety_units="raw",  # as diffusers takes them
         callback=lambda step: seen.append(step.latents[0]),
     )
     return Trace(image=np.asarray(result.images[0]), latents=np.stack(seen))
