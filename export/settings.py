@@ -41,6 +41,7 @@ class ExportSettings:
         tokenizer: directory or tokenizer.json, instead of the checkpoint's own.
         prediction_type: of the UNet, instead of the checkpoint's own.
         vae: the folder of another VAE, as AutoencoderTiny's, instead of the checkpoint's own.
+        preview_vae: likewise, as a second decoder for pictures of a run that goes on.
         sampler: where a run does not say; None is the checkpoint's.
         steps: likewise; None is 50, or 4 for a model distilled with a guidance embedding.
         guidance_scale: likewise; None is 7.5, or the distilled model's own.
@@ -66,6 +67,7 @@ class ExportSettings:
     tokenizer: Path | None = None
     prediction_type: str | None = None
     vae: Path | None = None
+    preview_vae: Path | None = None
     sampler: str | None = None
     steps: int | None = None
     guidance_scale: float | None = None

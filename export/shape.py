@@ -8,7 +8,13 @@ from typing import Any, cast
 
 from sld_edge.engines.checks import finite_number, whole_number
 from sld_edge.engines.errors import CheckpointError, InputError, printable
-from sld_edge.export.checkpoints.checkpoint import Checkpoint, Model, size_from_config
+from sld_edge.export.checkpoints.checkpoint import (
+    PREVIEW_VAE,
+    Checkpoint,
+    Model,
+    is_tiny,
+    size_from_config,
+)
 from sld_edge.export.checkpoints.config import MOST_LEVELS, MOST_POSITIONS
 from sld_edge.export.checkpoints.scheduler import sampler_from_scheduler
 from sld_edge.export.checkpoints.sources import PREDICTION_TYPES
@@ -43,11 +49,12 @@ def shape_of(checkpoint: Checkpoint, family: Family, settings: ExportSettings, s
         InputError: a size that the model cannot make.
     """
     models = checkpoint.models
-    channels = require_equal(
+    latents = _latents(models["vae"])
+    require_equal(
         "latent channels",
         {
             "unet": size_from_config(models["unet"], "in_channels"),
-            "vae": size_from_config(models["vae"], "latent_channels"),
+            "vae": latents.channels,
         },
     )
     length = require_equal(
@@ -63,7 +70,11 @@ def shape_of(checkpoint: Checkpoint, family: Family, settings: ExportSettings, s
         raise CheckpointError(
             "scheduler: prediction_type", got=predicts, expected=", ".join(PREDICTION_TYPES)
         )
-    downscale = 2 ** (_levels(models["vae"]) - 1)
+    if PREVIEW_VAE in models:
+        sides = {"vae": latents, "preview vae": _latents(models[PREVIEW_VAE])}
+        require_equal("pixels a latent cell", {k: v.downscale for k, v in sides.items()})
+        require_equal("latent channels", {k: v.channels for k, v in sides.items()})
+    downscale = latents.downscale
     pixels = _pixels(checkpoint, settings, downscale)
     for name, value in pixels.items():
         if value < downscale or value % downscale:
@@ -76,11 +87,7 @@ def shape_of(checkpoint: Checkpoint, family: Family, settings: ExportSettings, s
         _check_scheduler({**scheduler, "prediction_type": predicts}, defaults, say)
     return Shape(
         prediction_type=cast(PredictionType, predicts),
-        latents=LatentInfo(
-            channels=channels,
-            downscale=downscale,
-            scaling_factor=_scaling_factor(models["vae"]),
-        ),
+        latents=latents,
         size=Size(**pixels),
         inputs=inputs,
         text_length=length,
@@ -89,23 +96,25 @@ def shape_of(checkpoint: Checkpoint, family: Family, settings: ExportSettings, s
     )
 
 
-def _levels(vae: Model) -> int:
-    widths = vae.config.get("block_out_channels")
-    if not isinstance(widths, list) or not 0 < len(widths) <= MOST_LEVELS:
+def _latents(vae: Model) -> LatentInfo:
+    """Return what a VAE's config says of latents."""
+    tiny = is_tiny(vae)
+    key = "num_decoder_blocks" if tiny else "block_out_channels"
+    levels = vae.config.get(key)
+    if not isinstance(levels, list) or not 0 < len(levels) <= MOST_LEVELS:
         raise CheckpointError(
-            "vae: config key block_out_channels",
-            got=repr(widths),
-            expected=f"a list, 1 to {MOST_LEVELS}",
+            f"vae: config key {key}", got=repr(levels), expected=f"a list, 1 to {MOST_LEVELS}"
         )
-    return len(widths)
-
-
-def _scaling_factor(vae: Model) -> float:
-    given = vae.config.get("scaling_factor", 0.18215)  # diffusers' default
+    given = vae.config.get("scaling_factor", 1.0 if tiny else 0.18215)  # diffusers' defaults
     try:
-        return finite_number("vae: config key scaling_factor", given, 1e-6, 1e6)
+        factor = finite_number("vae: config key scaling_factor", given, 1e-6, 1e6)
     except InputError as error:
         raise CheckpointError(str(error)) from error
+    return LatentInfo(
+        channels=size_from_config(vae, "latent_channels"),
+        downscale=2 ** (len(levels) - 1),
+        scaling_factor=factor,
+    )
 
 
 def _pixels(checkpoint: Checkpoint, settings: ExportSettings, downscale: int) -> dict[str, int]:

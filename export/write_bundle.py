@@ -115,6 +115,7 @@ def export_bundle(
         tokenizer=settings.tokenizer,
         prediction_type=settings.prediction_type,
         vae=settings.vae,
+        preview_vae=settings.preview_vae,
     )
     family = family_of(checkpoint)
     shape = shape_of(checkpoint, family, settings, say)
@@ -258,7 +259,7 @@ def _writers(
         part.name: partial(
             part.write, checkpoint.models.get(part.folder or ""), _options(part, settings)
         )
-        for part in family.parts
+        for part in family.parts_of(checkpoint)
     }
 
 

@@ -24,6 +24,7 @@ FORMAT_VERSION = 3
 MANIFEST = "bundle.json"
 REQUIRED_COMPONENTS = ("unet", "guidance", "vae_decoder")
 SHALLOW = "unet_shallow"  # the component that feature caching needs
+PREVIEW_DECODER = "preview_decoder"  # a small decoder, for pictures of a run that goes on
 # SHA-256 of the package's own guidance graph, which every bundle has a copy of.
 OWN_GRAPHS: Mapping[str, str] = {
     "guidance": "0eb26a10fc2c3a73ed76aa52cdc1119067054690c9e6052fb6d6790332914666",

@@ -26,6 +26,7 @@ from sld_edge.runtime.denoise.loop import Step, denoise
 from sld_edge.runtime.denoise.on_device import DeviceStage, DeviceStepper
 from sld_edge.runtime.denoise.on_host import HostStepper
 from sld_edge.runtime.loader import Loader, LoadSettings
+from sld_edge.runtime.manifest import PREVIEW_DECODER
 from sld_edge.runtime.numerics import not_finite
 from sld_edge.runtime.random import Rng, noise_source
 from sld_edge.runtime.report import StepReport, image_report
@@ -392,8 +393,10 @@ class Pipeline:
             reports=[report for part in parts for report in part.reports],
         )
 
-    def decode(self, latents: Floats) -> NDArray[np.uint8]:
+    def decode(self, latents: Floats, *, preview: bool = False) -> NDArray[np.uint8]:
         """Turn latents, float32 [B,4,h,w], unscaled, into pictures, uint8 [B,H,W,3].
+
+        A preview is made by the bundle's small decoder, where it has one.
 
         Raises:
             NumericsError: the decoder overflowed.
@@ -401,16 +404,17 @@ class Pipeline:
         """
         self.policy.require_previews("pictures that are not screened")
         with self._lock:
-            return self._decoded(latents)
+            small = preview and PREVIEW_DECODER in self.bundle.manifest.components
+            return self._decoded(latents, PREVIEW_DECODER if small else "vae_decoder")
 
-    def _decoded(self, latents: Floats) -> NDArray[np.uint8]:
-        decoder = self.engine("vae_decoder")
+    def _decoded(self, latents: Floats, name: str = "vae_decoder") -> NDArray[np.uint8]:
+        decoder = self.engine(name)
         tiling = self._loader.tiling(*latents.shape[2:])
 
         def decoded(one: Floats) -> NDArray[np.uint8]:
             out = decoder.run({"latents": np.ascontiguousarray(one)})
             if not out["finite"].all():
-                raise not_finite("vae_decoder", precision=self._precision("vae_decoder"))
+                raise not_finite(name, precision=self._precision(name))
             images: NDArray[np.uint8] = out["images"]
             return images
 
@@ -418,7 +422,7 @@ class Pipeline:
         for one in latents:  # one at a time: the decoder's activations are the largest of all
             whole = one[None]
             parts.append(decoded(whole) if tiling is None else tiling.decoded(decoded, whole))
-        self.store.release("vae_decoder")
+        self.store.release(name)
         return np.concatenate(parts)
 
     def encode_text(self, text: str) -> Embedding:

@@ -26,6 +26,7 @@ WEIGHT_STEMS = {
 REQUIRED = ("unet", "vae", "text_encoder")
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 INDEX = "model_index.json"
+PREVIEW_VAE = "preview_vae"  # a model that no checkpoint has, but an export can be given
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 _MOST_SHARDS = 100
 _AGAIN = "download it again"
@@ -162,6 +163,11 @@ def size_from_config(model: Model, key: str, least: int = 1, most: int = MOST) -
         return whole_number(name, model.config[key], least, most)
     except InputError as error:
         raise CheckpointError(str(error)) from error
+
+
+def is_tiny(vae: Model) -> bool:
+    """Whether a VAE is diffusers' AutoencoderTiny, whose configs have other words."""
+    return vae.config.get("_class_name") == "AutoencoderTiny"
 
 
 def refuse_pickle(path: Path) -> None:

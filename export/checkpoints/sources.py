@@ -10,6 +10,7 @@ from pathlib import Path
 from sld_edge.engines.errors import CheckpointError, InputError, MissingPackageError
 from sld_edge.export.checkpoints.checkpoint import (
     INDEX,
+    PREVIEW_VAE,
     TOKENIZERS,
     WEIGHT_STEMS,
     Checkpoint,
@@ -53,6 +54,7 @@ def checkpoint_from_source(
     tokenizer: str | Path | None = None,
     prediction_type: str | None = None,
     vae: str | Path | None = None,
+    preview_vae: str | Path | None = None,
 ) -> Checkpoint:
     """Open the checkpoint that `model` names; what is on disk goes before aliases and the Hub.
 
@@ -64,6 +66,7 @@ def checkpoint_from_source(
             single file has none.
         prediction_type: of the UNet, instead of the scheduler's config.
         vae: the folder of another VAE, instead of the checkpoint's own.
+        preview_vae: the folder of a VAE for previews, beside the checkpoint's own.
 
     Raises:
         CheckpointError: nothing there, a pickle, not reachable, or not a whole checkpoint.
@@ -76,13 +79,17 @@ def checkpoint_from_source(
     words = Path(tokenizer) if tokenizer is not None else None
     if words is not None and not words.exists():
         raise InputError(f"no tokenizer at {words}")
+    for folder in (vae, preview_vae):
+        if folder is not None and not Path(folder).is_dir():
+            raise InputError(f"no folder of a VAE at {folder}")
     other_vae = Path(vae) if vae is not None else None
-    if other_vae is not None and not other_vae.is_dir():
-        raise InputError(f"no folder of a VAE at {other_vae}")
     path = Path(model)
     refuse_pickle(path)
     with refusing(f"cannot read {path}", *ODD_VALUES, OSError, do="download it again"):
         checkpoint = _opened(model, path, variant, words, prediction_type, other_vae)
+        if preview_vae is not None:
+            small = model_from_folder(Path(preview_vae), "vae")
+            checkpoint = replace(checkpoint, models={**checkpoint.models, PREVIEW_VAE: small})
     if prediction_type is None:
         return checkpoint
     return replace(

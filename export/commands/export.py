@@ -105,6 +105,8 @@ class ExportOptions:
         "folder of another VAE, diffusers' AutoencoderKL or AutoencoderTiny, as decoder"
     )
 
+    preview_vae: Path | None = option("likewise, a second decoder for --preview of sld-run")
+
     sampler: str | None = option(
         f"{', '.join(SAMPLERS)} (default: the checkpoint's)", group="defaults of a run"
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sld_edge.engines.errors import CheckpointError
-from sld_edge.export.checkpoints.checkpoint import Checkpoint
+from sld_edge.export.checkpoints.checkpoint import PREVIEW_VAE, Checkpoint
 from sld_edge.export.graphs.builder import GraphOptions
 from sld_edge.runtime.manifest import Condition, GuidanceKind
 
@@ -62,7 +62,13 @@ class Family:
 
     def matches(self, checkpoint: Checkpoint) -> bool:
         """Whether a checkpoint has this family's models, and no others."""
-        return set(checkpoint.models) == set(self.folders)
+        return set(checkpoint.models) - {PREVIEW_VAE} == set(self.folders)
+
+    def parts_of(self, checkpoint: Checkpoint) -> list[Part]:
+        """Return the parts that a checkpoint has the models of."""
+        return [
+            part for part in self.parts if part.folder is None or part.folder in checkpoint.models
+        ]
 
 
 def require_equal(what: str, sides: Mapping[str, int]) -> int:

@@ -5,15 +5,27 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from sld_edge.export.checkpoints.checkpoint import Checkpoint, Model, size_from_config
+from sld_edge.export.checkpoints.checkpoint import (
+    PREVIEW_VAE,
+    Checkpoint,
+    Model,
+    is_tiny,
+    size_from_config,
+)
 from sld_edge.export.families.family import Family, Inputs, Part, require_equal
 from sld_edge.export.graphs.builder import GraphOptions
 from sld_edge.export.graphs.clip import write_text_encoder
 from sld_edge.export.graphs.shallow import write_shallow_unet
 from sld_edge.export.graphs.unet import write_unet
-from sld_edge.export.graphs.vae import write_vae_decoder
+from sld_edge.export.graphs.vae import write_tiny_decoder, write_vae_decoder
 from sld_edge.runtime.bundle import own_graph
-from sld_edge.runtime.manifest import GUIDANCE, SHALLOW, Condition, GuidanceKind
+from sld_edge.runtime.manifest import (
+    GUIDANCE,
+    PREVIEW_DECODER,
+    SHALLOW,
+    Condition,
+    GuidanceKind,
+)
 
 
 def _write_text_encoder(model: Model, options: GraphOptions, path: Path) -> None:
@@ -29,7 +41,8 @@ def _write_shallow(model: Model, options: GraphOptions, path: Path) -> None:
 
 
 def _write_decoder(model: Model, options: GraphOptions, path: Path) -> None:
-    write_vae_decoder(model.config, model.weights, options, path)
+    write = write_tiny_decoder if is_tiny(model) else write_vae_decoder
+    write(model.config, model.weights, options, path)
 
 
 def _copy_guidance(model: Model | None, options: GraphOptions, path: Path) -> None:
@@ -41,6 +54,7 @@ UNET = (
     Part(name=SHALLOW, folder="unet", write=_write_shallow, weights_of="unet"),
 )
 DECODER = Part(name="vae_decoder", folder="vae", write=_write_decoder)
+PREVIEW = Part(name=PREVIEW_DECODER, folder=PREVIEW_VAE, write=_write_decoder)
 GUIDANCE_PART = Part(name="guidance", folder=None, write=_copy_guidance, precision="fp32")
 
 
@@ -76,6 +90,7 @@ SD = Family(
         Part(name="text_encoder", folder="text_encoder", write=_write_text_encoder),
         *UNET,
         DECODER,
+        PREVIEW,
         GUIDANCE_PART,
     ),
     inputs=_inputs,

@@ -9,9 +9,10 @@ from sld_edge.engines.errors import CheckpointError
 from sld_edge.export.checkpoints.checkpoint import Checkpoint, Model, size_from_config
 from sld_edge.export.families.family import Family, Inputs, Part, require_equal
 from sld_edge.export.families.sd import DECODER as SD_DECODER
-from sld_edge.export.families.sd import GUIDANCE_PART, UNET, guidance_inputs
+from sld_edge.export.families.sd import GUIDANCE_PART, PREVIEW, UNET, guidance_inputs
 from sld_edge.export.graphs.builder import GraphOptions
 from sld_edge.export.graphs.clip import write_text_encoder
+from sld_edge.export.graphs.unet_settings import pooled_width, unet_settings
 from sld_edge.runtime.manifest import SIZE, Absent, Condition
 
 
@@ -33,11 +34,19 @@ def _inputs(checkpoint: Checkpoint) -> Inputs:
             + size_from_config(models["text_encoder_2"], "hidden_size"),
         },
     )
-    embedding = models["unet"].config.get("addition_embed_type")
+    settings = unet_settings(models["unet"].config, name="unet")
+    embedding = settings["addition_embed_type"]
     if embedding != "text_time":
         raise CheckpointError(
             "unet: config key addition_embed_type", got=embedding, expected="text_time"
         )
+    require_equal(
+        "width of the pooled text",
+        {
+            "unet": pooled_width(settings, name="unet"),
+            "text_encoder_2": size_from_config(models["text_encoder_2"], "projection_dim"),
+        },
+    )
     embedded, guidance = guidance_inputs(checkpoint)
     # diffusers' default, for checkpoints whose model_index.json says nothing.
     zeros = checkpoint.index.get("force_zeros_for_empty_prompt", True)
@@ -66,6 +75,7 @@ SDXL = Family(
         Part(name="text_encoder_2", folder="text_encoder_2", write=_write_second),
         *UNET,
         replace(SD_DECODER, precision="fp32"),  # it overflows in FP16
+        PREVIEW,
         GUIDANCE_PART,
     ),
     inputs=_inputs,

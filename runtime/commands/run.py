@@ -24,7 +24,7 @@ from sld_edge.runtime.commands.console import EXIT_FAILED, EXIT_FLAGGED, EXIT_OK
 from sld_edge.runtime.commands.options import RunSettings, parser
 from sld_edge.runtime.commands.selftest import self_test
 from sld_edge.runtime.denoise.loop import Step
-from sld_edge.runtime.manifest import SHALLOW
+from sld_edge.runtime.manifest import PREVIEW_DECODER, SHALLOW
 from sld_edge.runtime.picture import edit_map_picture, png_from_image
 from sld_edge.runtime.pipeline import Callback, Pipeline, Progress
 from sld_edge.runtime.policy import machine_policy
@@ -234,7 +234,7 @@ def _notes(pipeline: Pipeline, settings: RunSettings, run: Run) -> Iterator[str]
     """What a user should know before the run."""
     if settings.provider == "auto" and pipeline.provider != "cpu" and not settings.quiet:
         yield pipeline.why
-    unused: set[str] = set()
+    unused = set() if settings.preview else {PREVIEW_DECODER}
     if settings.cache_interval == 1:
         unused.add(SHALLOW)
     for component, why in pipeline.fallbacks.items():
@@ -327,7 +327,7 @@ def _preview(pipeline: Pipeline, path: Path) -> Callback:
 
     def watch(step: Step) -> None:
         if (step.index + 1) % max(1, step.calls // 5) == 0:
-            picture = Image.fromarray(pipeline.decode(step.latents[:1])[0])
+            picture = Image.fromarray(pipeline.decode(step.latents[:1], preview=True)[0])
             write_whole(path, png_from_image(picture))
 
     return watch

@@ -10,9 +10,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from diffusers import AutoencoderTiny
 
-from oracles.families import Array, Model, latents_of_loop, latents_of_pipeline, model_of
-from oracles.models import UnetKind
+from oracles.families import (
+    Array,
+    Model,
+    latents_of_loop,
+    latents_of_pipeline,
+    model_of,
+    save_model,
+)
+from oracles.models import UnetKind, tiny_decoder_vae
+from sld_edge.engines.errors import CheckpointError
+from sld_edge.export import ExportSettings, export_bundle
 from sld_edge.runtime import Framing, Safety
 from sld_edge.runtime.safety import safety_from_preset
 
@@ -236,3 +247,41 @@ class TestSmall:
         assert report["safety"]["preset"] == "medium"
         assert [call["branches"] for call in report["calls"]] == [3]
         assert report["safety"]["acted"]
+
+
+class TestTinyDecoder:
+    @pytest.fixture(scope="class")
+    def folder(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        folder = Path(tmp_path_factory.mktemp("tiny-vae"))
+        tiny_decoder_vae(seed=3).save_pretrained(folder)
+        return folder
+
+    @pytest.mark.parametrize("name", ["vae", "preview_vae"])
+    def test_it_makes_diffusers_picture(self, folder: Path, tmp_path: Path, name: str) -> None:
+        model = model_of(tmp_path, "sd1", export={name: folder})
+        result = model.ours("a star", steps=2, seed=1, sampler="ddim")
+        oracle = AutoencoderTiny.from_pretrained(folder)
+        with torch.inference_mode():
+            wanted = oracle.decode(torch.from_numpy(result.latents)).sample
+        wanted = (wanted / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy() * 255
+        got = model.ours.decode(result.latents, preview=name == "preview_vae")
+        assert np.abs(got - wanted).max() <= 0.51
+        assert ("preview_decoder" in model.ours.bundle.manifest.components) == (
+            name == "preview_vae"
+        )
+        whole = np.asarray(result.images[0])
+        assert (whole == got[0]).all() == (name == "vae")
+
+    def test_a_bundle_without_one_previews_with_its_decoder(self, models: Models) -> None:
+        pipeline = models("no-middle").ours
+        latents = np.random.default_rng(0).standard_normal((1, 4, 8, 8), np.float32)
+        assert (pipeline.decode(latents, preview=True) == pipeline.decode(latents)).all()
+
+    def test_another_downscale_is_refused(self, tmp_path: Path) -> None:
+        small = tmp_path / "small"
+        tiny_decoder_vae(levels=3).save_pretrained(small)
+        source = save_model(tmp_path / "model", "sd1")
+        settings = ExportSettings(model=str(source), output=tmp_path / "out", preview_vae=small)
+        with pytest.raises(CheckpointError, match=r"pixels a latent cell .* vae 8, preview vae 4"):
+            export_bundle(settings)
+        assert not (tmp_path / "out").exists()
