@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN_STAMP := $(VENV)/.run-installed
 DEV_STAMP := $(VENV)/.dev-installed
 
-.PHONY: help image dev check lint types layers test floors constraints clean
+.PHONY: help image dev check quick lint types layers test floors constraints clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -14,6 +14,9 @@ image: $(RUN_STAMP)  ## install what a device needs and make an image: image.png
 	$(BIN)/sld-run "a red star at a party" --seed 9 --output image.png --force
 
 check: lint types layers test  ## everything CI runs
+
+quick: lint types layers  ## lint, types, and the tests that your change needs, within a minute
+	$(BIN)/python tests/quick.py
 
 dev: $(DEV_STAMP)  ## install what developers need; native code too, where a compiler is
 

@@ -33,7 +33,6 @@ except ImportError as error:
 
 Precision = Literal["fp16", "fp32"]
 _OPSETS = {"op": 23, "decomposed": 20}
-INPUTS = ("context",)  # of the UNet, beside latents and timestep
 _STEP = 8  # a UNet of four levels halves the latents three times
 
 # AutoencoderKL's attention in files from before diffusers 0.17.
@@ -91,6 +90,32 @@ class VaeDecoder(torch.nn.Module):
         levels = ((pictures / 2 + 0.5).clamp(0, 1) * 255).round().permute(0, 2, 3, 1)
         finite = (pictures.abs() <= torch.finfo(torch.float32).max).float().amin(dim=(1, 2, 3))
         return levels.to(torch.uint8), finite
+
+
+# Keys of a UNet that mean inputs which the interface above has not; diffusers runs without some of
+# them, and makes another picture.
+_DROPPED = (
+    "addition_embed_type",
+    "class_embed_type",
+    "encoder_hid_dim_type",
+    "num_class_embeds",
+    "time_cond_proj_dim",
+)
+
+
+def refuse_dropped_inputs(unet: Model) -> None:
+    """Refuse a UNet that takes more than latents, timestep and context.
+
+    Raises:
+        CheckpointError: a config key that torch's export would drop.
+    """
+    for key in _DROPPED:
+        if unet.config.get(key) is not None:
+            raise CheckpointError(
+                f"--via torch would drop an input of this UNet: config key {key}",
+                got=unet.config[key],
+                do="leave --via torch out; the builder says which inputs it knows",
+            )
 
 
 def graph_modules(checkpoint: Checkpoint, *, precision: Precision) -> dict[str, torch.nn.Module]:

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from sld_edge.engines.errors import BundleError, CheckpointError, InputError
+from sld_edge.engines.errors import BundleError, InputError
 from sld_edge.engines.files import JSON_LIMIT, read_limited
 from sld_edge.engines.tensorrt.plan_info import info_path
 from sld_edge.export.checkpoints.checkpoint import TOKENIZERS, Checkpoint, size_from_config
@@ -122,7 +122,7 @@ def export_bundle(
     _check_components(family, settings)
     tokenizers = _tokenizers(checkpoint, shape)
     _check_safety(settings, tokenizers, say)
-    writers = _writers(checkpoint, family, shape, settings)
+    writers = _writers(checkpoint, family, settings)
     if watch is not None:
         _watch_weights(checkpoint, watch)
     with staged(output, force=settings.force, kind=BUNDLE) as folder:
@@ -245,16 +245,14 @@ def _vocab_size(checkpoint: Checkpoint) -> int:
     )
 
 
-def _writers(
-    checkpoint: Checkpoint, family: Family, shape: Shape, settings: ExportSettings
-) -> Writers:
+def _writers(checkpoint: Checkpoint, family: Family, settings: ExportSettings) -> Writers:
     """Return what writes each component, in the bundle's order.
 
     Raises:
         CheckpointError: an input of the UNet that torch's export would drop.
     """
     if settings.via == "torch":
-        return _torch_writers(checkpoint, family, shape, settings)
+        return _torch_writers(checkpoint, family, settings)
     return {
         part.name: partial(
             part.write, checkpoint.models.get(part.folder or ""), _options(part, settings)
@@ -271,19 +269,11 @@ def _options(part: Part, settings: ExportSettings) -> GraphOptions:
     )
 
 
-def _torch_writers(
-    checkpoint: Checkpoint, family: Family, shape: Shape, settings: ExportSettings
-) -> Writers:
+def _torch_writers(checkpoint: Checkpoint, family: Family, settings: ExportSettings) -> Writers:
     """Return what exports diffusers' modules, loaded once for each precision asked for."""
-    from sld_edge.export.via_torch import INPUTS, torch_writers
+    from sld_edge.export.via_torch import refuse_dropped_inputs, torch_writers
 
-    dropped = sorted(set(shape.inputs.conditioning) - set(INPUTS))
-    if dropped:
-        raise CheckpointError(
-            "--via torch would drop inputs of this UNet, and give a wrong picture",
-            got=", ".join(dropped),
-            do="leave --via torch out",
-        )
+    refuse_dropped_inputs(checkpoint.models["unet"])
     writers: dict[str, Callable[[Path], None]] = {}
     made: dict[str, Writers] = {}
     for part in family.parts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import pytest
 from sld_edge.runtime import Pipeline
 from sld_edge.runtime.bundle import EMBEDDED
 
+_started = time.monotonic()
+_finished: list[str] = []
 _SUITES = ("fuzz", "kill", "soak")  # minutes to hours: run only where -m names them
 
 
@@ -21,6 +24,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=float,
         metavar="SECONDS",
         help="a test of fuzz, kill and soak ends early after this time (default: it does not)",
+    )
+    parser.addoption(
+        "--stop-after",
+        type=float,
+        metavar="SECONDS",
+        help="start no test after this time, and say how many were left (make quick)",
     )
 
 
@@ -34,6 +43,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if resting:
         config.hook.pytest_deselected(items=resting)
         items[:] = [item for item in items if item not in resting]
+
+
+def pytest_runtest_logfinish(nodeid: str, location: object) -> None:
+    _finished.append(nodeid)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    limit: float | None = item.config.getoption("--stop-after")
+    if limit is not None and time.monotonic() - _started > limit:
+        left = len(item.session.items) - len(_finished) - 1
+        if left:
+            item.session.shouldstop = f"time is over: {left} tests are left for `make check`"
 
 
 @pytest.fixture

@@ -30,7 +30,6 @@ from sld_edge.export.checkpoints.scheduler import sampler_from_scheduler
 from sld_edge.export.checkpoints.sources import checkpoint_from_source
 from sld_edge.export.families.sd import SD
 from sld_edge.export.graphs.guidance import write_guidance
-from sld_edge.export.shape import shape_of
 from sld_edge.export.verify import require_agreement
 from sld_edge.runtime.bundle import Bundle, own_graph
 from sld_edge.runtime.policy import policy_from_json
@@ -222,10 +221,7 @@ def test_torch_exports_one_component_in_fp32(
 
     monkeypatch.setattr("sld_edge.export.via_torch.torch_writers", writers)
     mixed = replace(settings, precision="fp16", via="torch", fp32_components=("vae_decoder",))
-    said: list[str] = []
-    checkpoint = checkpoint_from_source(mixed.model)
-    shape = shape_of(checkpoint, SD, mixed, said.append)
-    made = bundle._torch_writers(checkpoint, SD, shape, mixed)
+    made = bundle._torch_writers(checkpoint_from_source(mixed.model), SD, mixed)
     assert {name: str(write) for name, write in made.items() if name != "guidance"} == {
         "text_encoder": "fp16 op",
         "unet": "fp16 op",

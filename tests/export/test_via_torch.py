@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from oracles.models import save_diffusers_directory
+from oracles.families import save_model
+from oracles.models import UnetKind, save_diffusers_directory
 from oracles.tokenizers import VOCAB_SIZE, save_tokenizer
 from sld_edge.engines.errors import CheckpointError
 from sld_edge.engines.onnxruntime.engine import OrtEngine
@@ -97,3 +98,12 @@ def test_nothing_of_this_machine_is_in_it(exported: Bundle) -> None:
         raw = file.read_bytes()
         for secret in (b"site-packages", b".py", str(Path.home()).encode() + b"/", b"/tmp/"):
             assert secret not in raw, (file.name, secret)
+
+
+@pytest.mark.parametrize("kind", ["lcm", "sdxl"])
+def test_a_unet_with_more_inputs_is_refused(kind: UnetKind, tmp_path: Path) -> None:
+    source = save_model(tmp_path / "model", kind)
+    settings = ExportSettings(model=str(source), output=tmp_path / "out", via="torch")
+    with pytest.raises(CheckpointError, match="via torch would drop an input of this UNet"):
+        export_bundle(settings)
+    assert not (tmp_path / "out").exists()
