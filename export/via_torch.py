@@ -103,19 +103,24 @@ _DROPPED = (
 )
 
 
-def refuse_dropped_inputs(unet: Model) -> None:
-    """Refuse a UNet that takes more than latents, timestep and context.
+def require_plain(checkpoint: Checkpoint) -> None:
+    """Refuse models that these modules do not stand for: they know SD 1.x and 2.x alone.
 
     Raises:
-        CheckpointError: a config key that torch's export would drop.
+        CheckpointError: an input of the UNet that torch's export would drop, or another model.
     """
-    for key in _DROPPED:
-        if unet.config.get(key) is not None:
-            raise CheckpointError(
-                f"--via torch would drop an input of this UNet: config key {key}",
-                got=unet.config[key],
-                do="leave --via torch out; the builder says which inputs it knows",
-            )
+    unet, kind = checkpoint.models["unet"].config, checkpoint.models["vae"].config
+    odd = [f"config key {key} of the UNet" for key in _DROPPED if unet.get(key) is not None]
+    odd += sorted(set(checkpoint.models) - {"unet", "vae", "text_encoder"})
+    if kind.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
+        odd.append(f"the VAE {kind['_class_name']}")
+    if odd:
+        raise CheckpointError(
+            "--via torch and --verify know plain Stable Diffusion 1.x and 2.x, and would drop an "
+            "input or a model",
+            got=", ".join(odd),
+            do="leave them out",
+        )
 
 
 def graph_modules(checkpoint: Checkpoint, *, precision: Precision) -> dict[str, torch.nn.Module]:

@@ -119,10 +119,14 @@ def export_bundle(
     )
     family = family_of(checkpoint)
     shape = shape_of(checkpoint, family, settings, say)
-    _check_components(family, settings)
+    _check_components(checkpoint, family, settings)
     tokenizers = _tokenizers(checkpoint, shape)
     _check_safety(settings, tokenizers, say)
     writers = _writers(checkpoint, family, settings)
+    if settings.verify:
+        from sld_edge.export.via_torch import require_plain
+
+        require_plain(checkpoint)  # before minutes of writing
     if watch is not None:
         _watch_weights(checkpoint, watch)
     with staged(output, force=settings.force, kind=BUNDLE) as folder:
@@ -161,8 +165,9 @@ def export_bundle(
     return Path(settings.output)
 
 
-def _check_components(family: Family, settings: ExportSettings) -> None:
-    names = [part.name for part in family.parts if part.folder and part.weights_of is None]
+def _check_components(checkpoint: Checkpoint, family: Family, settings: ExportSettings) -> None:
+    parts = family.parts_of(checkpoint)
+    names = [part.name for part in parts if part.folder and part.weights_of is None]
     for name in settings.fp32_components:
         if name not in names:
             raise InputError("fp32 component", got=repr(name), expected=", ".join(names))
@@ -271,12 +276,12 @@ def _options(part: Part, settings: ExportSettings) -> GraphOptions:
 
 def _torch_writers(checkpoint: Checkpoint, family: Family, settings: ExportSettings) -> Writers:
     """Return what exports diffusers' modules, loaded once for each precision asked for."""
-    from sld_edge.export.via_torch import refuse_dropped_inputs, torch_writers
+    from sld_edge.export.via_torch import require_plain, torch_writers
 
-    refuse_dropped_inputs(checkpoint.models["unet"])
+    require_plain(checkpoint)
     writers: dict[str, Callable[[Path], None]] = {}
     made: dict[str, Writers] = {}
-    for part in family.parts:
+    for part in family.parts_of(checkpoint):
         if part.folder is None:
             writers[part.name] = partial(part.write, None, GraphOptions())
         elif part.weights_of is None:

@@ -62,7 +62,7 @@ def exported(settings: ExportSettings) -> Bundle:
     return Bundle.open(export_bundle(settings))
 
 
-COMPONENTS = tuple(part.name for part in SD.parts)
+COMPONENTS = ("text_encoder", "unet", "unet_shallow", "vae_decoder", "guidance")
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -100,10 +101,16 @@ def test_nothing_of_this_machine_is_in_it(exported: Bundle) -> None:
             assert secret not in raw, (file.name, secret)
 
 
-@pytest.mark.parametrize("kind", ["lcm", "sdxl"])
-def test_a_unet_with_more_inputs_is_refused(kind: UnetKind, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [{"via": "torch"}, {"verify": True}])
+@pytest.mark.parametrize(
+    ("kind", "named"),
+    [("lcm", "time_cond_proj_dim"), ("sdxl", "addition_embed_type of the UNet, text_encoder_2")],
+)
+def test_more_than_plain_models_are_refused(
+    kind: UnetKind, named: str, how: dict[str, Any], tmp_path: Path
+) -> None:
     source = save_model(tmp_path / "model", kind)
-    settings = ExportSettings(model=str(source), output=tmp_path / "out", via="torch")
-    with pytest.raises(CheckpointError, match="via torch would drop an input of this UNet"):
+    settings = ExportSettings(model=str(source), output=tmp_path / "out", **how)
+    with pytest.raises(CheckpointError, match=f"would drop an input or a model .*{named}"):
         export_bundle(settings)
     assert not (tmp_path / "out").exists()
