@@ -9,6 +9,7 @@ from typing import Literal
 from sld_edge.engines.checks import finite_number, whole_number
 from sld_edge.engines.errors import InputError
 from sld_edge.export.checkpoints.sources import PREDICTION_TYPES
+from sld_edge.export.families import FAMILIES
 from sld_edge.export.families.family import Part
 from sld_edge.runtime.request import MOST_GUIDANCE
 from sld_edge.runtime.safety import PAPER_CONCEPT, PRESETS
@@ -98,6 +99,15 @@ class ExportSettings:
             whole_number("steps", self.steps, 1, 1000)
         if self.guidance_scale is not None:
             finite_number("guidance scale", self.guidance_scale, 0, MOST_GUIDANCE)
+        known = dict.fromkeys(
+            part.name
+            for family in FAMILIES
+            for part in family.parts
+            if part.folder is not None and part.weights_of is None
+        )
+        for name in self.fp32_components:
+            if name not in known:
+                raise InputError("fp32 component", got=repr(name), expected=", ".join(known))
         if self.fp32_components and self.precision == "fp32":
             raise InputError(
                 "fp32 components with precision fp32, where all are", do="leave fp32 components out"

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Set
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,7 +18,6 @@ from sld_edge.export.checkpoints.checkpoint import TOKENIZERS, Checkpoint, size_
 from sld_edge.export.checkpoints.sources import checkpoint_from_source
 from sld_edge.export.families import FAMILIES, family_of
 from sld_edge.export.families.family import Family, Part
-from sld_edge.export.graphs.builder import GraphOptions
 from sld_edge.export.output import Kind, check_output, staged
 from sld_edge.export.refuse import NOT_BUILT, ODD_VALUES, refusing
 from sld_edge.export.settings import ExportSettings
@@ -50,6 +50,9 @@ from sld_edge.runtime.policy import machine_policy
 from sld_edge.runtime.safety import empty_concept
 from sld_edge.runtime.signatures import SIGNATURE
 from sld_edge.runtime.tokenizer import Tokenizer, input_ids
+
+if TYPE_CHECKING:
+    from sld_edge.export.graphs.builder import GraphOptions
 
 Watch = Callable[[int, int], None]
 Writers = Mapping[str, Callable[[Path], None]]
@@ -267,6 +270,8 @@ def _writers(checkpoint: Checkpoint, family: Family, settings: ExportSettings) -
 
 
 def _options(part: Part, settings: ExportSettings) -> GraphOptions:
+    from sld_edge.export.graphs.builder import GraphOptions
+
     return GraphOptions(
         precision=settings.precision_of(part),
         storage=settings.storage_of(part),
@@ -283,7 +288,7 @@ def _torch_writers(checkpoint: Checkpoint, family: Family, settings: ExportSetti
     made: dict[str, Writers] = {}
     for part in family.parts_of(checkpoint):
         if part.folder is None:
-            writers[part.name] = partial(part.write, None, GraphOptions())
+            writers[part.name] = partial(part.write, None, _options(part, settings))
         elif part.weights_of is None:
             precision = settings.precision_of(part)
             if precision not in made:

@@ -242,6 +242,7 @@ class Pipeline:
         """
         run = run_from_request(request, self.bundle.manifest, policy=self.policy)
         self._require_admitted(run, run.images)
+        self._loader.require_memory(run.height, run.width)
         return run
 
     def check(self, run: Run, *, screening: Screening | None = None) -> Screening | None:
@@ -252,7 +253,6 @@ class Pipeline:
             PolicyError: what this device's policy does not allow.
         """
         self._require_admitted(run, run.images)
-        self._loader.require_memory(run.height, run.width)
         return screening_under(self.policy, screening, run, self._policy_scorers)
 
     def run(

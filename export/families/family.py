@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from sld_edge.engines.errors import CheckpointError
 from sld_edge.export.checkpoints.checkpoint import PREVIEW_VAE, Checkpoint
-from sld_edge.export.graphs.builder import GraphOptions
 from sld_edge.runtime.manifest import Condition, GuidanceKind
 
-Write = Callable[[Any, GraphOptions, Path], None]  # of a Model, None without weights
+if TYPE_CHECKING:
+    from sld_edge.export.graphs.builder import GraphOptions
+
+Write = Callable[[Any, "GraphOptions", Path], None]  # of a Model, None without weights
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,9 +1,13 @@
-"""Stable Diffusion 1.x and 2.x, their smaller copies, and models distilled from them."""
+"""Stable Diffusion 1.x and 2.x, their smaller copies, and models distilled from them.
+
+Graphs are imported where they are written: naming parts needs no onnx.
+"""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sld_edge.export.checkpoints.checkpoint import (
     PREVIEW_VAE,
@@ -13,11 +17,6 @@ from sld_edge.export.checkpoints.checkpoint import (
     size_from_config,
 )
 from sld_edge.export.families.family import Family, Inputs, Part, require_equal
-from sld_edge.export.graphs.builder import GraphOptions
-from sld_edge.export.graphs.clip import write_text_encoder
-from sld_edge.export.graphs.shallow import write_shallow_unet
-from sld_edge.export.graphs.unet import write_unet
-from sld_edge.export.graphs.vae import write_tiny_decoder, write_vae_decoder
 from sld_edge.runtime.bundle import own_graph
 from sld_edge.runtime.manifest import (
     GUIDANCE,
@@ -27,20 +26,31 @@ from sld_edge.runtime.manifest import (
     GuidanceKind,
 )
 
+if TYPE_CHECKING:
+    from sld_edge.export.graphs.builder import GraphOptions
+
 
 def _write_text_encoder(model: Model, options: GraphOptions, path: Path) -> None:
+    from sld_edge.export.graphs.clip import write_text_encoder
+
     write_text_encoder(model.config, model.weights, options, path)
 
 
 def _write_unet(model: Model, options: GraphOptions, path: Path) -> None:
+    from sld_edge.export.graphs.unet import write_unet
+
     write_unet(model.config, model.weights, options, path)
 
 
 def _write_shallow(model: Model, options: GraphOptions, path: Path) -> None:
+    from sld_edge.export.graphs.shallow import write_shallow_unet
+
     write_shallow_unet(path.with_name("unet.onnx"), path)
 
 
 def _write_decoder(model: Model, options: GraphOptions, path: Path) -> None:
+    from sld_edge.export.graphs.vae import write_tiny_decoder, write_vae_decoder
+
     write = write_tiny_decoder if is_tiny(model) else write_vae_decoder
     write(model.config, model.weights, options, path)
 

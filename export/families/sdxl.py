@@ -4,23 +4,29 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sld_edge.engines.errors import CheckpointError
 from sld_edge.export.checkpoints.checkpoint import Checkpoint, Model, size_from_config
 from sld_edge.export.families.family import Family, Inputs, Part, require_equal
 from sld_edge.export.families.sd import DECODER as SD_DECODER
 from sld_edge.export.families.sd import GUIDANCE_PART, PREVIEW, UNET, guidance_inputs
-from sld_edge.export.graphs.builder import GraphOptions
-from sld_edge.export.graphs.clip import write_text_encoder
 from sld_edge.export.graphs.unet_settings import pooled_width, unet_settings
 from sld_edge.runtime.manifest import SIZE, Absent, Condition
 
+if TYPE_CHECKING:
+    from sld_edge.export.graphs.builder import GraphOptions
+
 
 def _write_first(model: Model, options: GraphOptions, path: Path) -> None:
+    from sld_edge.export.graphs.clip import write_text_encoder
+
     write_text_encoder(model.config, model.weights, options, path, layer="penultimate")
 
 
 def _write_second(model: Model, options: GraphOptions, path: Path) -> None:
+    from sld_edge.export.graphs.clip import write_text_encoder
+
     write_text_encoder(model.config, model.weights, options, path, layer="penultimate", pooled=True)
 
 

@@ -160,7 +160,7 @@ def test_profiles_are_what_was_asked_for(built: tuple[Path, list[PlanInfo]]) -> 
         (4, 2, 4, 16, 16),
         (4, 4, 4, 24, 24),
     )
-    assert profiles["guidance", "row"] == ((10,), (10,), (10,))
+    assert profiles["guidance", "row"] == ((11,), (11,), (11,))
 
 
 def test_only_plans_are_added_to_the_bundle(built: tuple[Path, list[PlanInfo]]) -> None:

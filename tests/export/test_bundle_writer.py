@@ -231,6 +231,9 @@ def test_torch_exports_one_component_in_fp32(
 
 def test_fp32_components_that_make_no_sense(settings: ExportSettings) -> None:
     for name in ("vae", "guidance"):
+        with pytest.raises(InputError, match=f"fp32 component .* '{name}' .* text_encoder, unet"):
+            replace(settings, precision="fp16", fp32_components=(name,))
+    for name in ("text_encoder_2", "preview_decoder"):  # of other models
         expected = f"fp32 component .* '{name}' .* text_encoder, unet, vae_decoder$"
         chosen = replace(settings, precision="fp16", fp32_components=(name,), force=True)
         with pytest.raises(InputError, match=expected):

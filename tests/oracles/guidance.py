@@ -23,7 +23,6 @@ Mistake = Literal[
     "edit-not-scaled-by-guidance",
     "edit-added",
     "history-oldest-first",
-    "momentum-in-output-units",
 ]
 MISTAKES: tuple[Mistake, ...] = get_args(Mistake)
 
@@ -61,8 +60,6 @@ def guidance(feeds: Mapping[str, Array], mistake: Mistake | None = None) -> dict
     if mistake == "momentum-only-when-active":
         momentum_next = np.where(active > 0, momentum_next, momentum)
     edit = active * gamma / unit
-    if mistake == "momentum-in-output-units":
-        edit = active * (strongest(mu * direction) / unit + momentum_scale * momentum)
     if mistake == "edit-added":
         edit = -edit
     plain = uncond + guidance_scale * (text - uncond)

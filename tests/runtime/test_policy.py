@@ -335,6 +335,7 @@ COMMANDS: list[list[str]] = [
             *(("--guidance-scale", "0"), ("--guidance-scale", "50")),
         )
     ),
+    ["--original-size", "512", "256", "--crop", "8", "8", "--target-size", "64", "64"],
     *(
         [option, value]
         for option, value in (

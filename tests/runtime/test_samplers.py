@@ -17,6 +17,7 @@ import torch
 
 from oracles.schedulers import in_float64, scheduler_from_config, step
 from sld_edge.engines.errors import InputError
+from sld_edge.runtime.contract import ROW
 from sld_edge.runtime.samplers import SAMPLERS, SamplerTable, sampler_table
 
 TOLERANCE = 1e-12
@@ -280,8 +281,16 @@ def test_rows_lay_the_columns_out_as_the_guidance_graph_reads_them() -> None:
     table = sampler_table("euler-a", SD, 5)
     rows = table.rows()
     assert rows.dtype == np.float32
-    assert rows.shape == (5, 10)
-    columns = (table.p, table.q, table.a, *table.b.T, table.s, [*table.c_in[1:], 1.0])
+    assert rows.shape == (5, len(ROW))
+    values: dict[str, Any] = {
+        "p": table.p,
+        "q": table.q,
+        "a": table.a,
+        "s": table.s,
+        "noise_unit": np.ones(5),
+    }
+    values |= {f"b{j}": table.b[:, j] for j in range(5)} | {"c_in_next": [*table.c_in[1:], 1.0]}
+    columns = [values[name] for name in ROW]
     np.testing.assert_array_equal(rows, np.stack(columns, axis=1).astype(np.float32))
 
 
