@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Set
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -158,11 +158,7 @@ def export_bundle(
             },
             conditioning=shape.inputs.conditioning,
             embeddings=_write_embeddings(tokenizers, settings, folder, shape),
-            components={
-                part.name: _component(part, graphs[part.name], settings, folder)
-                for part in family.parts
-                if part.name in graphs
-            },
+            components=_components(family, graphs, settings, folder),
         )
         _write(folder / MANIFEST, _checked_json(manifest))
     return Path(settings.output)
@@ -241,6 +237,8 @@ def _write_graphs(
         with refusing(f"{name}: {NOT_BUILT}", *ODD_VALUES):
             write(path)
         graphs[name] = facts = graph_facts(path)
+        if name in checkpoint.tokenizers:
+            continue  # the constant texts try it
         feeds = random_feeds(facts.inputs, vocab_size=vocab_size, downscale=shape.latents.downscale)
         run_checked(path, feeds)
     return graphs
@@ -313,18 +311,27 @@ def _verify(
         require_agreement({name: error}, precision=settings.precision_of(_PARTS[name]))
 
 
-def _component(part: Part, facts: GraphFacts, settings: ExportSettings, folder: Path) -> Component:
-    graph = folder / f"{part.name}.onnx"
-    data = folder / f"{part.weights_of or part.name}.onnx.data"
-    return Component(
-        files=tuple(file_entry(path) for path in (graph, data) if path.exists()),
-        precision=settings.precision_of(part),
-        storage=settings.storage_of(part),
-        attention="none" if part.name in OWN_GRAPHS else settings.attention,
-        opset=facts.opset,
-        inputs=facts.inputs,
-        outputs=facts.outputs,
-    )
+def _components(
+    family: Family, graphs: Mapping[str, GraphFacts], settings: ExportSettings, folder: Path
+) -> dict[str, Component]:
+    entry = cache(file_entry)  # the two graphs of a UNet share gigabytes
+    components = {}
+    for part in family.parts:
+        if part.name not in graphs:
+            continue
+        facts = graphs[part.name]
+        graph = folder / f"{part.name}.onnx"
+        data = folder / f"{part.weights_of or part.name}.onnx.data"
+        components[part.name] = Component(
+            files=tuple(entry(path) for path in (graph, data) if path.exists()),
+            precision=settings.precision_of(part),
+            storage=settings.storage_of(part),
+            attention="none" if part.name in OWN_GRAPHS else settings.attention,
+            opset=facts.opset,
+            inputs=facts.inputs,
+            outputs=facts.outputs,
+        )
+    return components
 
 
 # --- files --------------------------------------------------------------------------------------
