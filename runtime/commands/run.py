@@ -24,9 +24,10 @@ from sld_edge.runtime.commands.console import EXIT_FAILED, EXIT_FLAGGED, EXIT_OK
 from sld_edge.runtime.commands.options import RunSettings, parser
 from sld_edge.runtime.commands.selftest import self_test
 from sld_edge.runtime.denoise.loop import Step
+from sld_edge.runtime.executor import Callback, Progress
 from sld_edge.runtime.manifest import PREVIEW_DECODER, SHALLOW
 from sld_edge.runtime.picture import edit_map_picture, png_from_image
-from sld_edge.runtime.pipeline import Callback, Pipeline, Progress
+from sld_edge.runtime.pipeline import Pipeline
 from sld_edge.runtime.policy import machine_policy
 from sld_edge.runtime.report import safety_words
 from sld_edge.runtime.request import Framing, Request, Run, Sampling, Savings

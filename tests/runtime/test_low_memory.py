@@ -13,6 +13,7 @@ from sld_edge.engines.onnxruntime.engine import OrtEngine
 from sld_edge.runtime import Pipeline, Step
 
 FAST: dict[str, Any] = {"steps": 3, "sampler": "ddim", "safety": "strong"}
+EVERY = {"text_encoder", "unet", "guidance", "vae_decoder"}
 
 
 @pytest.fixture
@@ -47,43 +48,48 @@ def test_heavy_graphs_go_when_they_are_done(monkeypatch: pytest.MonkeyPatch) -> 
     with Pipeline.load(provider="cpu") as pipeline:
         during: list[set[str]] = []
         decoding: list[set[str]] = []
-        decode = pipeline._decoded
+        decode = pipeline.executor.decode
 
         def watched(latents: Any) -> Any:
-            decoding.append(set(pipeline.store.engines))
+            decoding.append(set(pipeline.executor.store.engines))
             return decode(latents)
 
-        monkeypatch.setattr(pipeline, "_decoded", watched)
+        monkeypatch.setattr(pipeline.executor, "decode", watched)
 
         def look(_: Step) -> None:
-            during.append(set(pipeline.store.engines))
+            during.append(set(pipeline.executor.store.engines))
 
         first = pipeline("a red star", callback=look, **FAST)
         assert during == [{"unet", "guidance"}] * 3
         assert decoding == [{"unet", "guidance"}]  # small pictures are soon made: it stays
-        monkeypatch.setattr("sld_edge.runtime.pipeline._CELLS", 16 * 16)
+        monkeypatch.setattr("sld_edge.runtime.executor._CELLS", 16 * 16)
         again = pipeline("a red star", **FAST)
         assert decoding[1:] == [{"guidance"}]
-        assert set(pipeline.store.engines) == {"guidance"}
+        assert set(pipeline.executor.store.engines) == {"guidance"}
         pipeline("a red star", count=2, **FAST)  # and is loaded again
         assert len(decoding) == 4
         steps = pipeline.steps(pipeline.resolve(flat_request(prompts=("a red star",), **FAST)))
-        held = ["unet" in pipeline.store.engines for _ in steps]
+        held = ["unet" in pipeline.executor.store.engines for _ in steps]
         assert held == [True] * 3
-        assert "unet" not in pipeline.store.engines  # walked by hand it goes too
+        assert "unet" not in pipeline.executor.store.engines  # walked by hand it goes too
     assert np.abs(first.latents - again.latents).max() < 1e-3  # branches one after another
 
 
 def test_light_graphs_are_kept() -> None:
     with Pipeline.load(provider="cpu") as pipeline:
         pipeline("a red star", **FAST)
-        assert set(pipeline.store.engines) == {"text_encoder", "unet", "guidance", "vae_decoder"}
+        assert set(pipeline.executor.store.engines) == {
+            "text_encoder",
+            "unet",
+            "guidance",
+            "vae_decoder",
+        }
 
 
 def test_low_memory_drops_light_ones_too() -> None:
     with Pipeline.load(provider="cpu", low_memory=True) as pipeline:
         pipeline("a red star", **FAST)
-        assert set(pipeline.store.engines) == {"unet", "guidance"}
+        assert set(pipeline.executor.store.engines) == {"unet", "guidance"}
 
 
 @pytest.mark.usefixtures("heavy")
@@ -91,7 +97,12 @@ def test_what_is_not_prepared_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLD_EDGE_CACHE", "off")  # loading again would take long
     with Pipeline.load(provider="cpu") as pipeline:
         pipeline("a red star", **FAST)
-        assert set(pipeline.store.engines) == {"text_encoder", "unet", "guidance", "vae_decoder"}
+        assert set(pipeline.executor.store.engines) == {
+            "text_encoder",
+            "unet",
+            "guidance",
+            "vae_decoder",
+        }
 
 
 @pytest.mark.usefixtures("heavy")

@@ -83,9 +83,10 @@ def compare(pair: Pair, oracle: Trace) -> Callable[[TwinEngine | None], float]:
 
     def run(twin: TwinEngine | None) -> float:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(pair.ours.store.engines, "unet", GridUnet())
+            engines = pair.ours.executor.store.engines
+            patch.setitem(engines, "unet", GridUnet())
             if twin is not None:
-                patch.setitem(pair.ours.store.engines, "guidance", twin)
+                patch.setitem(engines, "guidance", twin)
             return disagreement(our_trace(pair, CASE), oracle)[0]
 
     return run

@@ -85,7 +85,7 @@ def test_branches_one_after_another_give_the_same(
     miniature: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     together = miniature("a red star", safety="strong", **FAST)
-    monkeypatch.setattr("sld_edge.runtime.pipeline._CELLS", 1)
+    monkeypatch.setattr("sld_edge.runtime.executor._CELLS", 1)
     apart = miniature("a red star", safety="strong", **FAST)
     assert np.abs(together.latents - apart.latents).max() < 1e-3  # rounding of a batch
 
@@ -143,7 +143,7 @@ def test_texts_are_encoded_once_and_constant_ones_never(miniature: Pipeline) -> 
     pipeline = Pipeline.load(miniature.bundle.path, provider="cpu")
     concept = pipeline.bundle.manifest.safety_concept
     pipeline.encode_text(""), pipeline.encode_text(concept)
-    assert "text_encoder" not in pipeline.store.engines
+    assert "text_encoder" not in pipeline.executor.store.engines
     first = pipeline.encode_text("a star")
     assert pipeline.encode_text("a star") is first
 
