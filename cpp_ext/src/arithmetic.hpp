@@ -1,7 +1,7 @@
 // The arithmetic of a step for a single number; the CPU loops and the CUDA kernels share it.
 //
-// The order of operations is the order of the guidance graph (export/graphs/guidance.py). Compilers
-// must not contract a * b + c, so all builds give the same latents, bit for bit.
+// The order of operations is the order of the guidance graph (export/graphs/guidance.py). Compiler
+// flags forbid fused multiply-add, so all builds give the same latents, bit for bit.
 #pragma once
 
 #include <cfloat>

@@ -10,7 +10,7 @@ namespace sld_edge {
 namespace {
 
 constexpr int TILE = 256;  // cells
-constexpr int LANES = 16;  // partial sums side by side, so that compilers can vectorize the sum
+constexpr int LANES = 16;  // partial sums side by side, so that compilers vectorize the sum
 
 // The cells [start, start + length) of every channel of one image.
 struct Tile {

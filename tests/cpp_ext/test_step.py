@@ -204,6 +204,21 @@ def test_nothing_to_compare_with_gives_strength_0(step: Step, make_feeds: Make) 
     assert (got["concept_strength"] == 0).all()
 
 
+@pytest.mark.parametrize("unit", [0.5, -0.5])
+@pytest.mark.parametrize("signs", [(1, -1), (-1, 1)])
+def test_of_opposite_edits_of_one_size_the_positive_counts(
+    step: Step, graph: Step, make_feeds: Make, signs: tuple[int, int], unit: float
+) -> None:
+    feeds = make_feeds(1, 2, unit=unit)
+    feeds["noise_pred_uncond"][:] = 0
+    feeds["noise_pred_text"][:] = -4 * np.sign(unit)  # d is below the threshold for both
+    feeds["noise_pred_safety"][:] = np.reshape(signs, (2, 1, 1, 1, 1))
+    feeds["momentum"][:] = 0
+    got = step(feeds)
+    assert (got["momentum_next"] > 0).all()
+    assert_close(got, graph(feeds))
+
+
 def test_branches_may_be_one_array(step: Step, graph: Step, make_feeds: Make) -> None:
     feeds = make_feeds(2, 1)
     feeds["noise_pred_uncond"] = feeds["noise_pred_text"]
