@@ -1,7 +1,7 @@
 """The interface of the guidance graph: names, shapes and columns, in one place.
 
-The exporter writes the graph from these, both loops feed it by them, and the self-test and the
-native code's tests compare with them. `export/graphs/guidance.py` has the formulas.
+The exporter writes the graph from these; both loops, the self-test and `cpp_ext` use them.
+`export/graphs/guidance.py` has the formulas.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-// The CUDA entry of a library that was built without CUDA: it says so.
+// The CUDA functions of a library that was built without CUDA.
 #include "sld_edge.h"
 
 extern "C" size_t sld_edge_cuda_workspace_bytes(const sld_edge_step *) { return 0; }

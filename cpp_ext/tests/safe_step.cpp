@@ -1,5 +1,5 @@
-// The CPU loops and the CUDA kernels' body on arrays of exactly the right size, for the sanitizers:
-// the same numbers from both, from any number of threads, and nothing read or written beside them.
+// The CPU loops, and the CUDA kernels as loops, on arrays of exactly the right size, under
+// sanitizers: both give the same numbers with any number of threads, and stay inside their arrays.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -10,7 +10,6 @@
 #include <vector>
 
 #include "arithmetic.hpp"
-#include "sld_edge.h"
 
 namespace {
 
@@ -25,19 +24,18 @@ void expect(bool right, const char *what) {
 
 using Floats = std::vector<float>;
 
-// A step with memory of its own.
+// A step and the memory of its arrays.
 struct Arrays {
     sld_edge_step step = {};
     std::vector<Floats> inputs, outputs;
     std::vector<std::vector<std::uint16_t>> halves;
 
     Arrays(std::int64_t images, int concepts, std::int64_t height, std::int64_t width, int type,
-           int combine) {
+           float noise_unit) {
         const auto cells = static_cast<std::size_t>(images * height * width);
         const auto n = static_cast<std::size_t>(concepts), b = static_cast<std::size_t>(images);
         step.abi_version = SLD_EDGE_ABI_VERSION;
         step.prediction_type = type;
-        step.combine = combine;
         step.concepts = concepts;
         step.images = images;
         step.height = height;
@@ -61,7 +59,9 @@ struct Arrays {
         step.history = input(random, 16 * cells);
         step.noise = input(random, 4 * cells);
         step.edit_map = input(random, cells);
-        step.row = input(random, 10);
+        float *row = input(random, SLD_EDGE_ROW_COLUMNS);
+        row[SLD_EDGE_ROW_COLUMNS - 1] = noise_unit;
+        step.row = row;
         step.guidance_scale = input(random, b);
         float *safety = input(random, 5 * b);
         for (std::size_t i = 0; i < b; ++i) {
@@ -87,7 +87,7 @@ struct Arrays {
         return array.data();
     }
 
-    // Any sign, exponents around 1, and now and then a subnormal.
+    // Any sign, exponents around 1, and some subnormal numbers.
     const std::uint16_t *half(std::mt19937 &random, std::size_t size) {
         auto &array = halves.emplace_back(size);
         for (auto &number : array) {
@@ -102,7 +102,7 @@ struct Arrays {
         return outputs.emplace_back(size, std::numeric_limits<float>::quiet_NaN()).data();
     }
 
-    void forget() {
+    void overwrite() {
         for (Floats &array : outputs) std::fill(array.begin(), array.end(), -999.0f);
     }
 };
@@ -122,27 +122,27 @@ void compare(Arrays &arrays) {
     expect(sld_edge_safe_step_cpu(&arrays.step, 1) == SLD_EDGE_OK, "one thread");
     const std::vector<Floats> wanted = arrays.outputs;
     for (const int threads : {2, 3, 7}) {
-        arrays.forget();
+        arrays.overwrite();
         expect(sld_edge_safe_step_cpu(&arrays.step, threads) == SLD_EDGE_OK, "threads");
         for (std::size_t i = 0; i < wanted.size(); ++i) {
             expect(same_bits(arrays.outputs[i], wanted[i]), "any number of threads gives the same");
         }
     }
-    arrays.forget();
+    arrays.overwrite();
     std::vector<char> workspace(sld_edge_cuda_workspace_bytes(&arrays.step));
     const int status =
         sld_edge_safe_step_cuda(&arrays.step, workspace.data(), workspace.size(), nullptr);
     expect(status == SLD_EDGE_OK, "the kernels");
     for (std::size_t i = 0; i < wanted.size(); ++i) {
-        // The first five are element by element, the figures are summed in another order.
+        // The first five outputs have no sums; the figures are sums in another order.
         const bool same = i < 5 ? same_bits(arrays.outputs[i], wanted[i])
                                 : close(arrays.outputs[i], wanted[i]);
-        expect(same, "the kernels give what the loops give");
+        expect(same, "the kernels and the CPU loops give the same");
     }
 }
 
 void refuse() {
-    Arrays arrays(2, 2, 3, 5, SLD_EDGE_FP32, SLD_EDGE_STRONGEST);
+    Arrays arrays(2, 2, 3, 5, SLD_EDGE_FP32, 1.0f);
     const auto status_with = [&](auto change) {
         sld_edge_step step = arrays.step;
         change(step);
@@ -150,8 +150,8 @@ void refuse() {
     };
     using S = sld_edge_step;
     const std::int64_t huge = std::int64_t{1} << 62;
-    expect(status_with([](S &s) { s.combine = 2; }) == SLD_EDGE_WRONG_CHOICE, "combine");
-    expect(status_with([](S &s) { s.prediction_type = -1; }) == SLD_EDGE_WRONG_CHOICE, "type");
+    expect(status_with([](S &s) { s.prediction_type = 2; }) == SLD_EDGE_WRONG_TYPE, "type");
+    expect(status_with([](S &s) { s.abi_version = 1; }) == SLD_EDGE_WRONG_ABI, "an old caller");
     expect(status_with([](S &s) { s.concepts = 0; }) == SLD_EDGE_WRONG_SIZE, "no concept");
     expect(status_with([](S &s) { s.concepts = 65; }) == SLD_EDGE_WRONG_SIZE, "many concepts");
     expect(status_with([](S &s) { s.images = 0; }) == SLD_EDGE_WRONG_SIZE, "no image");
@@ -180,7 +180,7 @@ void refuse() {
            "no workspace");
 }
 
-// Every one of the 65536, against their definition.
+// All 65536 numbers of FP16 against the definition of FP16.
 void widen_all() {
     for (unsigned bits = 0; bits < 0x10000; ++bits) {
         const unsigned exponent = bits >> 10 & 0x1f, fraction = bits & 0x3ff;
@@ -205,14 +205,14 @@ int main() {
     widen_all();
     refuse();
     for (const int type : {SLD_EDGE_FP32, SLD_EDGE_FP16}) {
-        for (const int combine : {SLD_EDGE_STRONGEST, SLD_EDGE_SUM}) {
+        for (const float unit : {1.0f, 0.37f, -1.9f}) {
             for (const int concepts : {1, 3, SLD_EDGE_MAX_CONCEPTS}) {
-                Arrays least(1, concepts, 1, 1, type, combine);
+                Arrays least(1, concepts, 1, 1, type, unit);
                 compare(least);
-                Arrays small(3, concepts, 5, 7, type, combine);
+                Arrays small(3, concepts, 5, 7, type, unit);
                 compare(small);
             }
-            Arrays large(2, 2, 37, 31, type, combine);  // several tiles and blocks, none of them full
+            Arrays large(2, 2, 37, 31, type, unit);  // several tiles and blocks, the last not full
             compare(large);
         }
     }

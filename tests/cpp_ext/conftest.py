@@ -14,7 +14,8 @@ import pytest
 from numpy.typing import NDArray
 
 from sld_edge.cpp_ext import empty_outputs
-from sld_edge.cpp_ext.arguments import COMBINATIONS, check_inputs
+from sld_edge.cpp_ext.arguments import check_inputs
+from sld_edge.runtime.contract import INPUTS, OUTPUTS
 
 Array = NDArray[Any]
 Feeds = dict[str, Array]
@@ -29,37 +30,13 @@ SOURCES = [
 
 
 class CStep(ctypes.Structure):
-    """`sld_edge_step` of the header."""
+    """`sld_edge_step` of the header; test_header.py holds the header against the contract."""
 
     _fields_ = [
         ("abi_version", ctypes.c_uint32),
-        *((name, ctypes.c_int32) for name in ("prediction_type", "combine", "concepts")),
-        *((name, ctypes.c_int64) for name in ("images", "height", "width")),
-        *(
-            (name, ctypes.c_void_p)
-            for name in (
-                "noise_pred_uncond",
-                "noise_pred_text",
-                "noise_pred_safety",
-                "latents",
-                "momentum",
-                "history",
-                "noise",
-                "edit_map",
-                "row",
-                "guidance_scale",
-                "safety",
-                "latents_next",
-                "unet_latents",
-                "momentum_next",
-                "history_next",
-                "edit_map_next",
-                "share",
-                "strength",
-                "concept_strength",
-                "finite",
-            )
-        ),
+        ("prediction_type", ctypes.c_int32),
+        *((name, ctypes.c_int64) for name in ("concepts", "images", "height", "width")),
+        *((name, ctypes.c_void_p) for name in (*INPUTS, *OUTPUTS)),
     ]
 
 
@@ -86,19 +63,16 @@ def library(compiler: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def c_step(library: Path) -> Step:
-    """A step through the C interface: feeds in, outputs out, on the CPU or by the kernels' body."""
+    """A step through the C interface, on the CPU or with the CUDA kernels as loops."""
     native = ctypes.CDLL(str(library))
     native.sld_edge_cuda_workspace_bytes.restype = ctypes.c_size_t
 
-    def run(
-        feeds: Mapping[str, Array], combine: str = "strongest", *, threads: int = 1, cuda: bool
-    ) -> Feeds:
+    def run(feeds: Mapping[str, Array], *, threads: int = 1, cuda: bool) -> Feeds:
         sizes = check_inputs(feeds)
         outputs = empty_outputs(sizes)
         step = CStep(
-            abi_version=1,
+            abi_version=2,
             prediction_type=int(feeds["noise_pred_text"].dtype == np.float16),
-            combine=("strongest", "sum").index(combine),
             concepts=sizes["n"],
             images=sizes["B"],
             height=sizes["h"],
@@ -115,13 +89,15 @@ def c_step(library: Path) -> Step:
         assert status == 0
         return outputs
 
-    assert COMBINATIONS == ("strongest", "sum")
     return run
 
 
 @pytest.fixture
 def make_feeds() -> Callable[..., Feeds]:
-    """Inputs whose predictions lie where gates open and close."""
+    """Inputs with differences below, above and exactly at the thresholds.
+
+    `unit` is the column noise_unit; without it a random number, positive or negative.
+    """
 
     def make(
         images: int = 2,
@@ -131,6 +107,7 @@ def make_feeds() -> Callable[..., Feeds]:
         *,
         half: bool = False,
         seed: int = 7,
+        unit: float | None = None,
     ) -> Feeds:
         rng = np.random.default_rng(seed)
         image = (images, 4, height, width)
@@ -138,10 +115,13 @@ def make_feeds() -> Callable[..., Feeds]:
         def normal(*shape: int) -> Array:
             return rng.standard_normal(shape, np.float32)
 
-        # Multiples of 1/64 subtract without rounding, so some d are exactly 0.25, a threshold.
+        if unit is None:
+            unit = float(rng.uniform(0.1, 2) * rng.choice([-1, 1]))
+        # Multiples of 1/64 subtract without rounding: some d are exactly 0.25 * unit, a threshold.
         text = np.round(normal(*image) * 64) / 64
         d = np.round(normal(concepts, *image) * 32) / 64
-        thresholds = np.resize(np.array([0.25, 0.01, 0.0], np.float32), images)
+        steps = np.array([0.25, 0.01, 0.0], np.float32) * np.float32(abs(unit))
+        thresholds = np.resize(steps, images)
         scales = np.resize(np.array([2.0, 10.0, 1000.0], np.float32), images)
         active = np.resize(np.array([1, 1, 1, 0], np.float32), images)
         momentum = np.resize(np.array([[0.3, 0.4], [0.5, 0.7]], np.float32), (images, 2))
@@ -155,7 +135,7 @@ def make_feeds() -> Callable[..., Feeds]:
             "history": normal(4, *image),
             "noise": normal(*image),
             "edit_map": np.abs(normal(images, height, width)),
-            "row": normal(10),
+            "row": np.append(normal(10), np.float32(unit)),
             "guidance_scale": np.resize(np.array([7.5, 1.0, 3.0], np.float32), images),
             "safety": np.column_stack([scales, thresholds, momentum, active]).astype(np.float32),
         }

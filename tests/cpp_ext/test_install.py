@@ -17,12 +17,9 @@ pytestmark = pytest.mark.slow
 STEP = """
 import numpy as np
 from sld_edge.cpp_ext import HAVE_NATIVE, safe_step
-image = (1, 4, 2, 2)
-shapes = dict.fromkeys(("noise_pred_uncond", "noise_pred_text", "latents"), image)
-shapes |= dict.fromkeys(("momentum", "noise"), image)
-shapes |= {"noise_pred_safety": (1, *image), "history": (4, *image), "edit_map": (1, 2, 2)}
-shapes |= {"row": (10,), "guidance_scale": (1,), "safety": (1, 5)}
-feeds = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+from sld_edge.runtime.contract import INPUTS, shape_of
+sizes = {"B": 1, "n": 1, "h": 2, "w": 2}
+feeds = {name: np.ones(shape_of(name, sizes), np.float32) for name in INPUTS}
 print(HAVE_NATIVE, safe_step(feeds)["latents_next"].mean())
 """
 # No edit but the momentum's, 1, so eps = 0 and m = x = 1; next = x + m + 4 past ones + noise.

@@ -7,7 +7,6 @@ multiplication into an addition, and figures by the order of their sums: 1e-6 of
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from oracles.guidance import guidance
 from sld_edge.cpp_ext import reference, safe_step
 from sld_edge.export.graphs.guidance import write_guidance
+from sld_edge.runtime.contract import OUTPUTS
 from sld_edge.runtime.safety import PRESETS
 from sld_edge.runtime.samplers import SAMPLERS, sampler_table
 
@@ -28,40 +28,37 @@ Make = Callable[..., Feeds]
 
 TOLERANCE = 1e-6
 KINDS = ("cpu", "cuda-body", "numpy", "python")
+_RANDOM = np.random.default_rng(3)
+UNITS = (1.0, *_RANDOM.uniform(0.1, 2, 2).round(3), *_RANDOM.uniform(-2, -0.1, 2).round(3))
 WHOLE = ("latents_next", "unet_latents", "momentum_next", "history_next", "edit_map_next")
 
 
 @pytest.fixture(scope="module")
 def graph(tmp_path_factory: pytest.TempPathFactory) -> Step:
-    sessions = {}
-    for combine in ("strongest", "sum"):
-        path: Path = tmp_path_factory.mktemp(combine) / "guidance.onnx"
-        write_guidance(path, combine=combine)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1
-        sessions[combine] = onnxruntime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"]
-        )
+    path = tmp_path_factory.mktemp("graph") / "guidance.onnx"
+    write_guidance(path)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    providers = ["CPUExecutionProvider"]
+    session = onnxruntime.InferenceSession(str(path), options, providers=providers)
 
-    def run(feeds: Feeds, combine: str = "strongest") -> Feeds:
-        session = sessions[combine]
-        names = [output.name for output in session.get_outputs()]
+    def run(feeds: Feeds) -> Feeds:
         wide = {name: array.astype(np.float32) for name, array in feeds.items()}
-        return dict(zip(names, session.run(names, wide), strict=True))
+        return dict(zip(OUTPUTS, session.run(list(OUTPUTS), wide), strict=True))
 
     return run
 
 
 @pytest.fixture(params=KINDS)
 def step(request: pytest.FixtureRequest) -> Step:
-    """One implementation: feeds and combine in, outputs out."""
+    """One implementation: feeds in, outputs out."""
     kind = request.param
     if kind == "numpy":
         return reference.safe_step
     if kind == "python":
-        return lambda feeds, combine="strongest": safe_step(feeds, combine=combine)
+        return safe_step
     c_step: Step = request.getfixturevalue("c_step")
-    return lambda feeds, combine="strongest": c_step(feeds, combine, cuda=kind == "cuda-body")
+    return lambda feeds: c_step(feeds, cuda=kind == "cuda-body")
 
 
 def assert_close(got: Feeds, wanted: Feeds) -> None:
@@ -75,15 +72,15 @@ def assert_close(got: Feeds, wanted: Feeds) -> None:
         )
 
 
-@pytest.mark.parametrize("combine", ["strongest", "sum"])
+@pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("concepts", [1, 2, 3])
 def test_is_the_graph(
-    step: Step, graph: Step, make_feeds: Make, concepts: int, half: bool, combine: str
+    step: Step, graph: Step, make_feeds: Make, concepts: int, half: bool, unit: float
 ) -> None:
-    feeds = make_feeds(4, concepts, half=half)
-    got = step(feeds, combine)
-    assert_close(got, graph(feeds, combine))
+    feeds = make_feeds(4, concepts, half=half, unit=unit)
+    got = step(feeds)
+    assert_close(got, graph(feeds))
     assert 0.1 < got["share"][0] < 1
     assert (got["concept_strength"][:, 0] > 0.1).all()
     assert got["share"][3] == got["strength"][3] == 0
@@ -115,14 +112,15 @@ def test_presets(step: Step, graph: Step, make_feeds: Make, preset: str) -> None
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_every_row_of_a_run_of_a_sampler(
-    step: Step, graph: Step, make_feeds: Make, sampler: str
+    step: Step, graph: Step, make_feeds: Make, sampler: str, prediction: str
 ) -> None:
-    """A whole run: each call goes on from its own last one, so a wrong history would grow."""
+    """A whole run: each call continues from its own last call, so a wrong history would grow."""
     feeds = make_feeds(2, 2)
     feeds["history"] = np.zeros_like(feeds["history"])
     ours = graphs = feeds
-    for index, row in enumerate(sampler_table(sampler, {}, 6).rows()):
+    for index, row in enumerate(sampler_table(sampler, {"prediction_type": prediction}, 6).rows()):
         fresh = make_feeds(2, 2, seed=index)
         new = {name: fresh[name] for name in fresh if name.startswith("noise")} | {"row": row}
         got, wanted = step({**ours, **new}), graph({**graphs, **new})
@@ -204,6 +202,21 @@ def test_nothing_to_compare_with_gives_strength_0(step: Step, make_feeds: Make) 
     got = step(feeds)
     assert (got["strength"] == 0).all()
     assert (got["concept_strength"] == 0).all()
+
+
+@pytest.mark.parametrize("unit", [0.5, -0.5])
+@pytest.mark.parametrize("signs", [(1, -1), (-1, 1)])
+def test_of_opposite_edits_of_one_size_the_positive_counts(
+    step: Step, graph: Step, make_feeds: Make, signs: tuple[int, int], unit: float
+) -> None:
+    feeds = make_feeds(1, 2, unit=unit)
+    feeds["noise_pred_uncond"][:] = 0
+    feeds["noise_pred_text"][:] = -4 * np.sign(unit)  # d is below the threshold for both
+    feeds["noise_pred_safety"][:] = np.reshape(signs, (2, 1, 1, 1, 1))
+    feeds["momentum"][:] = 0
+    got = step(feeds)
+    assert (got["momentum_next"] > 0).all()
+    assert_close(got, graph(feeds))
 
 
 def test_branches_may_be_one_array(step: Step, graph: Step, make_feeds: Make) -> None:

@@ -1,7 +1,7 @@
-// Just enough of CUDA to run this project's kernels as loops on the CPU, under sanitizers too.
+// A small part of CUDA's interface, to run this project's kernels as loops on the CPU.
 //
-// A kernel's body between two waits is a lambda given to each_thread, so a loop over the threads
-// does what the device does. A launch runs at once, block after block.
+// A kernel calls each_thread with its code between two waits, so a loop over the threads gives the
+// results of a device. A launch runs at once, block after block.
 #pragma once
 
 #include <cstddef>
@@ -31,7 +31,7 @@ namespace sld_edge {
 inline dim3 blockIdx;
 inline unsigned block_threads;
 inline constexpr std::size_t SHARED_BYTES = 48 << 10;
-double memory[SHARED_BYTES / sizeof(double)];  // what `extern __shared__` names
+double memory[SHARED_BYTES / sizeof(double)];  // `extern __shared__` declares it
 
 template <typename Body>
 void each_thread(const Body &body) {
@@ -49,7 +49,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t *config, void (*kernel)(
     sld_edge::block_threads = config->blockDim.x;
     for (unsigned block = 0; block < config->gridDim.x; ++block) {
         sld_edge::blockIdx.x = block;
-        for (double &number : sld_edge::memory) number = -12345.0;  // shared memory starts unset
+        for (double &number : sld_edge::memory) number = -12345.0;  // shared memory starts with any numbers
         kernel(arguments...);
     }
     return cudaSuccess;
