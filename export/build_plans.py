@@ -17,7 +17,7 @@ from sld_edge.engines.errors import (
 )
 from sld_edge.engines.files import write_whole
 from sld_edge.engines.staging import locked, part_folder
-from sld_edge.engines.tensorrt.build import AttentionError, Target, build_plan, build_target
+from sld_edge.engines.tensorrt.build import AttentionError, build_plan
 from sld_edge.engines.tensorrt.build_settings import BuildSettings, dimensions, profile
 from sld_edge.engines.tensorrt.plan_info import (
     PlanInfo,
@@ -27,6 +27,7 @@ from sld_edge.engines.tensorrt.plan_info import (
     plan_info_from_file,
     this_system,
 )
+from sld_edge.engines.tensorrt.target import Target, build_target
 from sld_edge.export.output import recover
 from sld_edge.export.write_bundle import BUNDLE, created_by
 from sld_edge.runtime.bundle import Bundle

@@ -42,11 +42,11 @@ from sld_edge.runtime.manifest import (
     ModelInfo,
     TextInput,
     file_entry,
-    manifest_from_json,
 )
+from sld_edge.runtime.manifest_file import manifest_from_json
 from sld_edge.runtime.plan_list import PLANS
 from sld_edge.runtime.plans import plan_name
-from sld_edge.runtime.policy import machine_policy
+from sld_edge.runtime.policy_file import machine_policy
 from sld_edge.runtime.safety import empty_concept
 from sld_edge.runtime.signatures import SIGNATURE
 from sld_edge.runtime.tokenizer import Tokenizer, input_ids

@@ -28,8 +28,8 @@ from sld_edge.runtime.manifest import (
     Component,
     File,
     Manifest,
-    manifest_from_json,
 )
+from sld_edge.runtime.manifest_file import manifest_from_json
 from sld_edge.runtime.policy import NO_POLICY, Policy
 from sld_edge.runtime.signatures import require_signed
 

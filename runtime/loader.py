@@ -36,7 +36,8 @@ from sld_edge.runtime.plans import (
     source_digest,
     why_missing,
 )
-from sld_edge.runtime.policy import NO_POLICY, Policy, machine_policy
+from sld_edge.runtime.policy import NO_POLICY, Policy
+from sld_edge.runtime.policy_file import machine_policy
 from sld_edge.runtime.tiles import Tiling, VaeTiling, tiling_for
 
 # Smaller weights are no burden: cast once, kept loaded.

@@ -1,4 +1,4 @@
-"""`bundle.json`, the contract between export and run: its records, and reading and writing it.
+"""`bundle.json`, the contract between export and run: its records. `manifest_file` reads it.
 
 docs/bundle.md has the format. The manifest carries a model's inputs as data, so that the runtime
 knows no model family.
@@ -8,39 +8,29 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any, Literal, TypeVar, get_args
+from pathlib import Path
+from typing import Any, Literal
 
 from sld_edge.engines.base import TensorSpec
-from sld_edge.engines.checks import exact_text, finite_number, whole_number
-from sld_edge.engines.errors import BundleError, InputError, one_line
-from sld_edge.engines.files import json_from_bytes
 
 FORMAT = "sld-edge-bundle"
 FORMAT_VERSION = 3
 MANIFEST = "bundle.json"
-REQUIRED_COMPONENTS = ("unet", "guidance", "vae_decoder")
 SHALLOW = "unet_shallow"  # the component that feature caching needs
 PREVIEW_DECODER = "preview_decoder"  # a small decoder, for pictures of a run that goes on
 # SHA-256 of the package's own guidance graph, which every bundle has a copy of.
 OWN_GRAPHS: Mapping[str, str] = {
     "guidance": "0eb26a10fc2c3a73ed76aa52cdc1119067054690c9e6052fb6d6790332914666",
 }
-_AGAIN = "copy or export the bundle again"
-_SHA256 = re.compile("[0-9a-f]{64}")
-_DTYPES = ("float32", "float16", "float64", "int64", "int32", "uint8", "bool")
-_MOST = 1 << 20  # of any size, count or dimension in a manifest
 SIZE, GUIDANCE = "size", "guidance"  # sources of a condition beside text encoders' outputs
-_TIME_IDS = 6  # numbers of SIZE
+TIME_IDS = 6  # numbers of SIZE
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 GuidanceKind = Literal["classifier-free", "embedded"]
 Per = Literal["branch", "image"]
 Absent = Literal["encode", "zeros"]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,221 +170,6 @@ class Manifest:
     def text_length(self) -> int:
         """Tokens of a prompt, L of the conditioning per branch."""
         return next(iter(self.texts.values())).length
-
-
-def manifest_from_json(data: bytes, *, origin: str) -> Manifest:
-    """Read the bytes of `bundle.json`; `origin` is the path that error messages name.
-
-    Raises:
-        BundleError: not JSON, not a bundle, a future format version, a missing or wrong entry, a
-            path that leaves the bundle, or guidance graphs that are not the package's own.
-    """
-    body = json_from_bytes(data, origin=origin, error=BundleError, do=_AGAIN)
-    if body.get("format") != FORMAT:
-        raise BundleError(f"{origin} is not a bundle's manifest", expected=f'"format": "{FORMAT}"')
-    version = body.get("format_version")
-    if version != FORMAT_VERSION:
-        newer = isinstance(version, int) and version > FORMAT_VERSION
-        raise BundleError(
-            f"{origin}: format version",
-            got=version,
-            expected=FORMAT_VERSION,
-            do="update sld-edge" if newer else "export the bundle again",
-        )
-    try:
-        return _manifest(body)
-    except KeyError as error:
-        raise BundleError(
-            f"{origin} lacks the entry {error}", do="export the bundle again"
-        ) from error
-    except (TypeError, ValueError, AttributeError, OverflowError, InputError) as error:
-        raise BundleError(
-            f"{origin} has an entry of the wrong kind",
-            got=one_line(error),
-            do="export the bundle again",
-        ) from error
-
-
-def _manifest(body: Mapping[str, Any]) -> Manifest:
-    components = {_name(name): _component(part) for name, part in _items(body["components"])}
-    for name in REQUIRED_COMPONENTS:
-        components[name]  # a KeyError names what is missing
-    for name, sha256 in OWN_GRAPHS.items():
-        if name in components and [file.sha256 for file in components[name].files] != [sha256]:
-            raise BundleError(
-                f"this bundle brings a {name} graph of its own, and only sld-edge's may steer",
-                do="export the bundle again with this version",
-            )
-    latents, size, defaults, embeddings = (
-        body[key] for key in ("latents", "size", "defaults", "embeddings")
-    )
-    manifest = Manifest(
-        created_by=exact_text("created_by", body["created_by"]),
-        model=ModelInfo(
-            id=exact_text("model id", body["model"]["id"]),
-            source=exact_text("model source", body["model"]["source"]),
-        ),
-        prediction_type=_one_of("prediction_type", body["prediction_type"], PredictionType),
-        latents=LatentInfo(
-            channels=_count(latents["channels"]),
-            downscale=_count(latents["downscale"]),
-            scaling_factor=finite_number("scaling_factor", latents["scaling_factor"], 1e-6, 1e6),
-        ),
-        size=Size(width=_count(size["width"]), height=_count(size["height"])),
-        scheduler=dict(_items(body["scheduler"])),
-        defaults=Defaults(
-            sampler=exact_text("sampler", defaults["sampler"]),
-            steps=_count(defaults["steps"]),
-            guidance_scale=finite_number("guidance_scale", defaults["guidance_scale"], 0, 100),
-            safety=exact_text("safety", defaults["safety"]),
-        ),
-        safety_concepts=_texts("safety concepts", body["safety_concepts"]),
-        guidance=_one_of("guidance", body["guidance"], GuidanceKind),
-        texts={
-            _name(name): TextInput(
-                tokenizer=file_from_json(text["tokenizer"]), length=_count(text["length"])
-            )
-            for name, text in _items(body["texts"])
-        },
-        conditioning={
-            _name(name): _condition(name, item) for name, item in _items(body["conditioning"])
-        },
-        embeddings=Embeddings(
-            texts=_texts("texts", embeddings["texts"]),
-            arrays={
-                _name(name): file_from_json(file) for name, file in _items(embeddings["arrays"])
-            },
-        ),
-        components=components,
-    )
-    _check_inputs(manifest)
-    return manifest
-
-
-def _condition(name: str, item: Mapping[str, Any]) -> Condition:
-    sources = _texts("sources", item["sources"])
-    per = _one_of("per", item["per"], Per)
-    if per == "image" and (len(sources) != 1 or sources[0] not in (SIZE, GUIDANCE)):
-        raise ValueError(f"the source of {name}, one for each image")
-    return Condition(
-        per=per,
-        sources=sources,
-        absent=_one_of("absent", item["absent"], Absent),
-        offset=finite_number("offset", item["offset"], -1e6, 1e6),
-    )
-
-
-def _check_inputs(manifest: Manifest) -> None:
-    """Compare the conditioning with the graphs that give and take it.
-
-    Raises:
-        ValueError: an input of the UNet without a source, a source that no graph gives, or lengths
-            and embeddings that do not fit.
-    """
-    components, conditioning = manifest.components, manifest.conditioning
-    taken = {spec.name for spec in components["unet"].inputs} - {"latents", "timestep"}
-    if taken != set(conditioning):
-        raise ValueError(f"the UNet's inputs {sorted(taken)} and conditioning differ")
-    branch = {name for name, item in conditioning.items() if item.per == "branch"}
-    if not branch or branch != set(manifest.embeddings.arrays):
-        raise ValueError("embeddings without an array for each condition per branch")
-    if "" not in manifest.embeddings.texts:
-        raise ValueError("embeddings without the empty text")
-    if not manifest.texts or len({text.length for text in manifest.texts.values()}) > 1:
-        raise ValueError("texts of no length, or of several")
-    for name in branch:
-        for source in conditioning[name].sources:
-            component, _, output = source.partition(".")
-            there = manifest.texts.keys() & components.keys()
-            if component not in there or output not in {
-                spec.name for spec in components[component].outputs
-            }:
-                raise ValueError(f"{name} comes from {source!r}, which no graph gives")
-    embedded = any(GUIDANCE in item.sources for item in conditioning.values())
-    if embedded != (manifest.guidance == "embedded"):
-        raise ValueError("guidance is not what the conditioning says")
-
-
-def _one_of(name: str, value: object, choices: Any) -> Any:
-    if not isinstance(value, str) or value not in get_args(choices):
-        raise ValueError(f"{name} {value!r}")
-    return value
-
-
-def _items(value: object) -> list[tuple[str, Any]]:
-    if not isinstance(value, dict) or len(value) > 64:
-        raise ValueError(f"{type(value).__name__} where an object of at most 64 entries belongs")
-    return list(value.items())
-
-
-def _texts(what: str, texts: object) -> tuple[str, ...]:
-    if not isinstance(texts, list) or not 0 < len(texts) <= 64:
-        raise ValueError(f"no list of {what}, 1 to 64")
-    if len(set(map(str, texts))) < len(texts):
-        raise ValueError(f"a list of {what} with one twice")
-    return tuple(exact_text(what, text) for text in texts)
-
-
-def _name(name: str) -> str:
-    if not re.fullmatch("[a-z0-9_]{1,40}", name):
-        raise ValueError(f"{name!r} where a component's name belongs")
-    return name
-
-
-def _component(part: Mapping[str, Any]) -> Component:
-    if not isinstance(part["files"], list) or not 0 < len(part["files"]) <= 64:
-        raise ValueError("a component without a list of 1 to 64 files")
-    files = tuple(file_from_json(file) for file in part["files"])
-    if not files[0].path.endswith(".onnx"):  # ONNX Runtime reads other formats by other names
-        raise ValueError(f"{files[0].path!r} where an .onnx file belongs")
-    return Component(
-        files=files,
-        precision=exact_text("precision", part["precision"]),
-        storage=exact_text("storage", part["storage"]),
-        attention=exact_text("attention", part["attention"]),
-        opset=_count(part["opset"]),
-        inputs=tuple(_tensor(tensor) for tensor in part["inputs"]),
-        outputs=tuple(_tensor(tensor) for tensor in part["outputs"]),
-    )
-
-
-def _tensor(tensor: Mapping[str, Any]) -> TensorSpec:
-    shape = tensor["shape"]
-    if not isinstance(shape, list) or len(shape) > 8 or tensor["dtype"] not in _DTYPES:
-        raise ValueError("a tensor's dtype or shape")
-    return TensorSpec(
-        name=exact_text("tensor", tensor["name"]),
-        dtype=tensor["dtype"],
-        shape=tuple(size if isinstance(size, str) else _count(size) for size in shape),
-    )
-
-
-def file_from_json(file: Mapping[str, Any]) -> File:
-    """Read an entry of a list of files.
-
-    Raises:
-        BundleError: a path that leaves the bundle.
-        KeyError, TypeError, ValueError, InputError: an entry that is none.
-    """
-    path, sha256 = exact_text("path", file["path"]), file["sha256"]
-    pure = PurePosixPath(path)
-    if (
-        pure.is_absolute()
-        or ".." in pure.parts
-        or not pure.parts
-        or not path.isprintable()
-        or any(character in path for character in '\\:*?"<>|')
-        or len(path) > 200
-        or path == MANIFEST
-    ):
-        raise BundleError(f"bundle.json names a path that leaves the bundle: {path!r}")
-    if not (isinstance(sha256, str) and _SHA256.fullmatch(sha256)):
-        raise ValueError(f"sha256 of {path}")
-    return File(path=path, sha256=sha256, bytes=whole_number("bytes", file["bytes"], 1, 1 << 50))
-
-
-def _count(value: object) -> int:
-    return whole_number("count", value, 1, _MOST)
 
 
 def file_entry(path: Path) -> File:

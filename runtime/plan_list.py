@@ -16,7 +16,8 @@ from typing import Any
 from sld_edge.engines.checks import exact_text
 from sld_edge.engines.errors import EngineError, InputError, UserError, one_line
 from sld_edge.engines.files import Identity, json_from_file, sha256_of_file
-from sld_edge.runtime.manifest import File, file_from_json
+from sld_edge.runtime.manifest import File
+from sld_edge.runtime.manifest_file import file_from_json
 
 PLANS = "plans.json"
 FORMAT, FORMAT_VERSION = "sld-edge-plans", 1

@@ -34,7 +34,8 @@ from sld_edge.runtime.plan_list import (
     require_digest,
     require_listed,
 )
-from sld_edge.runtime.policy import Policy, why_not_owned
+from sld_edge.runtime.policy import Policy
+from sld_edge.runtime.policy_file import why_not_owned
 
 
 @dataclass(frozen=True, kw_only=True)

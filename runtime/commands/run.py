@@ -28,7 +28,7 @@ from sld_edge.runtime.executor import Callback, Progress
 from sld_edge.runtime.manifest import PREVIEW_DECODER, SHALLOW
 from sld_edge.runtime.picture import edit_map_picture, png_from_image
 from sld_edge.runtime.pipeline import Pipeline
-from sld_edge.runtime.policy import machine_policy
+from sld_edge.runtime.policy_file import machine_policy
 from sld_edge.runtime.report import safety_words
 from sld_edge.runtime.request import Framing, Request, Run, Sampling, Savings
 from sld_edge.runtime.result import Result

@@ -22,16 +22,9 @@ from oracles.fake_builder import FakeDevice, FakeTensorRT
 from oracles.models import config_of, tiny_unet, weights_of
 from sld_edge.engines.base import TensorSpec
 from sld_edge.engines.errors import EngineError, InputError, MissingPackageError
-from sld_edge.engines.tensorrt import build as plan_build
 from sld_edge.engines.tensorrt import builder_api as trt_builder_api
-from sld_edge.engines.tensorrt.build import (
-    AttentionError,
-    Target,
-    build_plan,
-    build_target,
-    capabilities_taken,
-    timing_cache_path,
-)
+from sld_edge.engines.tensorrt import target as plan_target
+from sld_edge.engines.tensorrt.build import AttentionError, build_plan, timing_cache_path
 from sld_edge.engines.tensorrt.build_settings import (
     BATCH,
     BuildSettings,
@@ -47,6 +40,7 @@ from sld_edge.engines.tensorrt.plan_info import (
     info_path,
     plan_info_from_file,
 )
+from sld_edge.engines.tensorrt.target import Target, build_target, capabilities_taken
 from sld_edge.export.graphs.builder import GraphOptions
 from sld_edge.export.graphs.unet import write_unet
 from sld_edge.export.verify import graph_facts
@@ -106,8 +100,8 @@ def classic(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeTensorRT:
     """TensorRT 10.3 on an Orin, with a timing cache of its own."""
     fake = FakeTensorRT()
     monkeypatch.setenv("SLD_EDGE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(plan_build, "tensorrt_module", lambda flavour: fake)
-    monkeypatch.setattr(plan_build, "Device", FakeDevice)
+    monkeypatch.setattr(plan_target, "tensorrt_module", lambda flavour: fake)
+    monkeypatch.setattr(plan_target, "Device", FakeDevice)
     return fake
 
 
@@ -310,7 +304,7 @@ def test_without_a_device_all_capabilities_are_taken() -> None:
 
 
 def test_with_a_device_its_own_capability_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan_build, "Device", lambda: FakeDevice("RTX 4060", "8.9"))
+    monkeypatch.setattr(plan_target, "Device", lambda: FakeDevice("RTX 4060", "8.9"))
     assert build_target(BuildSettings(engine=RTX)).compute_capabilities == ("8.9",)
 
 
@@ -473,7 +467,7 @@ def test_options_of_the_classic_one_reach_it(
     classic: FakeTensorRT, built: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        plan_build, "Device", lambda: FakeDevice("RTX A2000", "8.6", integrated=False)
+        plan_target, "Device", lambda: FakeDevice("RTX A2000", "8.6", integrated=False)
     )
     built(
         BuildSettings(
@@ -510,7 +504,7 @@ def test_timings_are_kept_for_a_version_and_device(
     built(settings)
     assert classic.caches[2:] == [b""]
 
-    monkeypatch.setattr(plan_build, "Device", lambda: FakeDevice("Orin NX"))
+    monkeypatch.setattr(plan_target, "Device", lambda: FakeDevice("Orin NX"))
     built(settings)
     assert classic.caches[3:] == [b""]  # another device, measured anew
 
@@ -531,8 +525,8 @@ def test_tensorrt_11_has_no_flag_for_strong_types(
 ) -> None:
     monkeypatch.setenv("SLD_EDGE_CACHE", "off")
     fake = FakeTensorRT("11.0.0", newest_opset=24)
-    monkeypatch.setattr(plan_build, "tensorrt_module", lambda flavour: fake)
-    monkeypatch.setattr(plan_build, "Device", FakeDevice)
+    monkeypatch.setattr(plan_target, "tensorrt_module", lambda flavour: fake)
+    monkeypatch.setattr(plan_target, "Device", FakeDevice)
     assert built(BuildSettings(engine="tensorrt")).engine_version == "11.0.0"
     assert build_target(BuildSettings(engine="tensorrt")).reads_attention
 
@@ -581,7 +575,7 @@ def test_the_classic_one_needs_a_device(
     def nothing() -> None:
         raise EngineError("no CUDA device 0", got="0 devices")
 
-    monkeypatch.setattr(plan_build, "Device", nothing)
+    monkeypatch.setattr(plan_target, "Device", nothing)
     with pytest.raises(EngineError) as caught:
         build_target(BuildSettings(engine="tensorrt"))
     assert "got no CUDA device 0: 0 devices" in str(caught.value)

@@ -32,6 +32,7 @@ from sld_edge.engines.errors import (
 from sld_edge.engines.onnxruntime.engine import OrtEngine
 from sld_edge.engines.staging import locked
 from sld_edge.engines.tensorrt import build as plan_build
+from sld_edge.engines.tensorrt import target as plan_target
 from sld_edge.engines.tensorrt.build_settings import BuildSettings
 from sld_edge.engines.tensorrt.engine import Log
 from sld_edge.engines.tensorrt.plan_info import PlanInfo, Span, info_path, plan_info_from_file
@@ -106,8 +107,8 @@ def small(tmp_path: Path) -> Path:
 def classic(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeTensorRT:
     fake = FakeTensorRT()
     monkeypatch.setenv("SLD_EDGE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(plan_build, "tensorrt_module", lambda flavour: fake)
-    monkeypatch.setattr(plan_build, "Device", FakeDevice)
+    monkeypatch.setattr(plan_target, "tensorrt_module", lambda flavour: fake)
+    monkeypatch.setattr(plan_target, "Device", FakeDevice)
     return fake
 
 

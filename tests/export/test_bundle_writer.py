@@ -32,7 +32,7 @@ from sld_edge.export.families.sd import SD
 from sld_edge.export.graphs.guidance import write_guidance
 from sld_edge.export.verify import require_agreement
 from sld_edge.runtime.bundle import Bundle, own_graph
-from sld_edge.runtime.policy import policy_from_json
+from sld_edge.runtime.policy_file import policy_from_json
 from sld_edge.runtime.safety import PAPER_CONCEPT
 
 CONCEPT = "a cat"

@@ -25,11 +25,11 @@ from oracles.tokenizers import VOCAB_SIZE, save_tokenizer
 from sld_edge.engines.errors import CheckpointError, EngineError, InputError, OutputError, UserError
 from sld_edge.engines.onnxruntime.engine import OrtEngine
 from sld_edge.export.commands.export import main
+from sld_edge.export.graphs.scorer_heads import write_checker_head
 from sld_edge.export.scorers import (
     ScorerSettings,
     export_scorer,
     read_q16_prompts,
-    write_checker_head,
 )
 from sld_edge.runtime.manifest import file_entry
 from sld_edge.runtime.scorers import scorer_from_name, scorers_from_names

@@ -31,7 +31,8 @@ from sld_edge.engines.tensorrt.plan_info import plan_info_from_file
 from sld_edge.export.checkpoints.sources import checkpoint_from_source
 from sld_edge.runtime import Pipeline
 from sld_edge.runtime.bundle import EMBEDDED
-from sld_edge.runtime.policy import POLICY_FILE, policy_from_json
+from sld_edge.runtime.policy import POLICY_FILE
+from sld_edge.runtime.policy_file import policy_from_json
 from sld_edge.runtime.tokenizer import Tokenizer
 
 _WORKERS = 2

@@ -14,7 +14,7 @@ import pytest
 
 from sld_edge.runtime import Bundle, BundleError, NumericsError, Pipeline
 from sld_edge.runtime.bundle import EMBEDDED
-from sld_edge.runtime.manifest import manifest_from_json
+from sld_edge.runtime.manifest_file import manifest_from_json
 
 Edit = Callable[[dict[str, Any]], None]
 

@@ -15,7 +15,8 @@ from sld_edge.engines.errors import BundleError, InputError
 from sld_edge.engines.onnxruntime.engine import OrtEngine
 from sld_edge.runtime import Pipeline, Safety, Step
 from sld_edge.runtime.commands.run import main
-from sld_edge.runtime.manifest import Manifest, manifest_from_json
+from sld_edge.runtime.manifest import Manifest
+from sld_edge.runtime.manifest_file import manifest_from_json
 from sld_edge.runtime.random import noise_source
 
 TWO = ("a skull", "the colour red")

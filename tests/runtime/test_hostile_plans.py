@@ -20,7 +20,7 @@ import standin
 from sld_edge.engines.errors import BundleError, EngineError, UserError
 from sld_edge.engines.tensorrt.engine import TrtEngine
 from sld_edge.engines.tensorrt.plan_info import info_path
-from sld_edge.runtime import Pipeline, policy
+from sld_edge.runtime import Pipeline, policy, policy_file
 from sld_edge.runtime.bundle import EMBEDDED, Bundle
 from sld_edge.runtime.plan_list import PLANS, require_digest
 from sld_edge.runtime.plans import plans_in, refit_source
@@ -213,7 +213,7 @@ def test_under_a_policy_of_bundles_the_list_is_the_administrators(
     for path, mode in ((file, 0o644), (bundle / PLANS, 0o644), (bundle, 0o755)):
         path.chmod(mode)
     monkeypatch.setattr(policy, "POLICY_FILE", file)
-    monkeypatch.setattr(policy, "_OWNER", os.geteuid())
+    monkeypatch.setattr(policy_file, "_OWNER", os.geteuid())
     assert problem(bundle, honest) == ""
     if who == "others can write it":
         (bundle / PLANS).chmod(0o666)

@@ -17,11 +17,22 @@ from PIL import Image
 
 from oracles.requests import flat_request
 from sld_edge.engines.errors import InputError, PolicyError, UserError
-from sld_edge.runtime import PRESETS, ImageRun, Pipeline, Request, Result, Run, Safety, Savings
+from sld_edge.runtime import (
+    PRESETS,
+    ImageRun,
+    Pipeline,
+    Request,
+    Result,
+    Run,
+    Safety,
+    Savings,
+    policy_file,
+)
 from sld_edge.runtime import policy as policies
 from sld_edge.runtime.commands.options import parser
 from sld_edge.runtime.commands.run import main
-from sld_edge.runtime.policy import NO_POLICY, machine_policy, policy_from_json
+from sld_edge.runtime.policy import NO_POLICY
+from sld_edge.runtime.policy_file import machine_policy, policy_from_json
 from sld_edge.runtime.samplers import SamplerTable
 from sld_edge.runtime.scorers import rule_from_text
 from sld_edge.runtime.scorers.miniworld import MiniWorld
@@ -57,7 +68,7 @@ def written(folder: Path, **body: Any) -> Path:
 def in_force(patch: pytest.MonkeyPatch, folder: Path, **body: Any) -> Path:
     file = written(folder, **body)
     patch.setattr(policies, "POLICY_FILE", file)
-    patch.setattr(policies, "_OWNER", os.geteuid())
+    patch.setattr(policy_file, "_OWNER", os.geteuid())
     return file
 
 
