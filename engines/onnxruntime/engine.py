@@ -93,6 +93,9 @@ class OrtEngine:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
             # Prepacked weights would be copies in memory of what is mapped from the file.
             options.add_session_config_entry("session.disable_prepacking", "1")
+        if as_is:
+            # FP16 weights are cast just before their use, not all of them first.
+            options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
         # Without it every call takes its memory from the system anew, a fifth of a step's time.
         options.enable_cpu_mem_arena = prepared
         self.path = path
