@@ -240,6 +240,13 @@ def _concepts(
     """Return for each prompt one text or a tuple of several; None is the bundle's own."""
     if isinstance(value, tuple):
         return [value] * prompts
+    if isinstance(value, list) and len(value) != prompts:
+        raise InputError(
+            "safety_concept",
+            got=f"a list of {len(value)} texts",
+            expected=f"a list of {prompts}: a text for each prompt",
+            do="for several concepts at once, give a tuple",
+        )
     own: str | tuple[str, ...] | None = None
     return _each("safety_concept", value, prompts, own)
 
@@ -293,9 +300,11 @@ def _savings(savings: Savings, steps: int, manifest: Manifest) -> Savings:
 def _time_ids(framing: Framing, height: int, width: int) -> tuple[int, ...]:
     """Return original height and width, top and left of the crop, target height and width."""
     pairs = {
-        "original size": framing.original_size or (height, width),
+        "original size": (height, width)
+        if framing.original_size is None
+        else framing.original_size,
         "crop": framing.crop,
-        "target size": framing.target_size or (height, width),
+        "target size": (height, width) if framing.target_size is None else framing.target_size,
     }
     numbers: list[int] = []
     for name, pair in pairs.items():

@@ -154,7 +154,7 @@ def test_a_tuple_is_several_concepts_and_a_list_one_each(miniature: Pipeline) ->
     assert concepts(safety_concept=["x", "y"]) == [("x",), ("y",)]
     assert concepts(safety_concept=[("x", "y"), "z"]) == [("x", "y"), ("z",)]
     assert concepts(safety=Safety(concept=("x", "y", "x"))) == [("x", "y")] * 2
-    with pytest.raises(InputError, match=r"got 3 values"):
+    with pytest.raises(InputError, match=r"got a list of 3 texts .*give a tuple"):
         concepts(safety_concept=["x", "y", "z"])
     with pytest.raises(InputError, match=r"safety concept.*got int"):
         concepts(safety_concept=("x", 1))
