@@ -25,6 +25,7 @@ from sld_edge.engines.settings import cache_limit
 from sld_edge.runtime import Pipeline
 from sld_edge.runtime.bundle import EMBEDDED
 from sld_edge.runtime.commands.run import main
+from sld_edge.runtime.conditioning import Conditioner
 
 GRAPH = EMBEDDED / "vae_decoder.onnx"
 SHA = "cd" * 32
@@ -212,13 +213,11 @@ def test_stored_embeddings_are_checked_once(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checked: list[str] = []
-    monkeypatch.setattr(
-        "sld_edge.runtime.pipeline.check_constants", lambda bundle, _: checked.append(bundle.sha256)
-    )
+    monkeypatch.setattr(Conditioner, "_compare", lambda self, text, stored: checked.append(text))
     for _ in range(3):
         with Pipeline.load(provider="cpu") as pipeline:
             pipeline("a star", steps=2)
-    assert len(checked) == 1
+    assert checked == list(pipeline.bundle.manifest.embeddings.texts)
 
 
 def test_a_long_preparation_is_announced(
