@@ -365,7 +365,7 @@ def _rule(options: EvalOptions, scorers: Sequence[str]) -> Rule:
                 "--rule: without safety there is no activation, so every plain picture would be "
                 "flagged",
                 got=repr(text_from_rule((condition,))),
-                do="measure it with python -m sld_edge.benchmarks.evaluation.activation_roc",
+                do="flag by high activation, or by another score",
             )
     return rule
 
