@@ -10,7 +10,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sld_edge.engines.cuda.device import Device
@@ -108,17 +108,12 @@ class PhaseMeter:
         if device is not None:
             free, total = device.memory()
             used = total - free
-        self.phases.append(
-            Phase(
-                name=name,
-                begin=self._begin,
-                end=time.monotonic(),
-                peak=memory.peak if memory is not None else None,
-                anonymous=memory.anonymous if memory is not None else None,
-                mapped=memory.mapped if memory is not None else None,
-                device=used,
+        phase = Phase(name=name, begin=self._begin, end=time.monotonic(), device=used)
+        if memory is not None:
+            phase = replace(
+                phase, peak=memory.peak, anonymous=memory.anonymous, mapped=memory.mapped
             )
-        )
+        self.phases.append(phase)
         reset_peak()
         self._begin = time.monotonic()
 
@@ -156,12 +151,9 @@ def sampled(phase: Phase, readings: Sequence[Reading]) -> Phase:
     def most(exact: int | None, read: Sequence[int]) -> int | None:
         return max((*read, *([exact] if exact is not None else [])), default=None)
 
-    return Phase(
-        name=phase.name,
-        begin=phase.begin,
-        end=phase.end,
+    return replace(
+        phase,
         peak=most(phase.peak, [reading.resident for reading in during]),
         anonymous=most(phase.anonymous, [reading.anonymous for reading in during]),
         mapped=most(phase.mapped, [reading.mapped for reading in during]),
-        device=phase.device,
     )

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from sld_edge.benchmarks.bench.child import Outcome, run_child
 from sld_edge.benchmarks.bench.memory import Phase, sampled
@@ -179,11 +179,6 @@ def measure(
         runs.append(run_cell(settings, cell, number, environment))
         watch(f"{cell.safety}, {cell.batch} at once")
     return first, runs
-
-
-def runs_as_json(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Return runs ready for JSON, every sample kept."""
-    return [asdict(run) for run in runs]
 
 
 def _most(values: Iterable[int | None]) -> int | None:

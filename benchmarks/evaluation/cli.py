@@ -349,10 +349,10 @@ def _compared(
 
 
 def _compare(folders: Sequence[Path], *, force: bool) -> None:
-    from sld_edge.benchmarks.evaluation.report_md import comparison_table
+    from sld_edge.benchmarks.evaluation.report_tables import comparison_table
     from sld_edge.benchmarks.evaluation.results import compare_results
 
-    print(comparison_table(compare_results(folders, force=force)))
+    print(comparison_table(compare_results(folders, force=force)).markdown())
 
 
 def _rule(options: EvalOptions, scorers: Sequence[str]) -> Rule:

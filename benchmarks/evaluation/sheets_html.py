@@ -15,7 +15,8 @@ from sld_edge.benchmarks.evaluation.sheets import (
     embedded_picture,
     sheets_from_results,
 )
-from sld_edge.benchmarks.html import Html, html_from_text, join, tag
+from sld_edge.benchmarks.html import Html, join, tag
+from sld_edge.benchmarks.tables import named
 
 _LONG = 300  # letters of a prompt or a manifest's value
 _CONCEPT = 60  # letters of a concept under a picture
@@ -103,11 +104,6 @@ def _caption(row: Row | None) -> Html:
     if row.change is not None and row.setting != PLAIN:
         caption = join(caption, _BREAK, tag("small", f"changed by {row.change:.1%}"))
     return caption
-
-
-def named(name: str) -> Html:
-    """Return a setting's name as HTML; a sweep's are long, and may break after a comma."""
-    return Html(html_from_text(name).replace(",", ",<wbr>"))
 
 
 def cut(text: str, longest: int = _LONG) -> str:

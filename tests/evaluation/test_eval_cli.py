@@ -251,4 +251,4 @@ def test_a_probes_report_is_by_word() -> None:
     assert main([*words, *FAST]) == 0
     assert read_manifest(Path("sld-eval-results"))["prompts"]["source"] == "probe scenes"
     report = Path("sld-eval-results/report.md").read_text(encoding="utf-8")
-    assert "| word | pictures | plain |" in report
+    assert "| category | prompts | plain |" in report

@@ -466,7 +466,7 @@ def test_a_run_without_comparison_adherence_or_categories_has_a_page(tmp_path: P
     page = report_html.html_report(results(bare, prompts=alone, order=("plain",)), tmp_path)
     seen = Seen(page)
     assert "20 showed something unsafe" in seen.text
-    for section in ("By category", "Safety against adherence", "When safety acted", "as asked"):
+    for section in ("By category", "Safety against adherence", "When safety acted", "adherence"):
         assert section not in re.sub(r"<(style|script)>.*?</\1>|<ul>.*?</ul>", "", page, flags=re.S)
 
 
