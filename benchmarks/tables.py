@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sld_edge.benchmarks.html import Html, html_from_text, join, tag
+
+# Markdown's own signs; an underscore inside a word means nothing there.
+_SPECIAL = re.compile(r"[\\|`*\[\]#]|(?<![^\W_])_|_(?![^\W_])")
 
 
 @dataclass(frozen=True)
@@ -105,4 +109,4 @@ def named(name: str) -> Html:
 def escaped(text: str) -> str:
     """Return text from outside as Markdown that shows it, on one line and inside one cell."""
     plain = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
-    return "".join(f"\\{c}" if c in r"\|`*_[]#" else c for c in plain)
+    return _SPECIAL.sub(r"\\\g<0>", plain)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,15 +17,10 @@ from PIL import Image
 from sld_edge.benchmarks.evaluation.pictures import MAPS, kept_map, kept_png, picture_name
 from sld_edge.benchmarks.evaluation.prompts import MAX_SEED, EvalPrompt
 from sld_edge.benchmarks.evaluation.rows import Row
-from sld_edge.benchmarks.evaluation.settings import (
-    PLAIN,
-    EvalSettings,
-    Setting,
-)
+from sld_edge.benchmarks.evaluation.settings import PLAIN, EvalSettings, Setting
 from sld_edge.runtime.pipeline import Pipeline
 from sld_edge.runtime.request import Request, Sampling, Savings
 from sld_edge.runtime.scorers import (
-    Scorer,
     activation_scores,
     flagged,
     score_pictures,
@@ -59,11 +55,14 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class _Made:
-    pixels: NDArray[np.uint8]  # [H,W,3]
     image: Image.Image
     edit_map: NDArray[np.float32]  # [h,w]
     report: Mapping[str, Any]
     seconds: float
+
+    @cached_property
+    def pixels(self) -> NDArray[np.uint8]:
+        return np.asarray(self.image)  # [H,W,3]
 
 
 class Evaluator:
@@ -77,7 +76,8 @@ class Evaluator:
         """
         self._settings = settings
         self._pipeline = Pipeline.load(settings.bundle, provider=settings.provider, evaluation=True)
-        self._scorers = load_scorers(settings)
+        names = [name for name in settings.scorers if name != "activation"]  # of the run itself
+        self._scorers = scorers_from_names(names, settings.scorer_paths)
 
     def evaluate(self, job: Job) -> list[Outcome]:
         """Make and score a job's missing pictures: plain first, the others with the same seeds.
@@ -93,11 +93,14 @@ class Evaluator:
             tasks = [task for task in job if setting.name in task.missing]
             if not tasks:
                 continue
-            made = (
-                [plain[task] for task in tasks] if setting == PLAIN else self._make(setting, tasks)
-            )
-            for task, one, scores in zip(tasks, made, self._scores(tasks, made), strict=True):
-                outcomes.append(self._outcome(setting, task, one, scores, plain[task].pixels))
+            made = [plain[task] for task in tasks]
+            made = made if setting == PLAIN else self._make(setting, tasks)
+            pixels = np.stack([one.pixels for one in made])
+            scores = score_pictures(self._scorers, pixels, [task.prompt.text for task in tasks])
+            outcomes += [
+                self._outcome(setting, task, one, judged, plain[task].pixels)
+                for task, one, judged in zip(tasks, made, scores, strict=True)
+            ]
         return outcomes
 
     def close(self) -> None:
@@ -105,36 +108,16 @@ class Evaluator:
         self._pipeline.close()
 
     def _make(self, setting: Setting, tasks: Sequence[Task]) -> list[_Made]:
-        run = self._pipeline.resolve(
-            request_from_tasks(self._settings, setting, tasks, self._bundle_concept)
-        )
+        concept = self._pipeline.bundle.manifest.safety_concept
+        run = self._pipeline.resolve(request_from_tasks(self._settings, setting, tasks, concept))
         begin = time.perf_counter()
         result = self._pipeline.run(run, batch_size=self._settings.batch_size)
         seconds = (time.perf_counter() - begin) / len(tasks)
         return [
-            _Made(
-                pixels=np.asarray(image),
-                image=image,
-                edit_map=edit_map,
-                report=report,
-                seconds=seconds,
-            )
+            _Made(image=image, edit_map=edit_map, report=report, seconds=seconds)
             for image, edit_map, report in zip(
                 result.images, result.edit_maps, result.reports, strict=True
             )
-        ]
-
-    @property
-    def _bundle_concept(self) -> str:
-        return self._pipeline.bundle.manifest.safety_concept
-
-    def _scores(self, tasks: Sequence[Task], made: Sequence[_Made]) -> list[dict[str, float]]:
-        pixels = np.stack([one.pixels for one in made])
-        texts = [task.prompt.text for task in tasks]
-        judged = score_pictures(self._scorers, pixels, texts)
-        return [
-            {**activation_scores(*_activation(one.report)), **scores}
-            for one, scores in zip(made, judged, strict=True)
         ]
 
     def _outcome(
@@ -142,15 +125,18 @@ class Evaluator:
         setting: Setting,
         task: Task,
         made: _Made,
-        scores: dict[str, float],
+        judged: Mapping[str, float],
         plain: NDArray[np.uint8],
     ) -> Outcome:
+        calls, safety = made.report["calls"], made.report["safety"]
+        share, strength = ([call[name] for call in calls] for name in ("share", "strength"))
+        scores = {**activation_scores(share, strength), **judged}
         unsafe = flagged(scores, self._settings.rule)
         png = kept_png(made.image, made.report, flagged=unsafe, images=self._settings.images)
         edit_map = kept_map(made.edit_map, images=self._settings.images)
         place = (setting.name, task.prompt.index, task.image)
         shows = scores.get(_ADHERENCE)
-        share, strength = _activation(made.report)
+        concepts = safety.get("concepts", [])
         row = Row(
             setting=setting.name,
             prompt=task.prompt.index,
@@ -166,19 +152,11 @@ class Evaluator:
             picture=None if png is None else picture_name(*place),
             edit_map=None if edit_map is None else picture_name(*place, folder=MAPS),
             edit_map_max=round(float(made.edit_map.max()), 6),
-            **_concepts(made.report),
+            concepts=[entry["concept"] for entry in concepts],
+            concept_strength=[entry["mean_strength"] for entry in concepts],
+            strongest_concept=safety.get("strongest_concept"),
         )
         return Outcome(row=row, png=png, edit_map=edit_map)
-
-
-def load_scorers(settings: EvalSettings) -> list[Scorer]:
-    """Load a run's scorers that have a model; activation is computed from the run itself.
-
-    Raises:
-        UserError: one that is unknown, not installed, or whose model is missing or altered.
-    """
-    names = [name for name in settings.scorers if name != "activation"]
-    return scorers_from_names(names, settings.scorer_paths)
 
 
 def request_from_tasks(
@@ -189,13 +167,14 @@ def request_from_tasks(
     Several concepts are joined where they stand as a negative prompt.
     """
     of_list = settings.protocol == "per-prompt"
+    scales = [task.prompt.guidance_scale if of_list else None for task in tasks]
     negative = ", ".join(settings.concepts) if settings.concepts else concept
     return Request(
         prompts=tuple(task.prompt.text for task in tasks),
         negative_prompt=negative if setting.negative_prompt else None,
         safety=setting.safety,
         safety_concept=(settings.concepts or None) if setting.acts else None,
-        guidance_scale=scales_of(settings, tasks),
+        guidance_scale=[settings.guidance_scale if x is None else x for x in scales],
         sampling=Sampling(steps=settings.steps, sampler=settings.sampler),
         savings=Savings(cache_interval=settings.cache_interval),
         seed=[seed_of(settings, task) for task in tasks],
@@ -204,41 +183,12 @@ def request_from_tasks(
     )
 
 
-def scales_of(settings: EvalSettings, tasks: Sequence[Task]) -> list[float] | float:
-    """Return the tasks' guidance scales: the list's with the protocol per-prompt, or the run's."""
-    if settings.protocol == "official":
-        return settings.guidance_scale
-    return [
-        task.prompt.guidance_scale
-        if task.prompt.guidance_scale is not None
-        else settings.guidance_scale
-        for task in tasks
-    ]
-
-
 def seed_of(settings: EvalSettings, task: Task) -> int:
     """Return a picture's seed: the list's with the protocol per-prompt, or the run's."""
     seed = task.prompt.seed if settings.protocol == "per-prompt" else None
     if seed is None:
         seed = settings.first_seed + task.prompt.index * _SEEDS_PER_PROMPT
     return (seed + task.image) % (MAX_SEED + 1)
-
-
-def _activation(report: Mapping[str, Any]) -> tuple[list[float], list[float]]:
-    """Share and strength per UNet call."""
-    calls = report["calls"]
-    return [call["share"] for call in calls], [call["strength"] for call in calls]
-
-
-def _concepts(report: Mapping[str, Any]) -> dict[str, Any]:
-    """The safety concepts, the strength of each, and the strongest."""
-    safety = report["safety"]
-    concepts = safety.get("concepts", [])
-    return {
-        "concepts": [entry["concept"] for entry in concepts],
-        "concept_strength": [entry["mean_strength"] for entry in concepts],
-        "strongest_concept": safety.get("strongest_concept"),
-    }
 
 
 @contextmanager

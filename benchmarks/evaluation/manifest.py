@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import Any
 
 from sld_edge.benchmarks.evaluation.prompts import EvalPrompt, PromptList, prompt_from_json
 from sld_edge.benchmarks.evaluation.settings import EvalSettings, json_from_setting
-from sld_edge.engines.errors import InputError, one_line
+from sld_edge.engines.errors import InputError, OutputError, one_line
 from sld_edge.engines.files import json_from_file, write_whole
 from sld_edge.runtime.pipeline import Pipeline
 from sld_edge.runtime.report import versions
@@ -127,7 +125,12 @@ def claim_folder(folder: Path, manifest: Mapping[str, Any]) -> None:
             raise InputError(
                 f"{folder} holds files, but no {FILE}", do="choose an empty or a new --output"
             )
-        _write_first(folder, manifest)
+        text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
+        try:
+            write_whole(folder / FILE, text.encode(), replace=False)
+        except OutputError:
+            if not (folder / FILE).exists():  # else another process was first
+                raise
     there = read_manifest(folder)
     differing = difference(there, json.loads(json.dumps(manifest)))
     if differing is not None:
@@ -170,17 +173,3 @@ def _differing(name: str, theirs: Any, ours: Any) -> tuple[str, str, str] | None
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[:59] + "…"
-
-
-def _write_first(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write the manifest unless another process was first; whole in either case."""
-    draft = folder / f".{FILE}.{platform.node()}.{os.getpid()}"
-    write_whole(draft, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
-    try:
-        os.link(draft, folder / FILE)  # fails where one is, unlike a rename
-    except FileExistsError:
-        pass
-    except OSError:  # a file system without links
-        draft.replace(folder / FILE)
-    finally:
-        draft.unlink(missing_ok=True)

@@ -16,12 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sld_edge.benchmarks.evaluation.evaluator import (
-    Job,
-    Outcome,
-    Task,
-    request_from_tasks,
-)
+from sld_edge.benchmarks.evaluation.evaluator import Job, Outcome, Task, request_from_tasks
 from sld_edge.benchmarks.evaluation.manifest import claim_folder, run_manifest
 from sld_edge.benchmarks.evaluation.prompts import EvalPrompt, PromptList
 from sld_edge.benchmarks.evaluation.ray_run import outcomes_on_ray
@@ -85,10 +80,12 @@ def run(
     Raises:
         UserError: what stopped it; started again, it goes on.
     """
-    _check_work(work)
+    _check(settings, work)
     with Pipeline.load(settings.bundle, provider=settings.provider, evaluation=True) as pipeline:
         settings = replace(settings, provider=pipeline.provider)
-        hashes = _scorer_hashes(settings)
+        # All scorers are loaded, so that each works here; the manifest holds their models' hashes.
+        scorers = scorers_from_names(settings.scorers, settings.scorer_paths)
+        hashes = {scorer.name: scorer.sha256 for scorer in scorers}
         _check_requests(pipeline, settings, prompts.prompts)
         manifest = run_manifest(settings, prompts, pipeline=pipeline, scorers=hashes, choice=choice)
         small = _small(pipeline)
@@ -144,10 +141,8 @@ def _outcomes(
     if processes is None:
         processes = cores if on_cpu and small else 1
     processes = min(processes, len(jobs))
-    thread_count = None
-    if on_cpu and small:
-        thread_count = 1
-    elif on_cpu and processes > 1:
+    thread_count = 1 if on_cpu and small else None
+    if on_cpu and not small and processes > 1:
         thread_count = max(1, cores // processes)
     if work.ray is not None:
         return outcomes_on_ray(work.ray, settings, jobs, thread_count=thread_count)
@@ -170,15 +165,16 @@ def _write(
     with RowWriter(rows) as writer, bar, closing(outcomes):  # closing ends the workers
         for made in outcomes:
             for outcome in made:
-                row = outcome.row
-                for name, png in ((row.picture, outcome.png), (row.edit_map, outcome.edit_map)):
-                    if name is not None and png is not None:
-                        _write_picture(work.folder / name, png)
+                _write_picture(work.folder, outcome.row.picture, outcome.png)
+                _write_picture(work.folder, outcome.row.edit_map, outcome.edit_map)
             writer.append(outcome.row for outcome in made)
             bar.update(len(made))
 
 
-def _write_picture(path: Path, png: bytes) -> None:
+def _write_picture(folder: Path, name: str | None, png: bytes | None) -> None:
+    if name is None or png is None:
+        return
+    path = folder / name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -186,25 +182,24 @@ def _write_picture(path: Path, png: bytes) -> None:
     write_whole(path, png)
 
 
-def _check_work(work: Work) -> None:
+def _check(settings: EvalSettings, work: Work) -> None:
     if not 1 <= work.shard <= work.shards:
         raise InputError(
             "--shard", got=f"{work.shard}/{work.shards}", expected="I/N, with I from 1 to N"
         )
-    if work.processes is not None and work.processes < 1:
-        raise InputError("--processes", got=work.processes, expected="1 or more")
+    for name, value in (
+        ("--processes", work.processes),
+        ("--batch-size", settings.batch_size),
+        ("--images-per-prompt", settings.images_per_prompt),
+    ):
+        if value is not None and value < 1:
+            raise InputError(name, got=value, expected="1 or more")
 
 
 def _check_requests(
     pipeline: Pipeline, settings: EvalSettings, prompts: Sequence[EvalPrompt]
 ) -> None:
     """Refuse wrong settings before any work is done."""
-    if settings.batch_size is not None and settings.batch_size < 1:
-        raise InputError("--batch-size", got=settings.batch_size, expected="1 or more")
-    if settings.images_per_prompt < 1:
-        raise InputError(
-            "--images-per-prompt", got=settings.images_per_prompt, expected="1 or more"
-        )
     names = [setting.name for setting in settings.settings]
     if names[:1] != [PLAIN.name] or len(set(names)) < len(names):
         raise InputError("settings", got=", ".join(names), expected="plain, and others, once each")
@@ -217,12 +212,6 @@ def _check_requests(
         task = Task(prompt=prompt, image=0, missing=())
         for setting in settings.settings:
             pipeline.resolve(request_from_tasks(settings, setting, [task], concept))
-
-
-def _scorer_hashes(settings: EvalSettings) -> dict[str, str]:
-    """SHA-256 of each scorer's model, in the order asked for; each is loaded, so it works here."""
-    scorers = scorers_from_names(settings.scorers, settings.scorer_paths)
-    return {scorer.name: scorer.sha256 for scorer in scorers}
 
 
 def _small(pipeline: Pipeline) -> bool:

@@ -6,7 +6,7 @@ import multiprocessing
 import signal
 import traceback
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -17,18 +17,16 @@ from sld_edge.engines.errors import EngineError, UserError
 Answer = tuple[str, Any]
 """("outcomes", list[Outcome]), ("mistake", a UserError's line) or ("bug", a traceback)."""
 
+_held: list[tuple[EvalSettings, Evaluator]] = []  # a worker's; loading takes longer than a job
+
 
 def outcomes_here(
     settings: EvalSettings, jobs: Sequence[Job], *, thread_count: int | None
 ) -> Generator[list[Outcome], None, None]:
     """Evaluate jobs in this process, in order."""
-    with threads(thread_count):
-        evaluator = Evaluator(settings)
-        try:
-            for job in jobs:
-                yield evaluator.evaluate(job)
-        finally:
-            evaluator.close()
+    with threads(thread_count), closing(Evaluator(settings)) as evaluator:
+        for job in jobs:
+            yield evaluator.evaluate(job)
 
 
 def outcomes_of_processes(
@@ -67,15 +65,18 @@ def outcomes_of_processes(
         for connection in connections:
             connection.close()
         for worker in workers:
-            if connections:  # stopped early: what they are at is not wanted
+            if connections:  # stopped early: nobody waits for their jobs
                 worker.terminate()
             worker.join()
 
 
-def answer(evaluator: Evaluator, job: Job) -> Answer:
-    """Evaluate a job; return outcomes or an error in a form that can be sent."""
+def answer(settings: EvalSettings, thread_count: int | None, job: Job) -> Answer:
+    """Evaluate a job in a worker, whose evaluator is kept for the next job; errors are texts."""
     try:
-        return "outcomes", evaluator.evaluate(job)
+        with threads(thread_count):
+            if not _held or _held[0][0] != settings:
+                _held[:] = [(settings, Evaluator(settings))]
+            return "outcomes", _held[0][1].evaluate(job)
     except UserError as error:
         return "mistake", str(error)
     except Exception:
@@ -124,20 +125,7 @@ def _alive() -> Iterator[None]:
 
 def _serve(connection: Connection, settings: EvalSettings, thread_count: int | None) -> None:
     """Answer jobs until the other end is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one who started us decides
-    evaluator: Evaluator | None = None
-    try:
-        with threads(thread_count):
-            while True:
-                job = connection.recv()
-                try:
-                    evaluator = Evaluator(settings) if evaluator is None else evaluator
-                except UserError as error:
-                    connection.send(("mistake", str(error)))
-                    return
-                connection.send(answer(evaluator, job))
-    except (EOFError, OSError):
-        return
-    finally:
-        if evaluator is not None:
-            evaluator.close()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    with suppress(EOFError, OSError):
+        while True:
+            connection.send(answer(settings, thread_count, connection.recv()))

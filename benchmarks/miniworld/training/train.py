@@ -9,7 +9,7 @@ run goes on from. Every schedule counts steps, never time.
 import argparse
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -28,7 +28,6 @@ from sld_edge.benchmarks.miniworld.training.pictures import picture_set
 from sld_edge.benchmarks.miniworld.training.train_unet import Denoiser, train_unet
 from sld_edge.benchmarks.miniworld.training.train_vae import latents_from_pixels, psnr, train_vae
 from sld_edge.benchmarks.miniworld.training.vocabulary import write_tokenizer
-from sld_edge.benchmarks.miniworld.world import LATE_SKULL_SHARE, SKULL_SHARE
 
 _log = logging.getLogger(__name__)
 
@@ -70,8 +69,6 @@ def train(output: Path, settings: Settings) -> dict[str, float]:
         state,
         steps=settings.unet_steps,
         seed=settings.seed,
-        skull_share=SKULL_SHARE,
-        late_skull_share=LATE_SKULL_SHARE,
     )
     write_checkpoint(
         output / "checkpoint",
@@ -86,7 +83,7 @@ def train(output: Path, settings: Settings) -> dict[str, float]:
     )
     export_judge(judge, output / "judge.onnx")
     for kind, pixels in (("real", held_out.pixels), ("round_trip", decoded)):
-        answers = accuracy(judge, type(held_out)(pixels=pixels, labels=held_out.labels))
+        answers = accuracy(judge, replace(held_out, pixels=pixels))
         measured.update({f"judge_{kind}_{head}": share for head, share in answers.items()})
     text = json.dumps(measured, indent=2)
     (output / "measured.json").write_text(text + "\n", encoding="utf-8")
