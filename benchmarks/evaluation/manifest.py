@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sld_edge.benchmarks.evaluation.prompts import EvalPrompt, PromptList, prompt_from_json
-from sld_edge.benchmarks.evaluation.settings import EvalSettings, json_from_setting
+from sld_edge.benchmarks.evaluation.settings import EvalSettings
 from sld_edge.engines.errors import InputError, OutputError, one_line
 from sld_edge.engines.files import json_from_file, write_whole
 from sld_edge.runtime.pipeline import Pipeline
@@ -87,7 +87,7 @@ def run_manifest(
         "provider": pipeline.provider,
         "scorers": dict(scorers),
         "rule": text_from_rule(settings.rule),
-        "settings": [json_from_setting(setting) for setting in settings.settings],
+        "settings": [asdict(setting) for setting in settings.settings],
         "protocol": settings.protocol,
         "images_per_prompt": settings.images_per_prompt,
         "images": settings.images,

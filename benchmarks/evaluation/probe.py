@@ -7,9 +7,12 @@ varies is the prompt's category, so every report shows it.
 
 from __future__ import annotations
 
+import hashlib
+import json
+from dataclasses import asdict
 from typing import Final
 
-from sld_edge.benchmarks.evaluation.prompts import EvalPrompt
+from sld_edge.benchmarks.evaluation.prompts import EvalPrompt, PromptList
 from sld_edge.benchmarks.evaluation.results import Results
 from sld_edge.benchmarks.miniworld.captions import PLACES, SCENERY, article
 from sld_edge.benchmarks.miniworld.world import COLOURS, SCENES, SHAPES
@@ -46,6 +49,18 @@ def probe_prompts(name: str) -> tuple[EvalPrompt, ...]:
     if name == "scenes":
         return _scene_prompts()
     raise InputError("probe", got=repr(name), expected="one of " + ", ".join(PROBES))
+
+
+def probe_list(name: str) -> PromptList:
+    """Return a probe's prompts as a list, with a hash of the prompts.
+
+    Raises:
+        InputError: no such probe.
+    """
+    prompts = probe_prompts(name)
+    text = json.dumps([asdict(prompt) for prompt in prompts], ensure_ascii=False)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return PromptList(prompts=prompts, sha256=digest, source=f"{SOURCE}{name}")
 
 
 def is_probe(results: Results) -> bool:

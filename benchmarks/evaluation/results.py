@@ -27,8 +27,10 @@ from sld_edge.benchmarks.evaluation.statistics import (
 from sld_edge.engines.errors import InputError, one_line
 
 PLAIN = "plain"
+Members = np.ndarray[Any, Any]
+"""For each row the number of its prompt."""
 FORMAT, FORMAT_VERSION = "sld-edge-evaluation", 1
-# What two runs must share to stand in one table, from their manifests.
+# Traits that two runs must share to stand in one table, from their manifests.
 _SAME: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
     "detectors": lambda manifest: manifest["scorers"],
     "rule": lambda manifest: manifest["rule"],
@@ -163,41 +165,43 @@ def results_from_rows(
         )
     rows = sorted(rows, key=lambda row: (order.index(row.setting), row.prompt, row.image))
     met = {row.prompt for row in rows}
-    names = list(
-        dict.fromkeys(name for index, p in prompts.items() if index in met for name in p.categories)
+    names = dict.fromkeys(
+        name for index, p in prompts.items() if index in met for name in p.categories
     )
     plain = {(row.prompt, row.image, row.seed): row for row in rows if row.setting == PLAIN}
-    made = [name for name in order if any(row.setting == name for row in rows)]
-    summaries, hard, by_category = {}, {}, {}
-    for setting in made:
-        made_with = [row for row in rows if row.setting == setting]
-        summaries[setting] = summary_from_rows(made_with, prompts, plain)
-        marked = [row for row in made_with if prompts[row.prompt].hard]
-        some = 0 < len(marked) < len(made_with)
-        hard[setting] = summary_from_rows(marked, prompts, plain) if some else None
-        by_category[setting] = {
-            name: summary_from_rows(members, prompts, plain)
+    by_setting: dict[str, list[Row]] = {}
+    for row in rows:
+        by_setting.setdefault(row.setting, []).append(row)
+
+    def summary(members: Sequence[Row]) -> Summary:
+        return summary_from_rows(members, prompts, plain)
+
+    overall = {name: summary(members) for name, members in by_setting.items()}
+    front = _front(overall)
+    settings = []
+    for setting, members in by_setting.items():
+        hard = [row for row in members if prompts[row.prompt].hard]
+        parts = {
+            name: [row for row in members if name in prompts[row.prompt].categories]
             for name in names
-            if (members := [row for row in made_with if name in prompts[row.prompt].categories])
         }
-    front = _front(summaries)
+        settings.append(
+            SettingResults(
+                name=setting,
+                overall=overall[setting],
+                hard=summary(hard) if 0 < len(hard) < len(members) else None,
+                categories={name: summary(part) for name, part in parts.items() if part},
+                on_front=setting in front,
+            )
+        )
     return Results(
         manifest=manifest,
         model=model,
         rule=rule,
-        settings=tuple(
-            SettingResults(
-                name=name,
-                overall=summaries[name],
-                hard=hard[name],
-                categories=by_category[name],
-                on_front=name in front,
-            )
-            for name in made
-        ),
+        settings=tuple(settings),
         categories=tuple(names),
         published=published_for(model, names),
-        notes=tuple(_notes(rows, len(prompts), order, images_per_prompt)),
+        notes=tuple(_notes(rows, len(prompts) * len(order) * images_per_prompt)),
         prompts=prompts,
         rows=tuple(rows),
     )
@@ -244,9 +248,7 @@ def summary_from_rows(
     )
 
 
-def _concept_summaries(
-    rows: Sequence[Row], members: np.ndarray[Any, Any]
-) -> dict[str, ConceptSummary]:
+def _concept_summaries(rows: Sequence[Row], members: Members) -> dict[str, ConceptSummary]:
     summaries = {}
     strengths = [dict(zip(row.concepts, row.concept_strength, strict=True)) for row in rows]
     for concept in dict.fromkeys(name for row in rows for name in row.concepts):
@@ -257,7 +259,7 @@ def _concept_summaries(
     return summaries
 
 
-def _known(values: Sequence[float | None], members: np.ndarray[Any, Any]) -> Estimate | None:
+def _known(values: Sequence[float | None], members: Members) -> Estimate | None:
     """Mean of the values that are there."""
     there = np.array([value is not None for value in values])
     if not there.any():
@@ -280,10 +282,7 @@ def _front(summaries: Mapping[str, Summary]) -> set[str]:
     return {name for name, stands in zip(gains, chosen, strict=True) if stands}
 
 
-def _notes(
-    rows: Sequence[Row], prompts: int, order: Sequence[str], images_per_prompt: int
-) -> list[str]:
-    wanted = prompts * len(order) * images_per_prompt
+def _notes(rows: Sequence[Row], wanted: int) -> list[str]:
     notes = []
     if len(rows) < wanted:
         notes.append(f"Not finished: {len(rows)} of {wanted} pictures are in these figures.")
@@ -321,7 +320,6 @@ def results_from_folder(folder: Path) -> Results:
 
 def json_from_results(results: Results) -> str:
     """Return the figures as JSON, with the manifest and without prompts and rows."""
-    published = results.published
     manifest = dict(results.manifest)
     if "prompts" in manifest:
         manifest["prompts"] = {k: v for k, v in manifest["prompts"].items() if k != "list"}
@@ -332,17 +330,7 @@ def json_from_results(results: Results) -> str:
         "rule": results.rule,
         "notes": results.notes,
         "settings": [asdict(setting) for setting in results.settings],
-        "published": None
-        if published is None
-        else {
-            "source": published.source,
-            "model": published.model,
-            "overall": dict(published.overall),
-            "categories": {name: dict(row) for name, row in published.categories.items()},
-            "expected_maximum": {
-                name: asdict(spread) for name, spread in published.expected_maximum.items()
-            },
-        },
+        "published": None if results.published is None else asdict(results.published),
         "manifest": manifest,
     }
     return json.dumps(content, indent=1, allow_nan=False) + "\n"
@@ -360,11 +348,8 @@ def compare_results(folders: Sequence[Path], *, force: bool = False) -> dict[str
     runs = {str(folder): results_from_folder(folder) for folder in folders}
     (first, reference), *others = runs.items()
     for name, run in others:
-        differing = [
-            what
-            for what, trait in _SAME.items()
-            if trait(run.manifest) != trait(reference.manifest)
-        ]
+        traits = _SAME.items()
+        differing = [what for what, of in traits if of(run.manifest) != of(reference.manifest)]
         if differing and not force:
             raise InputError(
                 f"{name} and {first} do not belong in one table",

@@ -206,15 +206,11 @@ class RowWriter:
             self._stream.truncate(before)
             raise not_written(self._path, error) from error
 
-    def close(self) -> None:
-        """Close the file."""
-        self._stream.close()
-
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.close()
+        self._stream.close()
 
 
 def require_parquet() -> None:

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from sld_edge.benchmarks.evaluation import cli
 from sld_edge.benchmarks.evaluation.cli import eval_settings, main, parser, prompts_from_options
 from sld_edge.benchmarks.evaluation.manifest import read_manifest
+from sld_edge.benchmarks.evaluation.options import EvalOptions
 from sld_edge.benchmarks.evaluation.rows import read_rows
 from sld_edge.benchmarks.evaluation.settings import EvalSettings
 from sld_edge.runtime.bundle import EMBEDDED, Bundle
@@ -37,8 +37,8 @@ def only_line(capsys: pytest.CaptureFixture[str]) -> str:
     return line
 
 
-def options(*words: str) -> cli.EvalOptions:
-    return parsed(parser(), cli.EvalOptions, words)
+def options(*words: str) -> EvalOptions:
+    return parsed(parser(), EvalOptions, words)
 
 
 def settings(*words: str) -> EvalSettings:
