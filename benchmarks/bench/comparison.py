@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sld_edge.benchmarks.bench.child import run_child
 from sld_edge.benchmarks.bench.figures import Samples, known
 from sld_edge.benchmarks.bench.options import BenchOptions
 from sld_edge.benchmarks.bench.peers import (
@@ -24,13 +23,7 @@ from sld_edge.benchmarks.bench.peers import (
     pythons_from_options,
 )
 from sld_edge.benchmarks.bench.report import Report, counted, ratio_cell, ratio_chart
-from sld_edge.benchmarks.bench.runs import (
-    OUR_WORKER,
-    PROMPT,
-    Run,
-    interleaved,
-    run_from_outcome,
-)
+from sld_edge.benchmarks.bench.runs import PROMPT, Run, interleaved, run_from_outcome, run_ours
 from sld_edge.benchmarks.bench.summary import Ratio, digits, median_of_rounds, ratio
 from sld_edge.benchmarks.bench.worker import Task
 from sld_edge.benchmarks.tables import Table
@@ -105,7 +98,7 @@ def compare_peers(
         watch(side.name)
         if run.round >= 0:
             runs.append(run)
-    ratios = {side.name: ratios_of(runs, ours, side) for ours, side in pairs}
+    ratios = {side.name: _ratios(runs, ours, side) for ours, side in pairs}
     pictures = {
         side.name: difference(runner.picture(ours), runner.picture(side))
         for ours, side in pairs
@@ -149,7 +142,7 @@ def compare_peers(
     )
 
 
-def ratios_of(runs: Sequence[Run], ours: Contender, theirs: Contender) -> dict[str, Ratio]:
+def _ratios(runs: Sequence[Run], ours: Contender, theirs: Contender) -> dict[str, Ratio]:
     """Return ours / theirs of every figure that both sides have."""
     ratios = {}
     for name, samples in FIGURES.items():
@@ -239,14 +232,9 @@ class _Runner:
             seed=SEED,
             picture=str(self.picture(side)),
         )
-        outcome = run_child(
-            [sys.executable, "-m", OUR_WORKER],
-            asdict(task),
-            name=side.name,
-            environment=_environment(self.threads),
-        )
+        outcome = run_ours(task, side.name, _environment(self.threads))
         run = run_from_outcome(outcome, name=side.name, batch=1, number=number)
-        # As the peers' are: from the end of a step to the end of the next.
+        # A step of a peer is timed from the end of the step before it; ours too here.
         ends = pairwise(outcome.answer["step_ends"])
         return replace(run, steps_s=[after - before for before, after in ends])
 
