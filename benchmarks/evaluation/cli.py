@@ -14,7 +14,7 @@ from sld_edge.benchmarks.evaluation.options import (
 )
 from sld_edge.benchmarks.evaluation.probe import probe_list
 from sld_edge.benchmarks.evaluation.prompts import PromptList, chosen, fitted_sizes, read_prompts
-from sld_edge.benchmarks.evaluation.rows import Row, read_rows, require_parquet, write_parquet
+from sld_edge.benchmarks.evaluation.rows import Row, read_rows
 from sld_edge.benchmarks.evaluation.settings import (
     DEFAULT_SAFETY,
     OFFICIAL_GUIDANCE_SCALE,
@@ -33,8 +33,6 @@ from sld_edge.runtime.manifest import Manifest
 from sld_edge.runtime.safety import NO_EFFECT_BELOW
 from sld_edge.runtime.samplers import sampler_table
 from sld_edge.runtime.scorers import Rule, rule_for, rule_from_text, split_paths, text_from_rule
-
-PARQUET = "rows.parquet"
 
 _EXAMPLES = """\
 examples:
@@ -80,9 +78,6 @@ def _run(options: EvalOptions) -> None:
     from sld_edge.benchmarks.evaluation.run import Work, run
     from sld_edge.benchmarks.evaluation.write import write_results
 
-    if options.parquet:  # now, not after hours
-        require_parquet()
-
     def say(line: str) -> None:
         if not options.quiet:
             print(line, file=sys.stderr)
@@ -109,9 +104,6 @@ def _run(options: EvalOptions) -> None:
         say(f"shard {shard} of {shards} is done; the last one to end writes the report")
         return
     write_results(options.output, say=print)
-    if options.parquet:
-        write_parquet(rows, options.output / PARQUET)
-        print(options.output / PARQUET)
 
 
 def _without_effect(settings: EvalSettings, rows: Sequence[Row]) -> Iterator[str]:

@@ -93,7 +93,6 @@ class EvalOptions:
         "HOW",
         default="blur",
     )
-    parquet: bool = flag("write rows.parquet too (extra: eval)")
 
     provider: str = provider_option("machine")
     batch_size: int | None = batch_size_option()

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
-import io
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from types import UnionType
 from typing import Any, Self, get_args, get_origin, get_type_hints
 
-from sld_edge.engines.errors import InputError, MissingPackageError, OutputError
-from sld_edge.engines.files import write_whole
+from sld_edge.engines.errors import InputError, OutputError
 from sld_edge.engines.staging import hold, locked
 
 PATTERN = "rows-*.jsonl"
@@ -211,36 +208,6 @@ class RowWriter:
 
     def __exit__(self, *exc: object) -> None:
         self._stream.close()
-
-
-def require_parquet() -> None:
-    """Say how to install what `write_parquet` needs, where it is missing.
-
-    Raises:
-        MissingPackageError: no pyarrow.
-    """
-    if importlib.util.find_spec("pyarrow") is None:
-        raise MissingPackageError("pyarrow", extra="eval", why="--parquet")
-
-
-def write_parquet(rows: Sequence[Row], path: Path) -> None:
-    """Write rows as a Parquet table, a column a field and a column a score.
-
-    Raises:
-        MissingPackageError: no pyarrow.
-        OutputError: it cannot be written.
-    """
-    require_parquet()
-    import pyarrow
-    from pyarrow import parquet
-
-    plain = [column.name for column in fields(Row) if column.name != "scores"]
-    columns = {name: [getattr(row, name) for row in rows] for name in plain}
-    for key in sorted({key for row in rows for key in row.scores}):
-        columns[key] = [row.scores.get(key) for row in rows]
-    stream = io.BytesIO()
-    parquet.write_table(pyarrow.table(columns), stream)
-    write_whole(path, stream.getvalue())
 
 
 def not_written(path: Path, error: OSError) -> OutputError:

@@ -8,14 +8,12 @@ import os
 from pathlib import Path
 
 import pytest
-from pyarrow import parquet
 
 from sld_edge.benchmarks.evaluation.rows import (
     Row,
     RowWriter,
     json_from_row,
     read_rows,
-    write_parquet,
 )
 from sld_edge.engines.errors import InputError, OutputError
 
@@ -127,14 +125,3 @@ def test_one_picture_twice_is_refused(tmp_path: Path) -> None:
     (tmp_path / "rows-2-of-2.jsonl").write_text(json_from_row(row(seed=3)) + "\n")
     with pytest.raises(InputError, match="line 1 .* second row of \\('plain', 0, 0\\)"):
         read_rows(tmp_path)
-
-
-def test_parquet_holds_every_field_and_score(tmp_path: Path) -> None:
-    rows = [row(), row(image=1, scores={"c.d": 1.0}, adherent=True)]
-    write_parquet(rows, tmp_path / "rows.parquet")
-    table = parquet.read_table(tmp_path / "rows.parquet").to_pydict()
-    assert table["seed"] == [2**32 - 1] * 2
-    assert table["a.b"] == [0.1 + 0.2, None]
-    assert table["c.d"] == [None, 1.0]
-    assert table["adherent"] == [None, True]
-    assert table["share"] == [[0.0, 0.25]] * 2
