@@ -109,7 +109,7 @@ def compare_peers(
     for figure in FIGURES:
         measured = {name: by[figure] for name, by in ratios.items() if figure in by}
         if measured:
-            charts.append((f"{figure}: ours to theirs", ratio_chart("ours to theirs", measured)))
+            charts.append(ratio_chart(f"{figure}: ours to theirs", measured))
     return Report(
         title=f"{runner.manifest.model.id} beside its peers, {runner.size} px, "
         f"{runner.steps} steps",

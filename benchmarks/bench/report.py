@@ -22,6 +22,9 @@ RESULTS, REPORT, PAGE = "results.json", "report.md", "report.html"
 _FORMAT, _FORMAT_VERSION = "sld-bench", 1
 _GIB = 2**30
 
+Chart = tuple[str, Html]
+"""A caption and an SVG."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
@@ -31,7 +34,7 @@ class Report:
         title: the heading.
         notes: remarks for the reader, without a full stop.
         tables: in order.
-        charts: a caption and an SVG each.
+        charts: in order.
         body: what results.json holds beside conditions and notes.
         versions: versions of packages that the conditions do not name.
     """
@@ -39,7 +42,7 @@ class Report:
     title: str
     notes: Sequence[str]
     tables: Sequence[Table]
-    charts: Sequence[tuple[str, Html]]
+    charts: Sequence[Chart]
     body: Mapping[str, Any]
     versions: Mapping[str, str]
 
@@ -54,20 +57,10 @@ def write_report(report: Report, folder: Path, machine: Mapping[str, Any]) -> No
     lines = [{"condition": name, "value": text} for name, text in condition_lines(machine)]
     tables = [*report.tables, Table(title="Conditions", rows=lines)]
     notes = [f"{note}." for note in report.notes]
-    whole = {
-        "format": _FORMAT,
-        "format_version": _FORMAT_VERSION,
-        "conditions": machine,
-        "notes": report.notes,
-        **report.body,
-    }
-    text = "\n\n".join(
-        [
-            f"# {report.title}",
-            *(f"Note: {note}" for note in notes),
-            *(table.markdown() for table in tables),
-        ]
-    )
+    whole = {"format": _FORMAT, "format_version": _FORMAT_VERSION, **report.body}
+    whole |= {"conditions": machine, "notes": report.notes}
+    head = [f"# {report.title}", *(f"Note: {note}" for note in notes)]
+    text = "\n\n".join([*head, *(table.markdown() for table in tables)])
     charts = [
         tag("figure", tag("figcaption", caption), svg, class_="chart")
         for caption, svg in report.charts
@@ -121,10 +114,10 @@ def ratio_cell(value: Ratio | None) -> Cell:
     return Cell(f"{value.value:.3f}", (spread,), value=value.value)
 
 
-def ratio_chart(title: str, ratios: Mapping[str, Ratio]) -> Html:
+def ratio_chart(title: str, ratios: Mapping[str, Ratio]) -> Chart:
     """Return bars of ratios with their spread."""
-    groups = [BarGroup(label=name, bars=[_spread(value)]) for name, value in ratios.items()]
-    return bar_chart(title=title, series=((title, 2),), groups=groups, form=_short)
+    groups = {name: [_spread(value)] for name, value in ratios.items()}
+    return _bars(title, (("ours to theirs", 2),), groups)
 
 
 def counted(number: int, noun: str) -> str:
@@ -157,24 +150,20 @@ def _safety_table(settings: BenchSettings, figures: Figures) -> Table:
 
 def _stages_table(settings: BenchSettings, figures: Figures) -> Table:
     first = digits(figures.first_start_s)
-    names = ("median", "p90", "p99", "lowest", "highest")
+    rows = [
+        {
+            "stage": "first start ever to ready",
+            "samples": "1",
+            **dict.fromkeys(("median", "p90", "p99", "lowest", "highest"), first),
+            **dict.fromkeys(("p90", "p99"), "-"),
+        }
+    ]
+    for stage, one in figures.stages.items():
+        numbers = {k: digits(v) for k, v in asdict(one).items() if k != "count"}
+        rows.append({"stage": stage, "samples": str(one.count), **numbers})
     return Table(
         title=f"Seconds, safety {settings.reference}",
-        rows=[
-            {
-                "stage": "first start ever to ready",
-                "samples": "1",
-                **{name: "-" if name.startswith("p") else first for name in names},
-            },
-            *(
-                {
-                    "stage": stage,
-                    "samples": str(one.count),
-                    **{name: digits(getattr(one, name)) for name in names},
-                }
-                for stage, one in figures.stages.items()
-            ),
-        ],
+        rows=rows,
         note="The first start ever prepares the graphs for this machine and keeps them.",
     )
 
@@ -213,62 +202,42 @@ def _batches_table(settings: BenchSettings, figures: Figures) -> Table:
     )
 
 
-def _bundle_charts(figures: Figures) -> list[tuple[str, Html]]:
-    price = bar_chart(
-        title="Price of safety, as ratios to off",
-        series=(("a step", 2), ("a picture", 1), ("peak memory", 3)),
-        groups=[
-            BarGroup(
-                label=one.name,
-                bars=[_spread(one.step_ratio), _spread(one.image_ratio), _spread(one.peak_ratio)],
-            )
-            for one in figures.safety
-        ],
-        form=_short,
-    )
-    calls = line_chart(
-        title="Seconds of each step",
-        lines=[
-            Line(name=one.name, values=one.calls, colour=index)
-            for index, one in enumerate(figures.safety)
-        ],
-        x_title="step",
-        form=_short,
-    )
-    memory = bar_chart(
-        title="Memory by phase, GiB",
-        series=(("peak", 2), ("anonymous", 1), ("mapped", 0)),
-        groups=[
-            BarGroup(label=one.name, bars=list(map(_held, (one.peak, one.anonymous, one.mapped))))
-            for one in figures.phases
-        ],
-        form=_short,
-    )
-    rates = bar_chart(
-        title="Pictures a second",
-        series=(("pictures a second", 3),),
-        groups=[
-            BarGroup(
-                label=f"{one.batch} at once",
-                bars=[
-                    Estimate(
-                        value=one.pictures_per_s,
-                        low=one.batch / one.batch_s.highest,
-                        high=one.batch / one.batch_s.lowest,
-                    )
-                ],
-            )
-            for one in figures.batches
-        ],
-        form=_short,
-    )
-    known = all(one.peak is not None for one in figures.phases)
-    return [
-        ("The price of safety, as ratios to off", price),
-        ("Seconds of each step", calls),
-        *([("Memory by phase, GiB", memory)] if known else []),
-        ("Pictures a second, by how many are made at once", rates),
+def _bundle_charts(figures: Figures) -> list[Chart]:
+    price = {
+        one.name: [_spread(one.step_ratio), _spread(one.image_ratio), _spread(one.peak_ratio)]
+        for one in figures.safety
+    }
+    lines = [
+        Line(name=one.name, values=one.calls, colour=index)
+        for index, one in enumerate(figures.safety)
     ]
+    calls = line_chart(title="Seconds of each step", lines=lines, x_title="step", form=_short)
+    memory = {
+        one.name: [_held(one.peak), _held(one.anonymous), _held(one.mapped)]
+        for one in figures.phases
+        if one.peak is not None
+    }
+    rates: dict[str, list[Estimate | None]] = {}
+    for one in figures.batches:
+        low, high = one.batch / one.batch_s.highest, one.batch / one.batch_s.lowest
+        rates[f"{one.batch} at once"] = [Estimate(value=one.pictures_per_s, low=low, high=high)]
+    kinds = (("a step", 2), ("a picture", 1), ("peak memory", 3))
+    parts = (("peak", 2), ("anonymous", 1), ("mapped", 0))
+    return [
+        _bars("Price of safety, as ratios to off", kinds, price),
+        ("Seconds of each step", calls),
+        *([_bars("Memory by phase, GiB", parts, memory)] if memory else []),
+        _bars("Pictures a second", (("pictures a second", 3),), rates),
+    ]
+
+
+def _bars(
+    title: str,
+    series: Sequence[tuple[str, int]],
+    groups: Mapping[str, Sequence[Estimate | None]],
+) -> Chart:
+    labelled = [BarGroup(label=label, bars=bars) for label, bars in groups.items()]
+    return title, bar_chart(title=title, series=series, groups=labelled, form=_short)
 
 
 def _gib(value: float | None) -> str:

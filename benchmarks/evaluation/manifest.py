@@ -18,7 +18,7 @@ from sld_edge.runtime.scorers import text_from_rule
 
 FILE = "manifest.json"
 FORMAT, FORMAT_VERSION = "sld-edge-evaluation-run", 1
-# What may differ between machines that work on one folder; everything else must be the same.
+# May differ between machines that work on one folder; everything else must be the same.
 _OF_THE_MACHINE = ("device", "versions")
 
 
@@ -26,7 +26,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Read a results folder's manifest.
 
     Raises:
-        InputError: none there, or not one.
+        InputError: the file is not there, or is not a manifest.
     """
     path = folder / FILE
     if not path.exists():
@@ -113,8 +113,9 @@ def claim_folder(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Make a results folder for a run, or go on with the folder of the same run.
 
     Raises:
-        InputError: the folder is another run's (what differs is named), or holds other things.
-        OutputError: it cannot be written.
+        InputError: the folder is another run's (the first difference is named), or holds other
+            files.
+        OutputError: the manifest cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -131,8 +132,11 @@ def claim_folder(folder: Path, manifest: Mapping[str, Any]) -> None:
         except OutputError:
             if not (folder / FILE).exists():  # else another process was first
                 raise
-    there = read_manifest(folder)
-    differing = difference(there, json.loads(json.dumps(manifest)))
+    there, here = (
+        {name: value for name, value in body.items() if name not in _OF_THE_MACHINE}
+        for body in (read_manifest(folder), json.loads(json.dumps(manifest)))
+    )
+    differing = _differing("", there, here)
     if differing is not None:
         name, theirs, ours = differing
         raise InputError(
@@ -143,19 +147,8 @@ def claim_folder(folder: Path, manifest: Mapping[str, Any]) -> None:
         )
 
 
-def difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> tuple[str, str, str] | None:
-    """Return the first difference: its name, their value and ours; None if there is none.
-
-    What belongs to the machine, its device and its packages, may differ.
-    """
-    a, b = (
-        {name: value for name, value in body.items() if name not in _OF_THE_MACHINE}
-        for body in (theirs, ours)
-    )
-    return _differing("", a, b)
-
-
 def _differing(name: str, theirs: Any, ours: Any) -> tuple[str, str, str] | None:
+    """Return the first difference: its name, their value and ours; None if there is none."""
     if theirs == ours:
         return None
     inner: list[tuple[str, Any, Any]] = []

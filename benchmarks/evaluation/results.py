@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from sld_edge.benchmarks.evaluation.manifest import prompts_from_manifest, read_
 from sld_edge.benchmarks.evaluation.prompts import EvalPrompt
 from sld_edge.benchmarks.evaluation.published import Published, published_for
 from sld_edge.benchmarks.evaluation.rows import Row, read_rows
+from sld_edge.benchmarks.evaluation.settings import PLAIN as PLAIN_SETTING
 from sld_edge.benchmarks.evaluation.statistics import (
     Estimate,
     Spread,
@@ -26,10 +28,10 @@ from sld_edge.benchmarks.evaluation.statistics import (
 )
 from sld_edge.engines.errors import InputError, one_line
 
-PLAIN = "plain"
+PLAIN = PLAIN_SETTING.name
+FORMAT, FORMAT_VERSION = "sld-edge-evaluation", 1
 Members = np.ndarray[Any, Any]
 """For each row the number of its prompt."""
-FORMAT, FORMAT_VERSION = "sld-edge-evaluation", 1
 # Traits that two runs must share to stand in one table, from their manifests.
 _SAME: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
     "detectors": lambda manifest: manifest["scorers"],
@@ -44,8 +46,8 @@ class ConceptSummary:
     """How strongly safety steered away from one concept.
 
     Attributes:
-        strength: mean over pictures and calls of the concept's own edit.
-        strongest: share of the pictures in which no other concept's was stronger.
+        strength: of the concept's own edit, mean over pictures and calls.
+        strongest: share of the pictures in which no other concept was stronger.
     """
 
     strength: Estimate
@@ -54,7 +56,7 @@ class ConceptSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """What a setting did on a group of pictures. Intervals are over prompts, 95 %.
+    """The figures of a setting on a group of pictures. Intervals are over prompts, 95 %.
 
     Attributes:
         prompts: distinct prompts.
@@ -63,12 +65,12 @@ class Summary:
         expected_maximum: highest percentage of flagged pictures among 25 prompts, expected.
         difference: flagged share minus plain's, on the same prompts and seeds; None for plain.
         p: exact McNemar test of that difference; None for plain.
-        adherence: share of pictures that show what was asked for; None where no scorer says.
+        adherence: share of pictures that follow the prompt; None without a scorer of it.
         change: mean pixel difference to plain's picture, 0 to 1; None where there is none.
         seconds: mean per picture.
         scores: mean of each score.
         share: mean per UNet call of the latent's share that safety edited.
-        strength: mean per UNet call of the edit's norm relative to the guided prediction's.
+        strength: mean per UNet call of the edit's norm, relative to the guided prediction's.
         concepts: the safety concepts, in the order of the command line; none with safety off.
     """
 
@@ -88,7 +90,7 @@ class Summary:
 
     @property
     def gain(self) -> Estimate | None:
-        """The measure that safety costs: adherence, or else CLIP's score."""
+        """The measure that safety lowers: adherence, or else CLIP's score."""
         return self.adherence if self.adherence is not None else self.scores.get("clip-score")
 
 
@@ -119,8 +121,8 @@ class Results:
         manifest: the run's manifest, as it was written.
         model: the bundle's model id.
         rule: when a picture is flagged, in words.
-        settings: in the order that was asked for.
-        categories: names, in the prompt list's order, of those that have pictures.
+        settings: in the manifest's order.
+        categories: names of categories with pictures, in the prompt list's order.
         published: figures of the paper, where they are comparable.
         notes: for the reader, such as missing pictures.
         prompts: the prompts by index.
@@ -173,9 +175,7 @@ def results_from_rows(
     for row in rows:
         by_setting.setdefault(row.setting, []).append(row)
 
-    def summary(members: Sequence[Row]) -> Summary:
-        return summary_from_rows(members, prompts, plain)
-
+    summary = partial(_summary, prompts=prompts, plain=plain)
     overall = {name: summary(members) for name, members in by_setting.items()}
     front = _front(overall)
     settings = []
@@ -207,14 +207,14 @@ def results_from_rows(
     )
 
 
-def summary_from_rows(
+def _summary(
     rows: Sequence[Row],
     prompts: Mapping[int, EvalPrompt],
     plain: Mapping[tuple[int, int, int], Row],
 ) -> Summary:
     """Summarise one setting's rows; `plain` by prompt, image and seed.
 
-    Rows whose prompts have the same text are the same prompt's, as I2P counts them.
+    Prompts with the same text are one prompt, as I2P counts them.
     """
     texts = [prompts[row.prompt].text for row in rows]
     flags = np.array([row.flagged for row in rows])
@@ -227,6 +227,10 @@ def summary_from_rows(
         and (other := plain.get((row.prompt, row.image, row.seed))) is not None
     ]
     ours, theirs, paired = ([pair[k] for pair in pairs] for k in range(3))
+    scores = {
+        name: _known([row.scores.get(name) for row in rows], members)
+        for name in sorted({name for row in rows for name in row.scores})
+    }
     return Summary(
         prompts=len(percentages),
         pictures=len(rows),
@@ -237,11 +241,7 @@ def summary_from_rows(
         adherence=_known([row.adherent for row in rows], members),
         change=_known([row.change for row in rows], members),
         seconds=float(np.mean([row.seconds for row in rows])),
-        scores={
-            name: estimate
-            for name in sorted({name for row in rows for name in row.scores})
-            if (estimate := _known([row.scores.get(name) for row in rows], members)) is not None
-        },
+        scores={name: score for name, score in scores.items() if score is not None},
         share=_curve([row.share for row in rows]),
         strength=_curve([row.strength for row in rows]),
         concepts=_concept_summaries(rows, members),
@@ -260,7 +260,7 @@ def _concept_summaries(rows: Sequence[Row], members: Members) -> dict[str, Conce
 
 
 def _known(values: Sequence[float | None], members: Members) -> Estimate | None:
-    """Mean of the values that are there."""
+    """Mean of the known values."""
     there = np.array([value is not None for value in values])
     if not there.any():
         return None
@@ -276,10 +276,9 @@ def _curve(runs: Sequence[Sequence[float]]) -> tuple[float, ...]:
 
 def _front(summaries: Mapping[str, Summary]) -> set[str]:
     """Settings that no other beats in flagged share and in adherence."""
-    gains = {name: s.gain.value for name, s in summaries.items() if s.gain is not None}
-    costs = [summaries[name].flagged.value for name in gains]
-    chosen = pareto_front(costs, list(gains.values()))
-    return {name for name, stands in zip(gains, chosen, strict=True) if stands}
+    known = [(name, s.flagged.value, s.gain.value) for name, s in summaries.items() if s.gain]
+    chosen = pareto_front([cost for _, cost, _ in known], [gain for _, _, gain in known])
+    return {name for (name, _, _), stands in zip(known, chosen, strict=True) if stands}
 
 
 def _notes(rows: Sequence[Row], wanted: int) -> list[str]:
@@ -337,7 +336,7 @@ def json_from_results(results: Results) -> str:
 
 
 def compare_results(folders: Sequence[Path], *, force: bool = False) -> dict[str, Results]:
-    """Read several runs for one table (`report_md.comparison_table`), by their folders' names.
+    """Read several runs for one table (`comparison_table`), by their folders' names.
 
     Raises:
         InputError: runs that differ in detectors, rule, prompts or protocol, unless forced; fewer

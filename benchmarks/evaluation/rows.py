@@ -30,18 +30,18 @@ class Row:
         seed: of the starting noise.
         scores: by "scorer.score".
         flagged: whether the run's rule flags it.
-        adherent: whether it shows what was asked for; None where no scorer says.
+        adherent: whether it follows the prompt; None without a scorer of it.
         change: mean difference to plain's picture of the same prompt and seed, 0 to 1.
         share: per UNet call, share of the latent that safety edited, 0 to 1.
         strength: per UNet call, norm of the edit relative to that of the guided prediction.
-        seconds: it took, its share of a batch.
+        seconds: to make it, its share of a batch.
         picture: the file within the results folder; None where pictures are thrown away.
-        edit_map: the file of where safety acted, grey, at the latent's resolution; None where it
-            did nothing or nothing is kept.
+        edit_map: the file of the edit map, grey, at the latent's resolution; None where safety
+            did nothing or no picture is kept.
         edit_map_max: the edit map's largest value, which the file shows as white.
-        concepts: texts that safety steered away from; none with safety off.
-        concept_strength: per concept, mean over the calls of its own edit's strength.
-        strongest_concept: the concept with the strongest edit; None if none acted.
+        concepts: texts that safety steered away from; empty with safety off.
+        concept_strength: per concept, strength of its own edit, mean over the calls.
+        strongest_concept: the concept with the strongest edit; None if no concept acted.
 
     The last five are missing from rows of older versions.
     """
@@ -76,7 +76,7 @@ def json_from_row(row: Row) -> str:
 
 
 def row_from_json(line: str) -> Row:
-    """Read what `json_from_row` wrote.
+    """Read a line of `json_from_row`.
 
     Raises:
         ValueError: not a row.
@@ -99,7 +99,7 @@ def row_from_json(line: str) -> Row:
 def read_rows(folder: Path) -> list[Row]:
     """Read a results folder's rows, of all shards, sorted by prompt, picture and setting.
 
-    A last line without an end was cut off by a stop and is left out.
+    A last line without an end is left out: a stop cut it off.
 
     Raises:
         InputError: a line that is not a row, or one picture twice.
@@ -127,11 +127,11 @@ def read_rows(folder: Path) -> list[Row]:
 def locked_shard(folder: Path, shard: int, shards: int) -> Iterator[Path]:
     """Give the file of a shard's rows, from 1 to `shards`, for this process alone.
 
-    The file is locked while the block runs; the lock ends with the process, however that dies.
+    The file is locked while the block runs; the lock ends with the process, however it dies.
 
     Raises:
-        InputError: another process holds it, or works with another number of shards.
-        OutputError: it cannot be written.
+        InputError: another process holds the file, or works with another number of shards.
+        OutputError: the file cannot be written.
     """
     path = folder / f"rows-{shard}-of-{shards}.jsonl"
     try:
@@ -172,10 +172,10 @@ class RowWriter:
     """Appends rows to one shard's file, on the disk when `append` returns."""
 
     def __init__(self, path: Path) -> None:
-        """Open the file, dropping a last line that a stop cut off.
+        """Open the file; a last line that a stop cut off is removed.
 
         Raises:
-            OutputError: it cannot be written.
+            OutputError: the file cannot be written.
         """
         self._path = path
         try:
@@ -190,14 +190,13 @@ class RowWriter:
         """Write rows, all of them or none.
 
         Raises:
-            OutputError: they cannot be written, the disk being full for example.
+            OutputError: the rows cannot be written, for example because the disk is full.
         """
         data = "".join(json_from_row(row) + "\n" for row in rows).encode()
         before = self._stream.seek(0, os.SEEK_END)
         try:
-            written = 0
-            while written < len(data):
-                written += self._stream.write(data[written:])
+            while data:
+                data = data[self._stream.write(data) :]
             os.fsync(self._stream.fileno())
         except OSError as error:
             self._stream.truncate(before)

@@ -84,9 +84,8 @@ def label(picture: Picture, *, skull: bool) -> tuple[int, int, int, int]:
 def exam(count: int, seed: int, *, faded_share: float = 0.0) -> Exam:
     """Draw fresh pictures; some skulls are faded, and count from an opacity above one half."""
     rng = np.random.default_rng([seed, 3])
-    pixels = np.empty((count, 64, 64, 3), dtype=np.uint8)
-    labels = np.empty((count, 4), dtype=np.int64)
-    for index, picture in enumerate(pictures_at_random(count, seed)):
+    pixels, labels = [], []
+    for picture in pictures_at_random(count, seed):
         skull = picture.skull
         drawn = pixels_from_picture(picture)
         if skull and rng.random() < faded_share:
@@ -94,8 +93,9 @@ def exam(count: int, seed: int, *, faded_share: float = 0.0) -> Exam:
             skull = opacity > 0.5
             bare = pixels_from_picture(replace(picture, skull=False)).astype(np.float32)
             drawn = (bare + opacity * (drawn - bare)).round().astype(np.uint8)
-        pixels[index], labels[index] = drawn, label(picture, skull=skull)
-    return Exam(pixels=pixels, labels=labels)
+        pixels.append(drawn)
+        labels.append(label(picture, skull=skull))
+    return Exam(pixels=np.stack(pixels), labels=np.array(labels, np.int64))
 
 
 def round_trip(vae: AutoencoderKL, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -49,15 +49,15 @@ def train(output: Path, settings: Settings) -> dict[str, float]:
     state = output / "state"
     state.mkdir(parents=True, exist_ok=True)
     measured: dict[str, float] = {}
-    training = picture_set(settings.pictures, settings.seed)
-    vae = train_vae(training.pixels, state, steps=settings.vae_steps, seed=settings.seed)
+    pictures, pixels = picture_set(settings.pictures, settings.seed)
+    vae = train_vae(pixels, state, steps=settings.vae_steps, seed=settings.seed)
     held_out = exam(1_000, settings.seed + 1)
     decoded = round_trip(vae, held_out.pixels)
     measured["vae_psnr_db"] = psnr(held_out.pixels, decoded)
 
     latents_path = state / "latents.pt"
     if not latents_path.exists():
-        torch.save(latents_from_pixels(vae, training.pixels), latents_path)
+        torch.save(latents_from_pixels(vae, pixels), latents_path)
     latents = torch.load(latents_path, weights_only=True)
     scaling_factor = round(1 / float(latents.std()), 6)
     write_tokenizer(state / "tokenizer", tokens=TOKENS)
@@ -65,7 +65,7 @@ def train(output: Path, settings: Settings) -> dict[str, float]:
     train_unet(
         denoiser,
         latents * scaling_factor,
-        training.pictures,
+        pictures,
         state,
         steps=settings.unet_steps,
         seed=settings.seed,
@@ -82,8 +82,8 @@ def train(output: Path, settings: Settings) -> dict[str, float]:
         vae, state, pool=settings.judge_pool, steps=settings.judge_steps, seed=settings.seed + 2
     )
     export_judge(judge, output / "judge.onnx")
-    for kind, pixels in (("real", held_out.pixels), ("round_trip", decoded)):
-        answers = accuracy(judge, replace(held_out, pixels=pixels))
+    for kind, shown in (("real", held_out.pixels), ("round_trip", decoded)):
+        answers = accuracy(judge, replace(held_out, pixels=shown))
         measured.update({f"judge_{kind}_{head}": share for head, share in answers.items()})
     text = json.dumps(measured, indent=2)
     (output / "measured.json").write_text(text + "\n", encoding="utf-8")
