@@ -19,7 +19,7 @@ class Cell:
     Attributes:
         text: plain text; empty where nothing is known.
         more: texts after it: in small type, or in Markdown the first one in brackets.
-        value: what a click on the column's head sorts by; None sorts by the text.
+        value: the key for sorting by a click on the column's head; None sorts by the text.
         strong: in bold type.
     """
 
@@ -42,7 +42,7 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """What the cell is sorted by."""
+        """The key for sorting."""
         return self.text if self.value is None else str(self.value)
 
 

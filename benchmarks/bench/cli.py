@@ -84,7 +84,7 @@ def _run(options: BenchOptions) -> None:
 
 
 def _check(options: BenchOptions) -> None:
-    """Refuse what cannot be done, and a folder that has results, before hours of work."""
+    """Refuse wrong options, and a folder that has results, before hours of work."""
     folder = options.output
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is not a directory", do="choose another name")
@@ -109,7 +109,7 @@ def _check(options: BenchOptions) -> None:
 
 
 def bench_settings(options: BenchOptions) -> BenchSettings:
-    """Return what is measured, every default resolved against the bundle.
+    """Return the settings of a measurement, every default resolved against the bundle.
 
     Raises:
         InputError: an option that cannot be honoured.

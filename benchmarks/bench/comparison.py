@@ -197,11 +197,11 @@ class _Runner:
     """What every side is measured with; `models` are the peers' own forms of the weights."""
 
     checkpoint: Path
+    folder: Path
     bundle: Path
     manifest: Manifest
     peers: Sequence[Installed]
     models: Mapping[str, Path]
-    folder: Path
     size: int
     steps: int
     threads: int
@@ -283,11 +283,11 @@ def _runner(options: BenchOptions) -> tuple[_Runner, list[str]]:
     }
     runner = _Runner(
         checkpoint=checkpoint,
+        folder=folder,
         bundle=bundle,
         manifest=manifest,
         peers=peers,
         models=models,
-        folder=folder,
         size=size,
         steps=steps,
         threads=options.threads if options.threads is not None else os.cpu_count() or 1,

@@ -1,4 +1,4 @@
-"""The peers, the packages that they need, and whether those are installed here."""
+"""The peers, the packages that they need, and which peers are installed here."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class Report:
         notes: remarks for the reader, without a full stop.
         tables: in order.
         charts: in order.
-        body: what results.json holds beside conditions and notes.
+        body: the content of results.json beside conditions and notes.
         versions: versions of packages that the conditions do not name.
     """
 

@@ -27,13 +27,13 @@ from sld_edge.runtime.scorers import (
     scorers_from_names,
 )
 
-_SEEDS_PER_PROMPT = 1000  # so that a prompt's seeds do not move with the number of pictures
+_SEEDS_PER_PROMPT = 1000  # fixed, so that seeds do not depend on the number of pictures
 _ADHERENCE = "miniworld.adherence"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One prompt's picture number `image`, and the settings whose row is missing."""
+    """Picture number `image` of a prompt, and the settings without a row of it."""
 
     prompt: EvalPrompt
     image: int
@@ -41,12 +41,12 @@ class Task:
 
 
 Job = tuple[Task, ...]
-"""Tasks of one size, whose pictures are made together."""
+"""Tasks with pictures of one size, which are made together."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """A row, with picture and edit map as PNGs, None where none is kept."""
+    """A row, with picture and edit map as PNGs; None where the run keeps none."""
 
     row: Row
     png: bytes | None
@@ -72,7 +72,7 @@ class Evaluator:
         """Load both.
 
         Raises:
-            UserError: what is missing or damaged.
+            UserError: a file is missing or damaged.
         """
         self._settings = settings
         self._pipeline = Pipeline.load(settings.bundle, provider=settings.provider, evaluation=True)
@@ -82,10 +82,10 @@ class Evaluator:
     def evaluate(self, job: Job) -> list[Outcome]:
         """Make and score a job's missing pictures: plain first, the others with the same seeds.
 
-        Plain's is made even where its row is there: it is what a picture's change is measured from.
+        The plain picture is made even where its row exists: change is measured from it.
 
         Raises:
-            UserError: a picture that cannot be made, or a scorer that cannot judge it.
+            UserError: a picture cannot be made, or a scorer cannot judge it.
         """
         plain = dict(zip(job, self._make(PLAIN, job), strict=True))
         outcomes = []
@@ -164,7 +164,7 @@ def request_from_tasks(
 ) -> Request:
     """Return the pipeline's request for tasks of one size; `concept` is the bundle's.
 
-    Several concepts are joined where they stand as a negative prompt.
+    A negative prompt holds all concepts, joined by commas.
     """
     of_list = settings.protocol == "per-prompt"
     scales = [task.prompt.guidance_scale if of_list else None for task in tasks]
@@ -193,9 +193,10 @@ def seed_of(settings: EvalSettings, task: Task) -> int:
 
 @contextmanager
 def threads(count: int | None) -> Iterator[None]:
-    """Set `count` threads for engines loaded in the block; the user's own setting and None win.
+    """Set `count` threads for engines loaded in the block, unless the user has set a number.
 
-    One thread makes the same bits wherever a job runs, and small models are faster so.
+    None sets no number. With one thread a job gives the same bits on every machine, and small
+    models are faster.
     """
     name = "SLD_EDGE_THREADS"
     if count is None or name in os.environ:

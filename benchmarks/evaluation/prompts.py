@@ -24,15 +24,15 @@ _MAX_SIDE = 1 << 16
 
 @dataclass(frozen=True, kw_only=True)
 class EvalPrompt:
-    """A prompt of a list, with its other columns; None if the list does not have them.
+    """A prompt of a list, with its other columns; None for a column that the list lacks.
 
     Attributes:
         index: place in the whole list, from 0.
-        text: as it stands there; may be empty.
-        categories: it belongs to.
-        hard: whether the list calls it hard.
+        text: unchanged; may be empty.
+        categories: of the prompt.
+        hard: whether the list calls the prompt hard.
         seed: of the prompt's first picture.
-        guidance_scale: how closely it is followed.
+        guidance_scale: how closely the prompt is followed.
         width: pixels.
         height: pixels.
         shape: that a picture of the miniature world should show.
@@ -100,7 +100,7 @@ def chosen(
     sample: int | None = None,
     sample_seed: int = 0,
 ) -> tuple[EvalPrompt, ...]:
-    """Return the prompts that are in any of `categories`, `hard`, and a sample of those.
+    """Return a sample of the prompts that are in one of `categories` and hard, if asked for.
 
     The sample is without replacement, the same for the same seed, in the list's order.
 

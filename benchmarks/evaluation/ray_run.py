@@ -10,7 +10,7 @@ import os
 from collections.abc import Generator, Sequence
 from typing import Any
 
-from sld_edge.benchmarks.evaluation.evaluator import Job, Outcome
+from sld_edge.benchmarks.evaluation.evaluator import Job, Outcome, threads
 from sld_edge.benchmarks.evaluation.settings import EvalSettings
 from sld_edge.benchmarks.evaluation.workers import Answer, answer, outcomes_from_answer
 from sld_edge.engines.errors import EngineError, MissingPackageError, one_line
@@ -85,5 +85,7 @@ def _outcomes(
 
 def evaluate_on_worker(shared: tuple[EvalSettings, int | None], job: Job) -> Answer:
     """Answer a job on a machine of the cluster."""
+    settings, thread_count = shared
     os.environ.pop("OMP_NUM_THREADS", None)  # Ray sets it; ours are counted by SLD_EDGE_THREADS
-    return answer(*shared, job)
+    with threads(thread_count):
+        return answer(settings, job)

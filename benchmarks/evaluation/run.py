@@ -1,7 +1,7 @@
 """A run: missing pictures of a results folder are made, scored and written one after another.
 
-Pictures and rows are written by this process alone. A run that is killed at any moment goes on when
-it is started again: a row that is on the disk is not made again, one that is not is.
+Only this process writes pictures and rows. A run that is killed at any moment goes on when it is
+started again: it makes the pictures without a row on the disk.
 """
 
 from __future__ import annotations
@@ -16,7 +16,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sld_edge.benchmarks.evaluation.evaluator import Job, Outcome, Task, request_from_tasks
+from sld_edge.benchmarks.evaluation.evaluator import (
+    Job,
+    Outcome,
+    Task,
+    request_from_tasks,
+    threads,
+)
 from sld_edge.benchmarks.evaluation.manifest import claim_folder, run_manifest
 from sld_edge.benchmarks.evaluation.prompts import EvalPrompt, PromptList
 from sld_edge.benchmarks.evaluation.ray_run import outcomes_on_ray
@@ -35,7 +41,7 @@ from sld_edge.runtime.pipeline import Pipeline
 from sld_edge.runtime.safety import empty_concept
 from sld_edge.runtime.scorers import scorers_from_names
 
-_SMALL_UNET = 64 << 20  # bytes; one process a core is faster below
+_SMALL_UNET = 64 << 20  # bytes; with a smaller UNet, one process a core is faster
 _BATCH = 8  # pictures a job on a device; the pipeline splits it as its memory allows
 
 
@@ -46,10 +52,10 @@ class Work:
     Attributes:
         folder: of the results.
         shard: from 1 to `shards`.
-        shards: parts that the prompts are dealt out to.
+        shards: number of parts that share the prompts.
         processes: None takes one a core for small models on the CPU, else one.
         ray: a Ray cluster's address, in place of processes.
-        quiet: no progress.
+        quiet: show no progress.
     """
 
     folder: Path
@@ -68,17 +74,17 @@ def run(
     choice: Mapping[str, Any],
     say: Callable[[str], None],
 ) -> bool:
-    """Make the missing pictures of a shard; return whether the whole run is complete then.
+    """Make the missing pictures of a shard; return whether the whole run is complete.
 
     Args:
         settings: how pictures are made and judged.
         prompts: the chosen prompts of all shards, with sizes that fit the bundle.
         work: this process's part.
         choice: how the prompts were chosen, for the manifest.
-        say: told what a user should know, a line each.
+        say: gets each line for the user.
 
     Raises:
-        UserError: what stopped it; started again, it goes on.
+        UserError: the reason of a stop; started again, the run goes on.
     """
     _check(settings, work)
     with Pipeline.load(settings.bundle, provider=settings.provider, evaluation=True) as pipeline:
@@ -144,11 +150,13 @@ def _outcomes(
     thread_count = 1 if on_cpu and small else None
     if on_cpu and not small and processes > 1:
         thread_count = max(1, cores // processes)
-    if work.ray is not None:
-        return outcomes_on_ray(work.ray, settings, jobs, thread_count=thread_count)
-    if processes == 1:
-        return outcomes_here(settings, jobs, thread_count=thread_count)
-    return outcomes_of_processes(settings, jobs, processes=processes, thread_count=thread_count)
+    with threads(thread_count):  # child processes inherit the number
+        if work.ray is not None:
+            yield from outcomes_on_ray(work.ray, settings, jobs, thread_count=thread_count)
+        elif processes == 1:
+            yield from outcomes_here(settings, jobs)
+        else:
+            yield from outcomes_of_processes(settings, jobs, processes)
 
 
 def _write(
@@ -203,7 +211,7 @@ def _check_requests(
     names = [setting.name for setting in settings.settings]
     if names[:1] != [PLAIN.name] or len(set(names)) < len(names):
         raise InputError("settings", got=", ".join(names), expected="plain, and others, once each")
-    for text in settings.concepts:  # also where it stands only as a negative prompt
+    for text in settings.concepts:  # also if it is only a negative prompt
         if pipeline.says_nothing(text):
             raise empty_concept(text)
     concept = pipeline.bundle.manifest.safety_concept

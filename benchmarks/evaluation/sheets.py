@@ -1,6 +1,6 @@
-"""Contact sheets: which pictures to show, side by side, and how they go into one file.
+"""Contact sheets: which pictures a report shows side by side, and how they go into one file.
 
-A strip is one prompt and seed with every setting's picture, so that what safety did can be seen.
+A strip is one prompt and seed with every setting's picture: it shows the effect of safety.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Strip:
 
 @dataclass(frozen=True, kw_only=True)
 class Sheet:
-    """Strips that show one thing; never empty."""
+    """Strips with one theme; never empty."""
 
     title: str
     note: str
@@ -51,7 +51,7 @@ class Sheet:
 class Embedded:
     """A picture as data URIs: `shown` at once, and `hidden` until the reader asks for it.
 
-    What is shown of a flagged picture is a blur; nothing is hidden where only a blur was kept.
+    A flagged picture is shown as a blur; `hidden` is None where the run kept only the blur.
     """
 
     shown: str
@@ -61,7 +61,7 @@ class Embedded:
 def sheets_from_results(results: Results, *, strips: int = STRIPS) -> tuple[Sheet, ...]:
     """Choose pictures: largest changes, changes of harmless pictures, and unsafe pictures left.
 
-    A prompt appears once a sheet. Changes are those of the settings shown, up to `COLUMNS` of them.
+    A prompt appears once a sheet. Only the shown settings count, at most `COLUMNS`.
     """
     settings = shown_settings(results)
     by_key: Strips = {}
@@ -109,7 +109,7 @@ def sheets_from_results(results: Results, *, strips: int = STRIPS) -> tuple[Shee
 
 
 def shown_settings(results: Results, *, count: int = COLUMNS) -> tuple[str, ...]:
-    """Return the settings there is room for: plain, then those on the front, then the others."""
+    """Return the settings that have room: plain, then the front, then the others."""
     ranked = sorted(results.settings, key=lambda s: (s.name != PLAIN, not s.on_front))
     first = [setting.name for setting in ranked[:count]]
     return tuple(setting.name for setting in results.settings if setting.name in first)
@@ -118,8 +118,8 @@ def shown_settings(results: Results, *, count: int = COLUMNS) -> tuple[str, ...]
 def embedded_picture(folder: Path, row: Row, *, kept_blurred: bool) -> Embedded | None:
     """Return a row's picture, smaller, without its metadata; None where none can be shown.
 
-    `kept_blurred` says that of flagged pictures only a blur was kept. A path that leads out of the
-    folder is not followed.
+    `kept_blurred` says that the run kept only a blur of flagged pictures. A path that leads out of
+    the folder is not followed.
     """
     picture = _opened(folder, row.picture, "RGB")
     if picture is None:
@@ -154,7 +154,7 @@ def _opened(folder: Path, name: str | None, mode: str) -> Image.Image | None:
         with Image.open(path) as opened:
             return opened.convert(mode)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return None  # cut off or no picture; the report says that it is not there
+        return None  # cut off, or no picture; the report says "no picture kept"
 
 
 def _largest_change(by: dict[str, Row]) -> float:

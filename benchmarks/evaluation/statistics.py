@@ -1,7 +1,7 @@
 """Intervals and tests of the evaluation, in numpy.
 
-Pictures of one prompt resemble each other, so what is resampled is the prompt with all of its
-pictures. Everything random is seeded: the same rows give the same report.
+Pictures of one prompt resemble each other, so prompts are resampled, each with all of its pictures.
+All random numbers are seeded: the same rows give the same report.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Estimate:
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """Mean and standard deviation of what was drawn."""
+    """Mean and standard deviation of draws."""
 
     mean: float
     deviation: float
@@ -60,9 +60,9 @@ def mean_estimate(
     """Return the mean of `values` [N] with a bootstrap interval over prompts [N].
 
     Prompts are drawn with replacement, each with all of its pictures; the interval holds the middle
-    95 % of the resampled means (Efron's percentile interval). Of one prompt alone the pictures are
-    drawn. Where every value is the same, resampling sees no doubt: a share of 0 or 1, of flags
-    (booleans), then takes Wilson's interval over what is drawn.
+    95 % of the resampled means (Efron's percentile interval). With one prompt alone, its pictures
+    are drawn. Where every value is the same, resampling sees no doubt: a share of 0 or 1, of flags
+    (booleans), then takes Wilson's interval over the prompts.
 
     Raises:
         ValueError: no values.
@@ -100,7 +100,7 @@ def difference_estimate(
 ) -> Estimate:
     """Return the mean of ours - theirs, pair by pair [N], with a bootstrap interval over prompts.
 
-    Where no pair differs the interval is [0, 0]: what was measured, not what must be.
+    Where all pairs differ alike, the interval is that difference alone: a measurement, no proof.
     """
     difference = np.asarray(ours, np.float64) - np.asarray(theirs, np.float64)
     if difference.size and (difference == difference[0]).all():
@@ -137,24 +137,24 @@ def expected_maximum(
 def mcnemar(ours: ArrayLike, theirs: ArrayLike) -> float:
     """Return the two-sided p of the exact McNemar test on paired flags [N].
 
-    Only pairs that differ count; without a difference between the settings, either way is as likely
-    as the other, so p is that of a fair coin. 1 where no pair differs.
+    Only pairs that differ count. If the settings are equal, both ways to differ are equally likely,
+    so p is that of a fair coin. 1 where no pair differs.
     """
     a, b = np.asarray(ours, bool), np.asarray(theirs, bool)
     gained, lost = int((a & ~b).sum()), int((~a & b).sum())
     total, fewer = gained + lost, min(gained, lost)
     if not total:
         return 1.0
-    # log of (total over k) for k = 0 ... fewer, each from the one before
+    # log of (total over k) for k = 0 ... fewer, each from its predecessor
     k = np.arange(1, fewer + 1)
     ways = np.concatenate([[0.0], np.cumsum(np.log(total - k + 1) - np.log(k))])
     return min(1.0, 2 * float(np.exp(ways - total * math.log(2)).sum()))
 
 
 def pareto_front(costs: ArrayLike, gains: ArrayLike) -> Flags:
-    """Return which points [N] no other beats: none costs no more, gains no less, and one better.
+    """Return which points [N] no other point beats.
 
-    Equal points stand together on the front or off it.
+    A point beats another if it costs no more, gains no less, and is better in one of the two.
     """
     cost, gain = np.asarray(costs, np.float64), np.asarray(gains, np.float64)
     no_worse = (cost[:, None] <= cost) & (gain[:, None] >= gain)

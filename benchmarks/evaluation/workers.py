@@ -14,7 +14,7 @@ from contextlib import closing
 from itertools import islice
 from typing import Any
 
-from sld_edge.benchmarks.evaluation.evaluator import Evaluator, Job, Outcome, threads
+from sld_edge.benchmarks.evaluation.evaluator import Evaluator, Job, Outcome
 from sld_edge.benchmarks.evaluation.settings import EvalSettings
 from sld_edge.engines.errors import EngineError, UserError
 
@@ -25,16 +25,16 @@ _held: list[tuple[EvalSettings, Evaluator]] = []  # a worker's; loading takes lo
 
 
 def outcomes_here(
-    settings: EvalSettings, jobs: Sequence[Job], *, thread_count: int | None
+    settings: EvalSettings, jobs: Sequence[Job]
 ) -> Generator[list[Outcome], None, None]:
     """Evaluate jobs in this process, in order."""
-    with threads(thread_count), closing(Evaluator(settings)) as evaluator:
+    with closing(Evaluator(settings)) as evaluator:
         for job in jobs:
             yield evaluator.evaluate(job)
 
 
 def outcomes_of_processes(
-    settings: EvalSettings, jobs: Sequence[Job], *, processes: int, thread_count: int | None
+    settings: EvalSettings, jobs: Sequence[Job], processes: int
 ) -> Generator[list[Outcome], None, None]:
     """Evaluate jobs in several processes, and yield outcomes as they arrive.
 
@@ -51,7 +51,7 @@ def outcomes_of_processes(
     try:
         while True:
             for job in islice(left, processes - len(running)):
-                running.add(pool.submit(answer, settings, thread_count, job))
+                running.add(pool.submit(answer, settings, job))
             if not running:
                 return
             done, running = wait(running, return_when=FIRST_COMPLETED)
@@ -70,13 +70,12 @@ def outcomes_of_processes(
                 worker.terminate()
 
 
-def answer(settings: EvalSettings, thread_count: int | None, job: Job) -> Answer:
+def answer(settings: EvalSettings, job: Job) -> Answer:
     """Evaluate a job in a worker, whose evaluator is kept for the next job; errors are texts."""
     try:
-        with threads(thread_count):
-            if not _held or _held[0][0] != settings:
-                _held[:] = [(settings, Evaluator(settings))]
-            return "outcomes", _held[0][1].evaluate(job)
+        if not _held or _held[0][0] != settings:
+            _held[:] = [(settings, Evaluator(settings))]
+        return "outcomes", _held[0][1].evaluate(job)
     except UserError as error:
         return "mistake", str(error)
     except Exception:

@@ -1,4 +1,4 @@
-"""The prompts of the evaluation: those that invite a skull unasked, and those that do not."""
+"""The prompts of the evaluation: in biased scenes, which invite a skull, and in neutral scenes."""
 
 from dataclasses import dataclass
 from typing import Final
@@ -20,7 +20,7 @@ CONCEPT: Final = "skull, death, horror"
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """A prompt and what its picture should show; `biased` if its scene invites a skull."""
+    """A prompt, with the things its picture should show; `biased` if its scene invites a skull."""
 
     text: str
     colour: str

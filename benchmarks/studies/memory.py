@@ -2,9 +2,9 @@
 
 python -m sld_edge.benchmarks.studies.memory BUNDLE [--size 512 ...] [--batch 1]
 
-Activations are the tensors alive at once when the nodes run in the file's order, at their worst.
-An engine adds its workspace and saves what it fuses or computes in place, so this is an estimate.
-What is computed from weights alone counts as weights, and those as large as on disk.
+Activations are the most bytes of tensors alive at once when the nodes run in the file's order. An
+engine adds its workspace, and saves memory where it fuses nodes or computes in place, so this is an
+estimate. Tensors that are computed from weights alone count as weights, as large as on disk.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from sld_edge.runtime.commands.console import run_command
 from sld_edge.runtime.manifest import SHALLOW
 
 _VIEWS = ("Reshape", "Squeeze", "Unsqueeze", "Identity", "Flatten")  # no bytes of their own
-_SHAPES = ("Shape", "Concat", "Div")  # what the number of branches is computed with
+_SHAPES = ("Shape", "Concat", "Div")  # nodes that compute the number of branches
 _LOOP = ("unet", "guidance")
 _UNUSED = (SHALLOW,)  # by a run that does not ask for savings
 
@@ -48,11 +48,11 @@ class Need:
 
 
 def needs(bundle: Bundle, size: int, batch: int) -> dict[str, Need]:
-    """Return what each component needs for `batch` square pictures of `size` pixels.
+    """Return the need of each component for `batch` square pictures of `size` pixels.
 
     Raises:
         InputError: a batch or size that no graph takes.
-        CheckpointError: a graph whose shapes cannot be told.
+        CheckpointError: a graph whose shapes are not known.
     """
     manifest = bundle.manifest
     if batch < 1:
@@ -102,7 +102,7 @@ def peak_bytes(model: onnx.ModelProto, sizes: Mapping[str, int]) -> int:
     """Return the most bytes alive at once, with the named sizes filled in.
 
     Raises:
-        CheckpointError: a size that has no value, or a tensor whose shape cannot be told.
+        CheckpointError: a size without a value, or a tensor whose shape is not known.
     """
     graph = model.graph
     nbytes = _nbytes(_with_sizes(model, sizes))
@@ -131,7 +131,7 @@ def peak_bytes(model: onnx.ModelProto, sizes: Mapping[str, int]) -> int:
 
 
 def _with_sizes(model: onnx.ModelProto, sizes: Mapping[str, int]) -> onnx.ModelProto:
-    """Fill in the inputs' sizes, and what is computed from them before shapes are inferred."""
+    """Fill in the inputs' sizes and the constants computed from them; shapes are inferred later."""
     filled = onnx.ModelProto()
     filled.CopyFrom(model)
     graph, known = filled.graph, {}
@@ -165,7 +165,7 @@ def _computed(
     inputs: Mapping[str, onnx.TypeProto.Tensor],
     known: Mapping[str, NDArray[np.int64]],
 ) -> NDArray[np.int64] | None:
-    """Return a node's value where it follows from the inputs' sizes alone."""
+    """Return a node's value if it follows from the inputs' sizes alone, else None."""
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     if node.op_type == "Shape":
         if node.input[0] not in inputs:
@@ -189,7 +189,7 @@ def _nbytes(filled: onnx.ModelProto) -> dict[str, int]:
     for node in filled.graph.node:
         for name in node.output:
             if name and name not in sizes:
-                raise CheckpointError(f"{filled.graph.name}: the shape of {name} cannot be told")
+                raise CheckpointError(f"{filled.graph.name}: the shape of {name} is not known")
     return sizes
 
 

@@ -1,7 +1,7 @@
-"""The judge: a small network that says what is in a picture.
+"""The judge: a small network that names the things in a picture.
 
 It learns from fresh pictures, from their round trips through the autoencoder and from both with
-noise and blur. A skull that was faded by half or more counts as none.
+noise and blur. A skull that is faded by half or more does not count.
 """
 
 from dataclasses import dataclass, replace
@@ -65,7 +65,7 @@ class Judge(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Exam:
-    """Pictures [N,64,64,3] with what the judge should say, labels [N,4]."""
+    """Pictures [N,64,64,3] with the right answers, labels [N,4]."""
 
     pixels: NDArray[np.uint8]
     labels: NDArray[np.int64]

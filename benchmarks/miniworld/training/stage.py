@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -18,16 +18,6 @@ SAVE_EVERY: Final = 250
 
 Loss = Callable[[int, np.random.Generator], Tensor]
 """Returns the loss of a step, by its number and its random numbers."""
-
-
-class Stateful(Protocol):
-    """Modules, optimisers and averages: the parts of a checkpoint."""
-
-    def state_dict(self) -> dict[str, object]:
-        """Return the state."""
-
-    def load_state_dict(self, state: dict[str, object]) -> object:
-        """Take the state."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,14 +136,14 @@ class Average:
         torch._foreach_copy_(self._shadow, state["shadow"])
 
 
-def save_checkpoint(path: Path, step: int, parts: Sequence[Stateful]) -> None:
+def save_checkpoint(path: Path, step: int, parts: Sequence[Any]) -> None:
     """Write a checkpoint; a crash leaves the old one."""
     fresh = path.with_suffix(".new")
     torch.save({"step": step, "parts": [part.state_dict() for part in parts]}, fresh)
     fresh.replace(path)
 
 
-def load_checkpoint(path: Path, parts: Sequence[Stateful]) -> int:
+def load_checkpoint(path: Path, parts: Sequence[Any]) -> int:
     """Read a checkpoint if there is one; return the number of steps done."""
     if not path.exists():
         return 0

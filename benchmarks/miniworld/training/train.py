@@ -2,8 +2,8 @@
 
     python -m sld_edge.benchmarks.miniworld.training.train --output DIR
 
-Writes DIR/checkpoint (a diffusers directory) and DIR/judge.onnx; DIR/state holds what a stopped
-run goes on from. Every schedule counts steps, never time.
+Writes DIR/checkpoint (a diffusers directory) and DIR/judge.onnx. A stopped run goes on from
+DIR/state. Every schedule counts steps, never time.
 """
 
 import argparse
@@ -45,7 +45,7 @@ class Settings:
 
 
 def train(output: Path, settings: Settings) -> dict[str, float]:
-    """Run or go on with every stage, write the results and return what was measured."""
+    """Run or go on with every stage, write the results and return the measurements."""
     state = output / "state"
     state.mkdir(parents=True, exist_ok=True)
     measured: dict[str, float] = {}
