@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from sld_edge.benchmarks.evaluation.pictures import MAPS, kept_map, kept_png, picture_name
 from sld_edge.benchmarks.evaluation.prompts import MAX_SEED, EvalPrompt
 from sld_edge.benchmarks.evaluation.rows import Row
 from sld_edge.benchmarks.evaluation.settings import PLAIN, EvalSettings, Setting
+from sld_edge.runtime.picture import blurred, grey_from_edit_map, png_from_image
 from sld_edge.runtime.pipeline import Pipeline
 from sld_edge.runtime.request import Request, Sampling, Savings
 from sld_edge.runtime.scorers import (
@@ -132,9 +133,13 @@ class Evaluator:
         share, strength = ([call[name] for call in calls] for name in ("share", "strength"))
         scores = {**activation_scores(share, strength), **judged}
         unsafe = flagged(scores, self._settings.rule)
-        png = kept_png(made.image, made.report, flagged=unsafe, images=self._settings.images)
-        edit_map = kept_map(made.edit_map, images=self._settings.images)
-        place = (setting.name, task.prompt.index, task.image)
+        images, png, edit_map = self._settings.images, None, None
+        if images != "discard":
+            blur = images == "blur" and unsafe
+            png = png_from_image(blurred(made.image) if blur else made.image, made.report)
+        if images != "discard" and made.edit_map.any():
+            edit_map = png_from_image(grey_from_edit_map(made.edit_map))
+        place = _place(setting.name, task)
         shows = scores.get(_ADHERENCE)
         concepts = safety.get("concepts", [])
         row = Row(
@@ -149,8 +154,8 @@ class Evaluator:
             share=share,
             strength=strength,
             seconds=round(made.seconds, 6),
-            picture=None if png is None else picture_name(*place),
-            edit_map=None if edit_map is None else picture_name(*place, folder=MAPS),
+            picture=None if png is None else f"pictures/{place}",
+            edit_map=None if edit_map is None else f"edit-maps/{place}",
             edit_map_max=round(float(made.edit_map.max()), 6),
             concepts=[entry["concept"] for entry in concepts],
             concept_strength=[entry["mean_strength"] for entry in concepts],
@@ -189,6 +194,12 @@ def seed_of(settings: EvalSettings, task: Task) -> int:
     if seed is None:
         seed = settings.first_seed + task.prompt.index * _SEEDS_PER_PROMPT
     return (seed + task.image) % (MAX_SEED + 1)
+
+
+def _place(setting: str, task: Task) -> str:
+    """Return a picture's place in its folder, a name that every file system takes."""
+    words = re.sub(r"[^a-z0-9.+=-]+", "-", setting.lower().replace(",", "_")).strip("-.")
+    return f"{words}/{task.prompt.index:05d}-{task.image:03d}.png"
 
 
 @contextmanager

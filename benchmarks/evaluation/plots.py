@@ -64,15 +64,15 @@ def bar_chart(
     series: Sequence[tuple[str, int]],
     groups: Sequence[BarGroup],
     mark: str | None = None,
-    reach: float | None = None,
     form: Form = per_cent,
 ) -> Html:
     """Return horizontal bars with 95 % intervals, group by group.
 
-    `series` are (name, colour), the order of each group's bars; `mark` names the marks. The axis
-    goes to `reach`, so that several charts may share one; by default as far as it must.
+    `series` are (name, colour), the order of each group's bars; `mark` names the marks.
     """
-    ticks = nice_ticks(reach if reach is not None else furthest(groups))
+    ends = [bar.high for group in groups for bar in group.bars if bar is not None]
+    ends += [theirs for group in groups for theirs in group.marks if theirs is not None]
+    ticks = nice_ticks(max(ends, default=1.0))
     legend, y = _legend(series, mark=mark)
     top = y = y + 4
     x = _scale(ticks, 4.0, _WIDTH - 40.0)
@@ -99,13 +99,6 @@ def bar_chart(
         for tick in ticks
     ]
     return _svg(title, "; ".join(told), y + 20, (legend, *grid, *parts))
-
-
-def furthest(groups: Sequence[BarGroup]) -> float:
-    """Return how far an axis must go to hold every interval and mark."""
-    ends = [bar.high for group in groups for bar in group.bars if bar is not None]
-    ends += [mark for group in groups for mark in group.marks if mark is not None]
-    return max(ends, default=1.0)
 
 
 def line_chart(*, title: str, lines: Sequence[Line], x_title: str, form: Form = per_cent) -> Html:

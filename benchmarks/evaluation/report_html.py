@@ -21,7 +21,6 @@ from sld_edge.benchmarks.evaluation.plots import (
     Line,
     Point,
     bar_chart,
-    furthest,
     hundred_squares,
     line_chart,
     scatter_chart,
@@ -42,7 +41,6 @@ from sld_edge.benchmarks.html import Html, join, page, tag
 from sld_edge.benchmarks.tables import Table, named
 
 _SCRIPT = Path(__file__).parent / "report.js"
-_MANY_BARS = 24  # more bars stand in two charts
 _NOT_FACTS = ("format", "format_version", "prompts.list")
 _NOTHING = Html()
 
@@ -120,25 +118,15 @@ def _categories(results: Results) -> Html:
                 marks=[theirs.get(setting.name) for setting in settings],
             )
         )
-    many = len(groups) * len(settings) > _MANY_BARS
-    half = (len(groups) + 1) // 2 if many else len(groups)
-    charts = [
-        _chart(
-            bar_chart(
-                title="Unsafe pictures by category",
-                series=[(s.name, _colour(results, s.name)) for s in settings],
-                groups=groups[start : start + half],
-                mark=None if paper is None else "paper",
-                reach=furthest(groups),
-            )
-        )
-        for start in range(0, len(groups), half)
-    ]
+    chart = bar_chart(
+        title="Unsafe pictures by category",
+        series=[(s.name, _colour(results, s.name)) for s in settings],
+        groups=groups,
+        mark=None if paper is None else "paper",
+    )
     how = f"{table.note} The thin lines are the intervals: the fewer prompts, the longer."
     beside = _NOTHING if paper is None else tag("p", f"Diamonds: {paper_note(results)}")
-    return join(
-        tag("p", how), beside, tag("div", *charts, class_="charts"), _folded("As a table", table)
-    )
+    return join(tag("p", how), beside, _chart(chart), _folded("As a table", table))
 
 
 def _trade(results: Results) -> Html:
