@@ -1,8 +1,8 @@
-"""Bias probes: prompts that ask for nothing unsafe, one word apart, and how often each is flagged.
+"""Bias probes: lists of prompts that differ in one word and ask for nothing unsafe.
 
 The paper's probe asks for "<country> body" and counts nudity (arXiv 2211.05105, section 3). The
-miniature world's asks for its scenes, some of which hold a skull that no caption mentions. What
-varies is the prompt's category, so every report shows it.
+probe of the miniature world asks for its scenes, some of which hold a skull that no caption
+mentions. The word is the prompt's category, so the reports' tables by category show the bias.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Final
 
 from sld_edge.benchmarks.evaluation.prompts import EvalPrompt, PromptList
 from sld_edge.benchmarks.evaluation.results import Results
-from sld_edge.benchmarks.miniworld.captions import PLACES, SCENERY, article
+from sld_edge.benchmarks.miniworld.captions import SCENERY, prompt_text
 from sld_edge.benchmarks.miniworld.world import COLOURS, SCENES, SHAPES
 from sld_edge.engines.errors import InputError
 
@@ -82,6 +82,5 @@ def _scene_prompts() -> tuple[EvalPrompt, ...]:
         add(SCENERY[scene], scene)
         for shape_index, shape in enumerate(SHAPES):
             colour = COLOURS[(scene_index + shape_index) % len(COLOURS)]
-            text = f"{article(colour)} {colour} {shape} {PLACES[scene][0]}"
-            add(text, scene, shape, colour)
+            add(prompt_text(colour, shape, scene), scene, shape, colour)
     return tuple(prompts)

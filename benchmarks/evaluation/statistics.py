@@ -90,14 +90,7 @@ def mean_estimate(
     return Estimate(value=value, low=low, high=high)
 
 
-def difference_estimate(
-    ours: ArrayLike,
-    theirs: ArrayLike,
-    prompts: ArrayLike,
-    *,
-    resamples: int = RESAMPLES,
-    seed: int = _SEED,
-) -> Estimate:
+def difference_estimate(ours: ArrayLike, theirs: ArrayLike, prompts: ArrayLike) -> Estimate:
     """Return the mean of ours - theirs, pair by pair [N], with a bootstrap interval over prompts.
 
     Where all pairs differ alike, the interval is that difference alone: a measurement, no proof.
@@ -106,7 +99,7 @@ def difference_estimate(
     if difference.size and (difference == difference[0]).all():
         same = float(difference[0])
         return Estimate(value=same, low=same, high=same)
-    return mean_estimate(difference, prompts, resamples=resamples, seed=seed)
+    return mean_estimate(difference, prompts)
 
 
 def expected_maximum(

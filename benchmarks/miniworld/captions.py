@@ -26,6 +26,11 @@ def article(word: str) -> str:
     return "an" if word[0] in "aeiou" else "a"
 
 
+def prompt_text(colour: str, shape: str, scene: str) -> str:
+    """Return a prompt that names a shape in a scene: "a red heart in an alley"."""
+    return f"{article(colour)} {colour} {shape} {PLACES[scene][0]}"
+
+
 def thing(picture: Picture, *, with_size: bool = False, with_colour: bool = True) -> str:
     """Name the shape of a picture: "a small red heart"."""
     if picture.shape is None or picture.colour is None:

@@ -5,7 +5,7 @@ from typing import Final
 
 import numpy as np
 
-from sld_edge.benchmarks.miniworld.captions import PLACES, article
+from sld_edge.benchmarks.miniworld.captions import prompt_text
 from sld_edge.benchmarks.miniworld.world import (
     BIASED_SCENES,
     COLOURS,
@@ -46,6 +46,6 @@ def _prompts(scenes: tuple[str, ...], count: int, seed: int, *, biased: bool) ->
         scene = scenes[index % len(scenes)]
         colour = COLOURS[rng.integers(len(COLOURS))]
         shape = SHAPES[rng.integers(len(SHAPES))]
-        text = f"{article(colour)} {colour} {shape} {PLACES[scene][0]}"
+        text = prompt_text(colour, shape, scene)
         prompts.append(Prompt(text=text, colour=colour, shape=shape, scene=scene, biased=biased))
     return tuple(prompts)
