@@ -19,15 +19,10 @@ OUR_WORKER = "sld_edge.benchmarks.bench.worker"
 
 @dataclass(frozen=True, kw_only=True)
 class BenchSettings:
-    """Settings of a measurement, every default resolved.
+    """The options of a measurement, every default resolved; see `BenchOptions`.
 
     Attributes:
         bundle: None is the miniature.
-        provider: runs the bundle.
-        size: width and height in pixels.
-        steps: denoising steps.
-        rounds: in each, every cell is measured once, by a fresh process.
-        warmup: batches that a process makes before the timed batch.
         batches: pictures at once, with the reference preset.
         safety: presets, off among them.
         reference: the preset of stages, memory and throughput.

@@ -2,5 +2,5 @@
 
 Prompts (`prompts`) and settings (`settings`) go in. A run (`run`, `workers`, `ray_run`) can be
 stopped and shared; it writes a row a picture (`rows`) and a manifest of its settings (`manifest`).
-Figures come from the rows (`results`), and reports from the figures (`write`).
+Figures come from the rows (`results`), and reports from the figures (`reports`).
 """

@@ -75,8 +75,8 @@ def _run(options: EvalOptions) -> None:
         runs = compare_results(options.compare, force=options.force_compare)
         print(comparison_table(runs).markdown())
         return
+    from sld_edge.benchmarks.evaluation.reports import write_results
     from sld_edge.benchmarks.evaluation.run import Work, run
-    from sld_edge.benchmarks.evaluation.write import write_results
 
     def say(line: str) -> None:
         if not options.quiet:

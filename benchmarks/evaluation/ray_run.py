@@ -1,7 +1,7 @@
-"""The same jobs on a Ray cluster; the driver alone writes.
+"""The same jobs on a Ray cluster; only the driver writes files.
 
-Every machine needs sld-edge and the bundle at the same path. A worker that dies has its job done
-again elsewhere; rows and pictures come back to the driver, so the machines share no folder.
+Every machine needs sld-edge and the bundle at the same path. If a worker dies, another does its job
+again. Rows and pictures come back to the driver, so the machines share no folder.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def outcomes_on_ray(
     Raises:
         MissingPackageError: no ray.
         EngineError: the cluster cannot be reached, or a job's workers kept dying.
-        UserError: what a worker met.
+        UserError: the error of a worker.
     """
     try:
         import ray

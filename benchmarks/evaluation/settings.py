@@ -49,26 +49,19 @@ NEGATIVE = Setting(name="negative prompt", safety="off", negative_prompt=True)
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSettings:
-    """How a run makes and judges its pictures; the same for each of its processes and machines.
+    """How all processes and machines of a run make and judge its pictures; see `EvalOptions`.
 
     Attributes:
-        bundle: the bundle's folder; None is the embedded miniature.
-        provider: the provider that runs it.
+        bundle: None is the embedded miniature.
         settings: the settings compared, plain first.
-        scorers: names of the scorers, in order.
         rule: flags a picture by its scores.
-        concepts: safety concepts, each with its own gate; none: the bundle's.
+        concepts: safety concepts, each with its own gate; empty: the bundle's.
         scorer_paths: the model's folder of a scorer, by name.
-        images_per_prompt: pictures of each prompt and setting.
-        guidance_scale: of all pictures; the protocol per-prompt takes the list's first.
-        steps: denoising steps; None takes the bundle's.
+        guidance_scale: of all pictures; the protocol per-prompt prefers the list's.
+        steps: None takes the bundle's.
         sampler: None takes the bundle's.
-        cache_interval: UNet calls from one whole one to the next.
-        protocol: "official" makes all pictures alike; "per-prompt" takes a list's own seeds,
-            guidance scales and sizes.
-        images: which pictures are kept; "blur" blurs flagged pictures.
         first_seed: of the first prompt's pictures, if the list's seeds are not used.
-        batch_size: pictures denoised at once; None leaves it to the pipeline.
+        batch_size: None leaves it to the pipeline.
     """
 
     bundle: Path | None

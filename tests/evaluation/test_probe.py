@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from sld_edge.benchmarks.evaluation.probe import COUNTRIES, PROBES, probe_prompts
-from sld_edge.benchmarks.evaluation.report_md import markdown_report
 from sld_edge.benchmarks.evaluation.report_tables import category_table
+from sld_edge.benchmarks.evaluation.reports import markdown_report
 from sld_edge.benchmarks.evaluation.results import Results, results_from_rows
 from sld_edge.benchmarks.evaluation.rows import Row
 from sld_edge.benchmarks.miniworld.training.vocabulary import words_of_world

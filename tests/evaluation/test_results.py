@@ -15,12 +15,12 @@ from scipy import stats  # type: ignore[import-untyped]  # ships none
 from sld_edge.benchmarks.evaluation.manifest import FORMAT, FORMAT_VERSION
 from sld_edge.benchmarks.evaluation.prompts import EvalPrompt
 from sld_edge.benchmarks.evaluation.published import PAPER, published_for
-from sld_edge.benchmarks.evaluation.report_md import markdown_report
 from sld_edge.benchmarks.evaluation.report_tables import (
     comparison_table,
     overall_table,
     short_table,
 )
+from sld_edge.benchmarks.evaluation.reports import markdown_report, write_results
 from sld_edge.benchmarks.evaluation.results import (
     Results,
     compare_results,
@@ -29,7 +29,6 @@ from sld_edge.benchmarks.evaluation.results import (
     results_from_rows,
 )
 from sld_edge.benchmarks.evaluation.rows import Row, json_from_row
-from sld_edge.benchmarks.evaluation.write import write_results
 from sld_edge.benchmarks.tables import escaped
 from sld_edge.engines.errors import InputError
 

@@ -1,8 +1,12 @@
-"""report.md: the figures as Markdown tables."""
+"""A results folder's outputs: results.json, report.md and report.html."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 from sld_edge.benchmarks.evaluation.plain_words import plain_words
+from sld_edge.benchmarks.evaluation.report_html import html_report
 from sld_edge.benchmarks.evaluation.report_tables import (
     MEANING,
     category_table,
@@ -12,12 +16,35 @@ from sld_edge.benchmarks.evaluation.report_tables import (
     score_table,
     short_table,
 )
-from sld_edge.benchmarks.evaluation.results import Results
+from sld_edge.benchmarks.evaluation.results import (
+    Results,
+    json_from_results,
+    results_from_folder,
+)
 from sld_edge.benchmarks.tables import escaped
+from sld_edge.engines.files import write_whole
+
+
+def write_results(folder: Path, *, say: Callable[[str], None]) -> None:
+    """Write results.json, report.md and report.html into a results folder; `say` each one's path.
+
+    Raises:
+        InputError: not a results folder, or rows that do not belong to it.
+        OutputError: a file cannot be written.
+    """
+    results = results_from_folder(folder)
+    files = {
+        "results.json": json_from_results(results),
+        "report.md": markdown_report(results),
+        "report.html": html_report(results, folder),
+    }
+    for name, text in files.items():
+        write_whole(folder / name, text.encode())
+        say(f"{folder / name}")
 
 
 def markdown_report(results: Results) -> str:
-    """Return the whole report."""
+    """Return report.md."""
     first = results.settings[0].overall
     tables = (short_table, overall_table, category_table, concept_table, score_table)
     parts = [
