@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from types import UnionType
-from typing import Any, Self, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from sld_edge.engines.errors import InputError, OutputError
 from sld_edge.engines.staging import hold, locked
@@ -168,45 +168,31 @@ def _is_held(path: Path) -> bool:
         return True
 
 
-class RowWriter:
-    """Appends rows to one shard's file, on the disk when `append` returns."""
+def append_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Write rows to a shard's file, all of them or none; they are on the disk at the return.
 
-    def __init__(self, path: Path) -> None:
-        """Open the file; a last line that a stop cut off is removed.
+    Raises:
+        OutputError: the rows cannot be written, for example because the disk is full.
+    """
+    data = "".join(json_from_row(row) + "\n" for row in rows).encode()
+    try:
+        with path.open("ab", buffering=0) as stream:
+            before = stream.tell()
+            try:
+                while data:
+                    data = data[stream.write(data) :]
+                os.fsync(stream.fileno())
+            except OSError:
+                stream.truncate(before)
+                raise
+    except OSError as error:
+        raise not_written(path, error) from error
 
-        Raises:
-            OutputError: the file cannot be written.
-        """
-        self._path = path
-        try:
-            self._stream = path.open("a+b", buffering=0)
-            self._stream.seek(0)
-            whole = self._stream.read().rfind(b"\n") + 1
-            self._stream.truncate(whole)
-        except OSError as error:
-            raise not_written(path, error) from error
 
-    def append(self, rows: Iterable[Row]) -> None:
-        """Write rows, all of them or none.
-
-        Raises:
-            OutputError: the rows cannot be written, for example because the disk is full.
-        """
-        data = "".join(json_from_row(row) + "\n" for row in rows).encode()
-        before = self._stream.seek(0, os.SEEK_END)
-        try:
-            while data:
-                data = data[self._stream.write(data) :]
-            os.fsync(self._stream.fileno())
-        except OSError as error:
-            self._stream.truncate(before)
-            raise not_written(self._path, error) from error
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._stream.close()
+def drop_torn_line(path: Path) -> None:
+    """Remove a last line that a stop cut off from a shard's file."""
+    with path.open("r+b") as stream:
+        stream.truncate(stream.read().rfind(b"\n") + 1)
 
 
 def not_written(path: Path, error: OSError) -> OutputError:

@@ -28,7 +28,8 @@ from sld_edge.benchmarks.evaluation.prompts import EvalPrompt, PromptList
 from sld_edge.benchmarks.evaluation.ray_run import outcomes_on_ray
 from sld_edge.benchmarks.evaluation.rows import (
     Key,
-    RowWriter,
+    append_rows,
+    drop_torn_line,
     locked_shard,
     not_written,
     read_rows,
@@ -170,12 +171,13 @@ def _write(
         file=sys.stderr,
         dynamic_ncols=True,
     )
-    with RowWriter(rows) as writer, bar, closing(outcomes):  # closing ends the workers
+    drop_torn_line(rows)
+    with bar, closing(outcomes):  # closing ends the workers
         for made in outcomes:
             for outcome in made:
                 _write_picture(work.folder, outcome.row.picture, outcome.png)
                 _write_picture(work.folder, outcome.row.edit_map, outcome.edit_map)
-            writer.append(outcome.row for outcome in made)
+            append_rows(rows, (outcome.row for outcome in made))
             bar.update(len(made))
 
 

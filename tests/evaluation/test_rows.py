@@ -11,7 +11,8 @@ import pytest
 
 from sld_edge.benchmarks.evaluation.rows import (
     Row,
-    RowWriter,
+    append_rows,
+    drop_torn_line,
     json_from_row,
     read_rows,
 )
@@ -50,10 +51,8 @@ def test_rows_read_back_bit_by_bit_and_sorted(tmp_path: Path) -> None:
         ),
         row(image=1, picture="é.png"),
     ]
-    with RowWriter(tmp_path / "rows-1-of-2.jsonl") as writer:
-        writer.append(rows[:2])
-    with RowWriter(tmp_path / "rows-2-of-2.jsonl") as writer:
-        writer.append(rows[2:])
+    append_rows(tmp_path / "rows-1-of-2.jsonl", rows[:2])
+    append_rows(tmp_path / "rows-2-of-2.jsonl", rows[2:])
     assert read_rows(tmp_path) == [rows[1], rows[2], rows[0]]
 
 
@@ -63,26 +62,26 @@ def test_a_torn_last_line_is_left_out_and_then_dropped(tmp_path: Path) -> None:
     for cut in (1, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole + json_from_row(row(image=1)).encode()[:cut])
         assert read_rows(tmp_path) == [row()]
-        with RowWriter(path) as writer:
-            writer.append([row(image=2)])
+        drop_torn_line(path)
+        append_rows(path, [row(image=2)])
         assert read_rows(tmp_path) == [row(), row(image=2)]
 
 
 def test_a_full_disk_leaves_whole_rows_and_says_it_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with RowWriter(tmp_path / "rows-1-of-1.jsonl") as writer:
-        writer.append([row()])
+    path = tmp_path / "rows-1-of-1.jsonl"
+    append_rows(path, [row()])
 
-        def full(_descriptor: int) -> None:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def full(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "fsync", full)
-            with pytest.raises(OutputError, match="No space left .* goes on where it was"):
-                writer.append([row(image=1), row(image=2)])
-        assert read_rows(tmp_path) == [row()]
-        writer.append([row(image=3)])
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OutputError, match="No space left .* goes on where it was"):
+            append_rows(path, [row(image=1), row(image=2)])
+    assert read_rows(tmp_path) == [row()]
+    append_rows(path, [row(image=3)])
     assert [found.image for found in read_rows(tmp_path)] == [0, 3]
 
 
