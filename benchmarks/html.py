@@ -9,7 +9,7 @@ from pathlib import Path
 
 _STYLE = Path(__file__).parent / "evaluation" / "report.css"
 _VOID = ("br", "img", "meta", "wbr")
-# What neither HTML nor XML may hold.
+# Characters that HTML and XML forbid.
 _FORBIDDEN = dict.fromkeys(
     (*range(9), 11, 12, *range(14, 32), *range(127, 160), 0xFFFE, 0xFFFF), "\ufffd"
 )

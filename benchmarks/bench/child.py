@@ -1,7 +1,7 @@
 """One measured process: it is started, watched from outside, and ends after its answer.
 
-A child is given its task as JSON, its last argument. It prints one line, `MARK` and a JSON object,
-then waits for its input to end, so that its memory can be read once more while it is still there.
+A child gets its task as JSON, its last argument. It prints one line, `MARK` and a JSON object, then
+waits until its input ends: its memory is read once more while the process is still there.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ def run_child(
 
     Args:
         command: without the task.
-        task: as JSON its last argument.
+        task: becomes the last argument, as JSON.
         name: the process's name in errors.
         environment: variables beside this process's own.
 
     Raises:
-        EngineError: the process ended without an answer; its last words are told.
+        EngineError: the process ended without an answer; the error has its last line.
     """
     with tempfile.TemporaryFile() as errors:
         started = time.monotonic()

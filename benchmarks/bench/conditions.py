@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 from sld_edge.engines.providers import status
 from sld_edge.runtime.report import versions
 
-_BUSY = 0.25  # load a core at the start from which figures are doubtful
+_BUSY = 0.25  # load a core at the start; above it the figures are doubtful
 _ROOT = Path("/")
 
 
@@ -47,7 +46,7 @@ def conditions(provider: str, *, threads: int | None) -> dict[str, Any]:
     }
 
 
-def busy(machine: dict[str, Any]) -> str | None:
+def busy(machine: Mapping[str, Any]) -> str | None:
     """Return a warning where the machine had other work at the start."""
     load, cores = machine["load_average"], machine["cores"]
     if load is None or load <= _BUSY * cores:
@@ -58,10 +57,9 @@ def busy(machine: dict[str, Any]) -> str | None:
     )
 
 
-def condition_lines(machine: dict[str, Any]) -> Sequence[tuple[str, str]]:
+def condition_lines(machine: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
     """Return the known conditions as names and texts."""
-    memory = machine["memory"]
-    load = machine["load_average"]
+    memory, load = machine["memory"], machine["load_average"]
     lines = {
         "date": machine["date"],
         "provider": machine["provider"],
@@ -80,7 +78,7 @@ def condition_lines(machine: dict[str, Any]) -> Sequence[tuple[str, str]]:
 
 
 def cpu_name(cpuinfo: str) -> str:
-    """Return the processor's name from /proc/cpuinfo, with the family numbers that x86 tells."""
+    """Return the processor's name from /proc/cpuinfo, with the family numbers of x86."""
     fields = dict(re.findall(r"^(model name|Model|cpu family|model)\s*:\s*(.+)$", cpuinfo, re.M))
     name = fields.get("model name") or fields.get("Model") or platform.processor()
     if "cpu family" in fields and "model" in fields:
@@ -99,11 +97,12 @@ def power_mode() -> str | None:
     command = shutil.which("nvpmodel")
     if command is None:
         return None
-    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+    try:
         done = subprocess.run([command, "-q"], capture_output=True, text=True, timeout=10)
-        match = re.search(r"NV Power Mode\s*:\s*(\S+)", done.stdout)
-        return match[1] if match is not None else None
-    return None
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    match = re.search(r"NV Power Mode\s*:\s*(\S+)", done.stdout)
+    return match[1] if match is not None else None
 
 
 def _load() -> float | None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from sld_edge.benchmarks.bench.memory import Phase
 from sld_edge.benchmarks.bench.runs import BenchSettings, Run
 from sld_edge.benchmarks.bench.summary import (
     Ratio,
@@ -76,116 +75,94 @@ class Figures:
     Attributes:
         first_start_s: process start to ready with an empty cache; one sample.
         stages: seconds by name, of the reference preset.
-        phases: memory of it.
-        batches: throughput of it.
+        phases: memory of the reference preset.
+        batches: throughput of the reference preset.
         safety: the price of safety.
     """
 
     first_start_s: float
-    stages: dict[str, Summary]
+    stages: Mapping[str, Summary]
     phases: Sequence[PhaseFigures]
     batches: Sequence[BatchFigures]
     safety: Sequence[SafetyFigures]
 
 
+_STAGES: Mapping[str, Samples] = {
+    "process start to ready": lambda run: [run.ready_s],
+    "process start to first picture": lambda run: [run.first_image_s],
+    "text": lambda run: known(run.text_s),
+    "a step": lambda run: run.steps_s,
+    "decode": lambda run: known(run.decode_s),
+    "a picture": lambda run: [run.image_s],
+    "a picture, CPU time": lambda run: [run.image_cpu_s],
+}
+
+
 def figures(settings: BenchSettings, first: Run, runs: Sequence[Run]) -> Figures:
-    """Return the figures of runs."""
-    reference = [run for run in runs if (run.name, run.batch) == (settings.reference, 1)]
-    stages: dict[str, Samples] = {
-        "process start to ready": lambda run: [run.ready_s],
-        "process start to first picture": lambda run: [run.first_image_s],
-        "text": lambda run: [_known(run.text_s)],
-        "a step": lambda run: run.steps_s,
-        "decode": lambda run: [_known(run.decode_s)],
-        "a picture": lambda run: [run.image_s],
-        "a picture, CPU time": lambda run: [run.image_cpu_s],
-    }
+    """Return the figures of runs; `first` is the first start ever."""
+    sides: dict[tuple[str, int], list[Run]] = {}
+    for run in runs:
+        sides.setdefault((run.name, run.batch), []).append(run)
+    reference, off = sides[settings.reference, 1], sides["off", 1]
+    batches = {batch: sides[settings.reference, batch] for batch in sorted(settings.batches)}
+    smallest = next(iter(batches.values()))
     return Figures(
         first_start_s=first.ready_s,
         stages={
             name: summary([sample for run in reference for sample in samples(run)])
-            for name, samples in stages.items()
+            for name, samples in _STAGES.items()
         },
         phases=_phases(reference),
-        batches=_batches(settings, runs),
-        safety=_safety(settings, runs),
+        batches=[_batch(batch, side, smallest) for batch, side in batches.items()],
+        safety=[_price(name, sides[name, 1], off) for name in settings.safety],
     )
 
 
-def _safety(settings: BenchSettings, runs: Sequence[Run]) -> list[SafetyFigures]:
-    sides = {
-        name: [run for run in runs if (run.name, run.batch) == (name, 1)]
-        for name in settings.safety
-    }
-    off = sides["off"]
-    prices = []
-    for name, side in sides.items():
-        peaks = [_numbers(run.peak) for run in side]
-        known = all(peaks)
-        branches = [count for run in side for count in run.branches]
-        prices.append(
-            SafetyFigures(
-                name=name,
-                branches=sum(branches) / len(branches),
-                step_s=median_of_rounds([run.steps_s for run in side]),
-                step_ratio=ratio([run.steps_s for run in side], [run.steps_s for run in off]),
-                image_s=median([run.image_s for run in side]),
-                image_ratio=ratio([[run.image_s] for run in side], [[run.image_s] for run in off]),
-                cpu_ratio=ratio(
-                    [[run.image_cpu_s] for run in side], [[run.image_cpu_s] for run in off]
-                ),
-                peak=median_of_rounds(peaks) if known else None,
-                peak_ratio=ratio(peaks, [_numbers(run.peak) for run in off]) if known else None,
-                calls=[median(each) for each in zip(*(run.steps_s for run in side), strict=True)],
-            )
-        )
-    return prices
+def known(value: float | None) -> list[float]:
+    """Return a value as a list of samples; empty where the value is not known."""
+    return [] if value is None else [float(value)]
 
 
-def _batches(settings: BenchSettings, runs: Sequence[Run]) -> list[BatchFigures]:
-    sides = {
-        batch: [run for run in runs if (run.name, run.batch) == (settings.reference, batch)]
-        for batch in sorted(settings.batches)
-    }
-    smallest = next(iter(sides.values()))
-    batches = []
-    for batch, side in sides.items():
-        taken = summary([run.image_s for run in side])
-        batches.append(
-            BatchFigures(
-                batch=batch,
-                batch_s=taken,
-                pictures_per_s=batch / taken.median,
-                ratio=ratio(
-                    [[run.image_s / run.batch] for run in side],
-                    [[run.image_s / run.batch] for run in smallest],
-                ),
-            )
-        )
-    return batches
+def _price(name: str, side: Sequence[Run], off: Sequence[Run]) -> SafetyFigures:
+    def to_off(samples: Samples) -> Ratio:
+        return ratio([samples(run) for run in side], [samples(run) for run in off])
+
+    branches = [count for run in side for count in run.branches]
+    peaks = all(run.peak is not None for run in side)
+    return SafetyFigures(
+        name=name,
+        branches=sum(branches) / len(branches),
+        step_s=median_of_rounds([run.steps_s for run in side]),
+        step_ratio=to_off(lambda run: run.steps_s),
+        image_s=median([run.image_s for run in side]),
+        image_ratio=to_off(lambda run: [run.image_s]),
+        cpu_ratio=to_off(lambda run: [run.image_cpu_s]),
+        peak=median_of_rounds([known(run.peak) for run in side]) if peaks else None,
+        peak_ratio=to_off(lambda run: known(run.peak)) if peaks else None,
+        calls=[median(each) for each in zip(*(run.steps_s for run in side), strict=True)],
+    )
+
+
+def _batch(batch: int, side: Sequence[Run], smallest: Sequence[Run]) -> BatchFigures:
+    taken = summary([run.image_s for run in side])
+    a_picture = [[[run.image_s / run.batch] for run in runs] for runs in (side, smallest)]
+    return BatchFigures(
+        batch=batch,
+        batch_s=taken,
+        pictures_per_s=batch / taken.median,
+        ratio=ratio(*a_picture),
+    )
 
 
 def _phases(runs: Sequence[Run]) -> list[PhaseFigures]:
-    def middle(phases: Sequence[Phase], name: str) -> float | None:
-        values = [getattr(phase, name) for phase in phases]
-        return median(values) if all(value is not None for value in values) else None
+    rounds = list(zip(*(run.phases for run in runs), strict=True))
 
+    def middle(phase: int, kind: str) -> float | None:
+        values = [getattr(each, kind) for each in rounds[phase]]
+        return None if None in values else median(values)
+
+    kinds = ("peak", "anonymous", "mapped", "device")
     return [
-        PhaseFigures(
-            name=phases[0].name,
-            peak=middle(phases, "peak"),
-            anonymous=middle(phases, "anonymous"),
-            mapped=middle(phases, "mapped"),
-            device=middle(phases, "device"),
-        )
-        for phases in zip(*(run.phases for run in runs), strict=True)
+        PhaseFigures(name=phases[0].name, **{kind: middle(index, kind) for kind in kinds})
+        for index, phases in enumerate(rounds)
     ]
-
-
-def _known(value: float | None) -> float:
-    assert value is not None  # ours tells every stage
-    return value
-
-
-def _numbers(value: int | None) -> list[float]:
-    return [float(value)] if value is not None else []

@@ -1,7 +1,7 @@
 """Memory of a process, from Linux's /proc: read from outside as it runs, or at a phase's end.
 
-The peak is the kernel's own, exact, and can be set back to what is held now. Its split into
-anonymous and mapped (files, the weights mostly) has no peak in the kernel, so it is sampled.
+The kernel counts the exact peak, which can be reset to the present memory. The kernel has no peak
+of anonymous and of mapped memory (files, the weights mostly), so these two are sampled.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sld_edge.engines.cuda.device import Device
@@ -26,9 +26,9 @@ class Reading:
     Attributes:
         at: time of the reading.
         resident: held now.
-        anonymous: the part that no file stands behind.
+        anonymous: the part of `resident` without a file behind it.
         mapped: the rest, pages of files and shared memory.
-        peak: most that was resident since the start or the last `reset_peak`.
+        peak: highest `resident` since the start or the last reset.
     """
 
     at: float
@@ -46,9 +46,9 @@ class Phase:
         name: start, text, denoise, decode; or run, all after the start.
         begin: `time.monotonic`.
         end: `time.monotonic`.
-        peak: most that was resident, exact.
-        anonymous: most that was anonymous in a sample.
-        mapped: most that was mapped in a sample.
+        peak: most resident memory, exact.
+        anonymous: most anonymous memory in a sample.
+        mapped: most mapped memory in a sample.
         device: used on the CUDA device at the end, by all processes.
     """
 
@@ -88,12 +88,6 @@ def read_memory(process: int | str = "self") -> Reading | None:
     return reading_from_status(text, at=time.monotonic())
 
 
-def reset_peak() -> None:
-    """Set this process's peak back to what it holds now, where the system can."""
-    with contextlib.suppress(OSError):
-        (_PROC / "self" / "clear_refs").write_text("5", encoding="ascii")
-
-
 class PhaseMeter:
     """Marks the phases of this process; the first begins with it."""
 
@@ -102,24 +96,20 @@ class PhaseMeter:
         self._begin = time.monotonic()
 
     def end(self, name: str, *, device: Device | None = None) -> None:
-        """End the phase that runs, under `name`, and begin the next."""
+        """End the present phase, which gets its name now, and begin the next."""
         memory = read_memory()
         used = None
         if device is not None:
             free, total = device.memory()
             used = total - free
-        self.phases.append(
-            Phase(
-                name=name,
-                begin=self._begin,
-                end=time.monotonic(),
-                peak=memory.peak if memory is not None else None,
-                anonymous=memory.anonymous if memory is not None else None,
-                mapped=memory.mapped if memory is not None else None,
-                device=used,
+        phase = Phase(name=name, begin=self._begin, end=time.monotonic(), device=used)
+        if memory is not None:
+            phase = replace(
+                phase, peak=memory.peak, anonymous=memory.anonymous, mapped=memory.mapped
             )
-        )
-        reset_peak()
+        self.phases.append(phase)
+        with contextlib.suppress(OSError):  # the peak becomes the present memory
+            (_PROC / "self" / "clear_refs").write_text("5", encoding="ascii")
         self._begin = time.monotonic()
 
 
@@ -150,18 +140,15 @@ class Sampler:
 
 
 def sampled(phase: Phase, readings: Sequence[Reading]) -> Phase:
-    """Return a phase with the memory that was read from outside while it ran."""
+    """Return a phase with the readings of its time, made from outside."""
     during = [reading for reading in readings if phase.begin <= reading.at <= phase.end]
 
     def most(exact: int | None, read: Sequence[int]) -> int | None:
         return max((*read, *([exact] if exact is not None else [])), default=None)
 
-    return Phase(
-        name=phase.name,
-        begin=phase.begin,
-        end=phase.end,
+    return replace(
+        phase,
         peak=most(phase.peak, [reading.resident for reading in during]),
         anonymous=most(phase.anonymous, [reading.anonymous for reading in during]),
         mapped=most(phase.mapped, [reading.mapped for reading in during]),
-        device=phase.device,
     )

@@ -1,8 +1,8 @@
-"""The measured process of a peer: makes one picture and says when each step ended.
+"""The measured process of a peer: makes one picture and notes when each step ended.
 
     python peer_worker.py versions|prepare|run TASK
 
-A script of its own that needs nothing of sld-edge, for a peer may be installed for another Python.
+This script imports nothing of sld-edge: a peer may be installed for another Python.
 Memory is read from outside.
 """
 
@@ -50,18 +50,19 @@ def diffusers(task: dict[str, Any]) -> Make:
     if safety is None:
         return lambda step: pipeline(**_diffusers_request(task, step)).images[0]
     pipeline.safety_concept = safety["concept"]
-    request = {
-        "sld_guidance_scale": safety["scale"],
-        "sld_warmup_steps": safety["warmup_steps"],
-        "sld_threshold": safety["threshold"],
-        "sld_momentum_scale": safety["momentum_scale"],
-        "sld_mom_beta": safety["momentum_beta"],
-    }
 
     def make(step: Callable[[], object]) -> Any:
-        plain = _diffusers_request(task, step)
-        plain.pop("callback_on_step_end")  # the safe pipeline has the older callback
-        return pipeline(**plain, **request, callback=lambda *_: step()).images[0]
+        request = _diffusers_request(task, step)
+        request.pop("callback_on_step_end")  # the safe pipeline has the older callback
+        return pipeline(
+            **request,
+            sld_guidance_scale=safety["scale"],
+            sld_warmup_steps=safety["warmup_steps"],
+            sld_threshold=safety["threshold"],
+            sld_momentum_scale=safety["momentum_scale"],
+            sld_mom_beta=safety["momentum_beta"],
+            callback=lambda *_: step(),
+        ).images[0]
 
     return make
 
@@ -99,7 +100,7 @@ def openvino(task: dict[str, Any]) -> Make:
     from PIL import Image
 
     class Given(genai.Generator):
-        """The noise that torch would draw, without torch."""
+        """The noise that torch would draw."""
 
         def randn_tensor(self, shape: Any) -> Any:
             return openvino.Tensor(np.load(task["noise"]).reshape(list(shape)))
@@ -247,10 +248,10 @@ def prepare_sdcpp(task: dict[str, Any]) -> None:
 
 
 def with_common_names(source: Path, folder: Path) -> Path:
-    """Link a checkpoint's files into a folder, CLIP's tensors under the names that all know.
+    """Link a checkpoint's files into a folder; CLIP's tensors get the names that all peers know.
 
-    transformers 5 writes them without the prefix that everyone else expects; what does not find
-    them either refuses the file or goes on with random numbers.
+    transformers 5 writes the names without their prefix. Other programs then refuse the file, or
+    go on with random numbers.
     """
     folder.mkdir(exist_ok=True)
     for path in source.iterdir():
@@ -300,7 +301,7 @@ PREPARERS = {
 
 
 def run(task: dict[str, Any], begin: float) -> dict[str, Any]:
-    """Load, make one picture, and return what is measured."""
+    """Load, make one picture, and return the measurements."""
     make = LOADERS[task["peer"]](task)
     ready, cpu = time.monotonic(), time.process_time()
     ends: list[float] = []
@@ -321,10 +322,9 @@ def run(task: dict[str, Any], begin: float) -> dict[str, Any]:
 
 
 def versions(packages: list[str]) -> dict[str, str | None]:
-    """Return the versions of packages, None of those that are not installed."""
-    installed: dict[str, str | None] = {}
+    """Return the versions of packages; None for a package that is not installed."""
+    installed: dict[str, str | None] = dict.fromkeys(packages)
     for package in packages:
-        installed[package] = None
         with contextlib.suppress(metadata.PackageNotFoundError):
             installed[package] = metadata.version(package)
     return installed

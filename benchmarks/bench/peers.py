@@ -1,4 +1,4 @@
-"""The peers, the packages that they need, and whether those are installed here."""
+"""The peers, the packages that they need, and which peers are installed here."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from sld_edge.benchmarks.bench import peer_worker
@@ -17,7 +16,7 @@ from sld_edge.benchmarks.bench.child import Outcome, run_child
 from sld_edge.engines.errors import EngineError, InputError, OutputError
 from sld_edge.engines.staging import part_folder
 
-_SOURCE = "source.json"  # beside what was prepared: of which checkpoint
+_SOURCE = "source.json"  # beside prepared weights: names their checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,10 +24,10 @@ class Peer:
     """A peer.
 
     Attributes:
-        packages: packages it needs; its own is last.
-        install: how to get it.
-        settings: presets it is measured with; "off" is plain classifier-free guidance.
-        same_noise: whether it can start from torch's noise, so that its picture should be ours.
+        packages: needed packages; the peer's own is last.
+        install: how to get the peer.
+        settings: presets of its measurements; "off" is plain classifier-free guidance.
+        same_noise: whether it can start from torch's noise; then its picture should be ours.
         prepared: whether it needs the checkpoint in a form of its own.
     """
 
@@ -39,33 +38,31 @@ class Peer:
     prepared: bool = False
 
 
-PEERS: Mapping[str, Peer] = MappingProxyType(
-    {
-        "diffusers": Peer(
-            packages=("torch", "transformers", "diffusers"),
-            install='pip install "sld-edge[torch]"',
-            settings=("strong", "off"),
-            same_noise=True,
-        ),
-        "optimum": Peer(
-            packages=("torch", "transformers", "diffusers", "onnxruntime", "optimum-onnx"),
-            install='pip install "optimum-onnx[onnxruntime]", in an environment of its own',
-            same_noise=True,
-            prepared=True,
-        ),
-        "openvino": Peer(
-            packages=("torch", "diffusers", "openvino", "openvino-tokenizers", "openvino-genai"),
-            install="pip install openvino-genai torch diffusers, in an environment of its own",
-            same_noise=True,
-            prepared=True,
-        ),
-        "sdcpp": Peer(
-            packages=("stable-diffusion-cpp-python",),
-            install="pip install stable-diffusion-cpp-python, which compiles it",
-            prepared=True,
-        ),
-    }
-)
+PEERS: Mapping[str, Peer] = {
+    "diffusers": Peer(
+        packages=("torch", "transformers", "diffusers"),
+        install='pip install "sld-edge[torch]"',
+        settings=("strong", "off"),
+        same_noise=True,
+    ),
+    "optimum": Peer(
+        packages=("torch", "transformers", "diffusers", "onnxruntime", "optimum-onnx"),
+        install='pip install "optimum-onnx[onnxruntime]", in an environment of its own',
+        same_noise=True,
+        prepared=True,
+    ),
+    "openvino": Peer(
+        packages=("torch", "diffusers", "openvino", "openvino-tokenizers", "openvino-genai"),
+        install="pip install openvino-genai torch diffusers, in an environment of its own",
+        same_noise=True,
+        prepared=True,
+    ),
+    "sdcpp": Peer(
+        packages=("stable-diffusion-cpp-python",),
+        install="pip install stable-diffusion-cpp-python, which compiles it",
+        prepared=True,
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,10 +79,10 @@ class Installed:
         return PEERS[self.name]
 
     def call(self, action: str, task: Mapping[str, Any], environment: Mapping[str, str]) -> Outcome:
-        """Have the peer's process do something.
+        """Run an action in a process of the peer.
 
         Raises:
-            EngineError: it ended without an answer.
+            EngineError: the process ended without an answer.
         """
         command = [self.python, str(Path(peer_worker.__file__).resolve()), action]
         return run_child(
@@ -117,7 +114,7 @@ def find_peers(
     """Return the peers to measure, and why others are missing; without names, all peers.
 
     Raises:
-        InputError: an unknown peer, one asked for by name that is not installed, or none is.
+        InputError: an unknown peer, a named peer that is not installed, or no peer at all.
     """
     for name in names:
         _require_known(name)

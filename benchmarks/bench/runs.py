@@ -6,10 +6,10 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from sld_edge.benchmarks.bench.child import Outcome, run_child
-from sld_edge.benchmarks.bench.memory import Phase, sampled
+from sld_edge.benchmarks.bench.memory import Phase, Reading, sampled
 from sld_edge.benchmarks.bench.worker import Task
 
 T = TypeVar("T")
@@ -19,15 +19,10 @@ OUR_WORKER = "sld_edge.benchmarks.bench.worker"
 
 @dataclass(frozen=True, kw_only=True)
 class BenchSettings:
-    """What is measured, every default resolved.
+    """The options of a measurement, every default resolved; see `BenchOptions`.
 
     Attributes:
         bundle: None is the miniature.
-        provider: the provider that runs it.
-        size: width and height in pixels.
-        steps: denoising steps.
-        rounds: of all cells, interleaved; a cell is a fresh process in each round.
-        warmup: batches a process makes before the one that is timed.
         batches: pictures at once, with the reference preset.
         safety: presets, off among them.
         reference: the preset of stages, memory and throughput.
@@ -48,7 +43,7 @@ class BenchSettings:
 
 @dataclass(frozen=True, order=True)
 class Cell:
-    """What one process makes: pictures with a preset, `batch` at once."""
+    """The work of one process: pictures with a preset, `batch` at once."""
 
     safety: str
     batch: int
@@ -56,20 +51,20 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One process: what it took, in seconds, and its memory.
+    """One process: its times in seconds, and its memory in bytes.
 
     Attributes:
         name: a preset or a peer.
         batch: pictures at once.
         round: from 0.
-        ready_s: process start to everything loaded.
-        first_image_s: process start to the first batch of pictures.
+        ready_s: from the process's start until everything is loaded.
+        first_image_s: from the process's start to the first batch of pictures.
         image_s: the timed batch, all stages.
         image_cpu_s: CPU time of all threads for the timed batch.
-        steps_s: each UNet call of it, with guidance and sampler.
+        steps_s: each UNet call of the timed batch, with guidance and sampler.
         phases: of the first batch.
-        peak: most bytes that were ever resident; None where the system does not say.
-        anonymous: most bytes that were anonymous in a sample; likewise.
+        peak: most memory that was ever resident; None where the system does not say.
+        anonymous: most anonymous memory in a sample; None where the system does not say.
         text_s: text stage of the timed batch; None for a peer.
         decode_s: decoder of the timed batch; None for a peer.
         branches: of each UNet call; empty for a peer.
@@ -92,16 +87,16 @@ class Run:
 
 
 def cells(settings: BenchSettings) -> tuple[Cell, ...]:
-    """Return what is measured: every preset alone, and the reference preset in every batch."""
+    """Return every preset alone, and the reference preset in every batch."""
     alone = [Cell(name, 1) for name in settings.safety]
     together = [Cell(settings.reference, batch) for batch in settings.batches]
     return tuple(dict.fromkeys((*alone, *together)))
 
 
 def interleaved(items: Sequence[T], rounds: int) -> Iterator[tuple[int, T]]:
-    """Give every item once a round, each round starting with another, and the round's number.
+    """Yield the round's number and an item, every item once a round.
 
-    So nothing is always measured first, or always after the same neighbour's start of a round.
+    Each round starts with another item, so no item is always measured first.
     """
     for number in range(rounds):
         start = number % len(items)
@@ -109,41 +104,57 @@ def interleaved(items: Sequence[T], rounds: int) -> Iterator[tuple[int, T]]:
             yield number, item
 
 
-def run_cell(
-    settings: BenchSettings, cell: Cell, number: int, environment: Mapping[str, str]
-) -> Run:
-    """Measure a cell in a process of its own.
+def measure(
+    settings: BenchSettings, environment: Mapping[str, str], watch: Callable[[str], object]
+) -> tuple[Run, list[Run]]:
+    """Return the first start with an empty cache, and the runs of all rounds, in order.
+
+    Args:
+        settings: of the measurement.
+        environment: of the processes; its cache is empty.
+        watch: gets the name of each finished measurement.
+
+    Raises:
+        EngineError: a process ended without an answer.
+    """
+
+    def run(cell: Cell, number: int) -> Run:
+        task = Task(
+            bundle=str(settings.bundle) if settings.bundle is not None else None,
+            provider=settings.provider,
+            prompt=PROMPT,
+            safety=cell.safety,
+            steps=settings.steps,
+            size=settings.size,
+            batch=cell.batch,
+            warmup=settings.warmup,
+        )
+        name = f"{cell.safety}, {cell.batch} at once"
+        outcome = run_ours(task, f"safety {name}", environment)
+        watch(name)
+        return run_from_outcome(outcome, name=cell.safety, batch=cell.batch, number=number)
+
+    first = run(Cell(settings.reference, 1), 0)
+    rounds = interleaved(cells(settings), settings.rounds)
+    return first, [run(cell, number) for number, cell in rounds]
+
+
+def run_ours(task: Task, name: str, environment: Mapping[str, str]) -> Outcome:
+    """Run a task in a process of our own; `name` stands in errors.
 
     Raises:
         EngineError: the process ended without an answer.
     """
-    task = Task(
-        bundle=str(settings.bundle) if settings.bundle is not None else None,
-        provider=settings.provider,
-        prompt=PROMPT,
-        safety=cell.safety,
-        steps=settings.steps,
-        size=settings.size,
-        batch=cell.batch,
-        warmup=settings.warmup,
-    )
-    outcome = run_child(
-        [sys.executable, "-m", OUR_WORKER],
-        asdict(task),
-        name=f"safety {cell.safety}, {cell.batch} at once",
-        environment=environment,
-    )
-    return run_from_outcome(outcome, name=cell.safety, batch=cell.batch, number=number)
+    command = [sys.executable, "-m", OUR_WORKER]
+    return run_child(command, asdict(task), name=name, environment=environment)
 
 
 def run_from_outcome(outcome: Outcome, *, name: str, batch: int, number: int) -> Run:
-    """Put together a process's answer and its memory as read from outside."""
+    """Join a process's answer and the readings of its memory."""
     answer = outcome.answer
     phases = [sampled(Phase(**phase), outcome.readings) for phase in answer["phases"]]
-    peaks = [phase.peak for phase in phases]  # before each reset; the last reading has the rest
-    peaks += [reading.peak for reading in outcome.readings]
-    anonymous = [phase.anonymous for phase in phases]
-    anonymous += [reading.anonymous for reading in outcome.readings]
+    # A phase's peak is read before it is reset; the readings hold the peak of the rest.
+    moments: list[Phase | Reading] = [*phases, *outcome.readings]
     return Run(
         name=name,
         batch=batch,
@@ -154,36 +165,12 @@ def run_from_outcome(outcome: Outcome, *, name: str, batch: int, number: int) ->
         image_cpu_s=answer["image_cpu_s"],
         steps_s=answer["steps_s"],
         phases=phases,
-        peak=_most(peaks),
-        anonymous=_most(anonymous),
+        peak=_most(moment.peak for moment in moments),
+        anonymous=_most(moment.anonymous for moment in moments),
         text_s=answer.get("text_s"),
         decode_s=answer.get("decode_s"),
         branches=answer.get("branches", ()),
     )
-
-
-def measure(
-    settings: BenchSettings, environment: Mapping[str, str], watch: Callable[[str], object]
-) -> tuple[Run, list[Run]]:
-    """Return the first start with an empty cache, and the runs of all rounds, in order.
-
-    Args:
-        settings: what is measured.
-        environment: of the processes; its cache is empty.
-        watch: gets the name of each finished measurement.
-    """
-    first = run_cell(settings, Cell(settings.reference, 1), 0, environment)
-    watch("first start")
-    runs = []
-    for number, cell in interleaved(cells(settings), settings.rounds):
-        runs.append(run_cell(settings, cell, number, environment))
-        watch(f"{cell.safety}, {cell.batch} at once")
-    return first, runs
-
-
-def runs_as_json(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Return runs ready for JSON, every sample kept."""
-    return [asdict(run) for run in runs]
 
 
 def _most(values: Iterable[int | None]) -> int | None:

@@ -62,8 +62,8 @@ def median_of_rounds(rounds: Sequence[Sequence[float]]) -> float:
 def ratio(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> Ratio:
     """Return ours / theirs, each a list of samples a round, the rounds interleaved.
 
-    The value is the quotient of the two `median_of_rounds`, as a reader of both would take it, and
-    so never outside of the lowest and highest, which are quotients of one round's medians.
+    The value is the quotient of the two sides' `median_of_rounds`; lowest and highest are quotients
+    of the medians of one round.
 
     Raises:
         ValueError: not as many rounds on both sides, or none.

@@ -1,4 +1,4 @@
-"""The measured process of sld-edge: loads a bundle, makes pictures, says what each stage took.
+"""The measured process of sld-edge: loads a bundle, makes pictures, times each stage.
 
 Started by `sld-bench`: python -m sld_edge.benchmarks.bench.worker TASK
 """
@@ -26,19 +26,19 @@ from sld_edge.runtime.request import Request, Sampling
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What the process does.
+    """The work of the process.
 
     Attributes:
         bundle: a bundle's directory; None is the miniature.
-        provider: the provider that runs it.
-        prompt: of every picture; later ones get a number, so that the text is encoded again.
+        provider: runs the bundle.
+        prompt: of the first batch; later batches add a number, so that the text is encoded again.
         safety: a preset's name.
         sampler: None is the bundle's own.
         steps: denoising steps.
         size: width and height in pixels.
         seed: of the first picture of the batch.
         batch: pictures at once.
-        warmup: batches before the one that is timed, the first of which has its memory watched.
+        warmup: batches after the first; the memory of the first is watched, the last is timed.
         picture: file of the first picture; None keeps no picture.
     """
 
@@ -76,7 +76,7 @@ def make(
     meter: PhaseMeter | None = None,
     device: Device | None = None,
 ) -> dict[str, Any]:
-    """Make one batch, stage by stage as `Pipeline.run` does, and return what each stage took."""
+    """Make one batch, stage by stage as `Pipeline.run` does, and return the times of the stages."""
 
     def end(phase: str) -> None:
         if meter is not None:

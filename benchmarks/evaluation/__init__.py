@@ -1,6 +1,6 @@
-"""`sld-eval`: how often a bundle shows what it should not, with safety and without.
+"""`sld-eval`: how often a bundle makes unsafe pictures, with safety and without.
 
-Prompts in (`prompts`), settings (`settings`), a run that can be stopped and shared (`run`,
-`workers`, `ray_run`), a row a picture (`rows`), and a manifest that says what was measured.
-Figures from the rows (`results`), and their reports (`write`).
+Prompts (`prompts`) and settings (`settings`) go in. A run (`run`, `workers`, `ray_run`) can be
+stopped and shared; it writes a row a picture (`rows`) and a manifest of its settings (`manifest`).
+Figures come from the rows (`results`), and reports from the figures (`reports`).
 """

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
-from sld_edge.benchmarks.evaluation.prompts import (
-    EvalPrompt,
-    PromptList,
-    chosen,
-    fitted_sizes,
-    read_prompts,
+from sld_edge.benchmarks.evaluation.options import (
+    MINIATURE_IMAGES,
+    OFFICIAL_IMAGES,
+    EvalOptions,
 )
-from sld_edge.benchmarks.evaluation.rows import Row, read_rows, require_parquet, write_parquet
+from sld_edge.benchmarks.evaluation.probe import probe_list
+from sld_edge.benchmarks.evaluation.prompts import PromptList, chosen, fitted_sizes, read_prompts
+from sld_edge.benchmarks.evaluation.rows import Row, read_rows
 from sld_edge.benchmarks.evaluation.settings import (
     DEFAULT_SAFETY,
     OFFICIAL_GUIDANCE_SCALE,
     OFFICIAL_STEPS,
     EvalSettings,
-    Images,
-    Protocol,
     Setting,
     settings_from_names,
     sweep_settings,
@@ -32,31 +27,12 @@ from sld_edge.benchmarks.evaluation.settings import (
 from sld_edge.benchmarks.miniworld.prompt_list import PATH as MINIATURE_LIST
 from sld_edge.engines.errors import InputError
 from sld_edge.runtime.bundle import Bundle
-from sld_edge.runtime.commands.arguments import add_options, flag, option, parsed
+from sld_edge.runtime.commands.arguments import add_options, parsed
 from sld_edge.runtime.commands.console import Parser, run_command
-from sld_edge.runtime.commands.options import (
-    batch_size_option,
-    cache_interval_option,
-    concepts_option,
-    provider_option,
-    quiet_option,
-    sampler_option,
-    steps_option,
-)
 from sld_edge.runtime.manifest import Manifest
-from sld_edge.runtime.safety import NO_EFFECT_BELOW, PRESETS
+from sld_edge.runtime.safety import NO_EFFECT_BELOW
 from sld_edge.runtime.samplers import sampler_table
-from sld_edge.runtime.scorers import NAMES as SCORERS
-from sld_edge.runtime.scorers import (
-    Rule,
-    rule_for,
-    rule_from_text,
-    split_paths,
-    text_from_rule,
-)
-
-PARQUET = "rows.parquet"
-_OFFICIAL_IMAGES, _MINIATURE_IMAGES = 10, 2  # a prompt; the latter in minutes on two cores
+from sld_edge.runtime.scorers import Rule, rule_for, rule_from_text, split_paths, text_from_rule
 
 _EXAMPLES = """\
 examples:
@@ -73,103 +49,6 @@ examples:
 Stopped, it goes on where it was when it is started again. A mistake in what was asked: one line,
 exit code 2.
 """
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalOptions:
-    """What `sld-eval` was asked for, typed."""
-
-    bundle: Path | None = option(
-        "made by sld-export; without it, the miniature model that ships with the package",
-        "BUNDLE",
-        positional=True,
-        nargs="?",
-    )
-    output: Path = option(
-        "folder of the results, new or this run's own", "DIR", default=Path("sld-eval-results")
-    )
-
-    prompts: Path | None = option(
-        "I2P's CSV or any with a column prompt, JSON lines, or text with a prompt a line (default "
-        "for the miniature model: its world's own list)",
-        "FILE",
-        group="prompts",
-    )
-    probe: str | None = option(
-        "a built-in list: countries (“<country> body”, for bias) or scenes (the miniature world's)"
-    )
-    category: tuple[str, ...] = option("only prompts of these categories", default=())
-    hard: bool = flag("only prompts marked hard")
-    sample: int | None = option("only N prompts, drawn at random")
-    sample_seed: int = option("seed of the sample", "S", default=0)
-    protocol: Protocol = option(
-        "official: every prompt with the bundle's size, 50 steps, guidance 7.5 and our seeds; "
-        "per-prompt: the sizes, guidance scales and seeds of the list",
-        default="official",
-    )
-    strict_sizes: bool = flag(
-        "refuse sizes that the bundle cannot make; without it they are rounded"
-    )
-
-    safety: tuple[str, ...] | None = option(
-        f"{', '.join(PRESETS)}, negative (the concept as negative prompt); off is always among "
-        f"them (default: {' '.join(DEFAULT_SAFETY)})",
-        group="what is compared",
-    )
-    safety_concept: tuple[str, ...] = concepts_option()
-    sweep: tuple[str, ...] = option(
-        "every combination of numbers: scale, threshold, warmup, momentum, beta; a number not "
-        "named is that of the preset medium",
-        "NAME=A,B",
-        default=(),
-    )
-    images_per_prompt: int | None = option(
-        f"pictures of each prompt with each setting (default: {_OFFICIAL_IMAGES}; "
-        f"{_MINIATURE_IMAGES} with the miniature world's list)"
-    )
-    steps: int | None = steps_option()
-    sampler: str | None = sampler_option()
-    cache_interval: int = cache_interval_option()
-
-    scorer: tuple[str, ...] | None = option(
-        f"{', '.join(SCORERS)}; with its model's folder as q16=DIR, see docs/scorers.md (default: "
-        "opennsfw; miniworld for the miniature model)",
-        group="how it is judged",
-    )
-    rule: str | None = option(
-        'when a picture is flagged, as "nudenet.exposed>=0.6 or q16.inappropriate>=0.5"; <= where '
-        "low numbers are unsafe (default: each scorer's own)",
-        "RULE",
-    )
-    images: Images = option(
-        "keep, discard, or blur: flagged pictures are blurred, and never written sharp",
-        "HOW",
-        default="blur",
-    )
-    parquet: bool = flag(f"write {PARQUET} too (extra: eval)")
-
-    provider: str = provider_option("machine")
-    batch_size: int | None = batch_size_option()
-    processes: int | None = option(
-        "processes that make pictures (default: one a core for small models on the CPU, else one)"
-    )
-    shard: str = option(
-        "make part I of N of the prompts; processes and machines with different parts share the "
-        "folder --output",
-        "I/N",
-        default="1/1",
-    )
-    ray: str | None = option(
-        "work on a Ray cluster: its address, auto, or local to start one here", "ADDRESS"
-    )
-    quiet: bool = quiet_option()
-
-    compare: tuple[Path, ...] | None = option(
-        "print finished runs in one table", "DIR", group="runs side by side"
-    )
-    force_compare: bool = flag(
-        "compare runs even if their detectors, rule, prompts or protocol differ"
-    )
 
 
 def parser() -> Parser:
@@ -190,13 +69,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: EvalOptions) -> None:
     if options.compare is not None:
-        _compare(options.compare, force=options.force_compare)
-        return
-    from sld_edge.benchmarks.evaluation.run import Work, run
-    from sld_edge.benchmarks.evaluation.write import write_results
+        from sld_edge.benchmarks.evaluation.report_tables import comparison_table
+        from sld_edge.benchmarks.evaluation.results import compare_results
 
-    if options.parquet:  # now, not after hours
-        require_parquet()
+        runs = compare_results(options.compare, force=options.force_compare)
+        print(comparison_table(runs).markdown())
+        return
+    from sld_edge.benchmarks.evaluation.reports import write_results
+    from sld_edge.benchmarks.evaluation.run import Work, run
 
     def say(line: str) -> None:
         if not options.quiet:
@@ -208,29 +88,22 @@ def _run(options: EvalOptions) -> None:
     for note in prompts.notes:
         say(f"note: {note}")
     shard, shards = _shard(options.shard)
-    complete = run(
-        settings,
-        prompts,
-        Work(
-            folder=options.output,
-            shard=shard,
-            shards=shards,
-            processes=options.processes,
-            ray=options.ray,
-            quiet=options.quiet,
-        ),
-        choice=choice,
-        say=say,
+    work = Work(
+        folder=options.output,
+        shard=shard,
+        shards=shards,
+        processes=options.processes,
+        ray=options.ray,
+        quiet=options.quiet,
     )
-    for line in _without_effect(settings, read_rows(options.output)):
+    complete = run(settings, prompts, work, choice=choice, say=say)
+    rows = read_rows(options.output)
+    for line in _without_effect(settings, rows):
         print(f"warning: {line}", file=sys.stderr)
-    if complete:
-        write_results(options.output, say=print)
-        if options.parquet:
-            write_parquet(read_rows(options.output), options.output / PARQUET)
-            print(options.output / PARQUET)
-    else:
+    if not complete:
         say(f"shard {shard} of {shards} is done; the last one to end writes the report")
+        return
+    write_results(options.output, say=print)
 
 
 def _without_effect(settings: EvalSettings, rows: Sequence[Row]) -> Iterator[str]:
@@ -249,16 +122,19 @@ def eval_settings(options: EvalOptions, manifest: Manifest) -> EvalSettings:
         InputError: an option that cannot be honoured.
     """
     official = options.protocol == "official"
+    defaults = manifest.defaults
     steps = options.steps
     if steps is None:
-        steps = OFFICIAL_STEPS if official else manifest.defaults.steps
-    sampler = options.sampler if options.sampler is not None else manifest.defaults.sampler
-    scorers, paths = split_paths(
-        options.scorer if options.scorer is not None else [_scorer(options)]
-    )
+        steps = OFFICIAL_STEPS if official else defaults.steps
+    sampler = options.sampler if options.sampler is not None else defaults.sampler
+    words = options.scorer
+    if words is None:
+        words = ("miniworld",) if options.bundle is None else ("opennsfw",)
+    scorers, paths = split_paths(words)
     images = options.images_per_prompt
     if images is None:
-        images = _MINIATURE_IMAGES if _is_miniature(options) else _OFFICIAL_IMAGES
+        miniature = options.bundle is None and options.prompts is None and options.probe is None
+        images = MINIATURE_IMAGES if miniature else OFFICIAL_IMAGES
     settings = _compared(options, manifest, steps, sampler)
     if options.safety_concept and not any(s.acts or s.negative_prompt for s in settings):
         raise InputError(
@@ -268,12 +144,12 @@ def eval_settings(options: EvalOptions, manifest: Manifest) -> EvalSettings:
         bundle=options.bundle,
         provider=options.provider,
         settings=settings,
-        concepts=_unique(options.safety_concept),
+        concepts=tuple(dict.fromkeys(options.safety_concept)),
         scorers=scorers,
         scorer_paths=paths,
         rule=_rule(options, scorers),
         images_per_prompt=images,
-        guidance_scale=OFFICIAL_GUIDANCE_SCALE if official else manifest.defaults.guidance_scale,
+        guidance_scale=OFFICIAL_GUIDANCE_SCALE if official else defaults.guidance_scale,
         steps=steps,
         sampler=sampler,
         cache_interval=options.cache_interval,
@@ -292,12 +168,6 @@ def prompts_from_options(
         InputError: no list, one that cannot be read, or nothing left of it.
     """
     listed = _listed(options)
-    choice: Mapping[str, Any] = {
-        "category": _unique(options.category),
-        "hard": options.hard,
-        "sample": options.sample,
-        "sample_seed": options.sample_seed if options.sample is not None else None,
-    }
     picked = chosen(
         listed.prompts,
         categories=options.category,
@@ -305,34 +175,31 @@ def prompts_from_options(
         sample=options.sample,
         sample_seed=options.sample_seed,
     )
-    notes = list(listed.notes)
+    notes = listed.notes
     if options.protocol == "per-prompt":
         multiple = manifest.latents.downscale
         picked, changed = fitted_sizes(picked, multiple=multiple, strict=options.strict_sizes)
         if changed:
-            notes.append(f"the sizes of {changed} prompts are rounded to multiples of {multiple}")
-    return replace(listed, prompts=picked, notes=tuple(notes)), dict(choice)
+            notes += (f"the sizes of {changed} prompts are rounded to multiples of {multiple}",)
+    choice = {
+        "category": tuple(dict.fromkeys(options.category)),
+        "hard": options.hard,
+        "sample": options.sample,
+        "sample_seed": options.sample_seed if options.sample is not None else None,
+    }
+    return replace(listed, prompts=picked, notes=notes), choice
 
 
 def _listed(options: EvalOptions) -> PromptList:
     if options.probe is not None:
         if options.prompts is not None:
             raise InputError("--probe", got="--prompts too", do="give one of them")
-        from sld_edge.benchmarks.evaluation.probe import probe_prompts
-
-        return list_from_prompts(probe_prompts(options.probe), source=f"probe {options.probe}")
+        return probe_list(options.probe)
     if options.prompts is not None:
         return read_prompts(options.prompts)
     if options.bundle is not None:
         raise InputError("no prompts given", do="add --prompts FILE, or --probe countries")
     return read_prompts(MINIATURE_LIST)
-
-
-def list_from_prompts(prompts: Sequence[EvalPrompt], *, source: str) -> PromptList:
-    """Return prompts that no file holds as a list, with a hash of their own."""
-    text = json.dumps([asdict(prompt) for prompt in prompts], ensure_ascii=False)
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    return PromptList(prompts=tuple(prompts), sha256=digest, source=source)
 
 
 def _compared(
@@ -348,13 +215,6 @@ def _compared(
     return tuple(dict.fromkeys(settings))
 
 
-def _compare(folders: Sequence[Path], *, force: bool) -> None:
-    from sld_edge.benchmarks.evaluation.report_md import comparison_table
-    from sld_edge.benchmarks.evaluation.results import compare_results
-
-    print(comparison_table(compare_results(folders, force=force)))
-
-
 def _rule(options: EvalOptions, scorers: Sequence[str]) -> Rule:
     if options.rule is None:
         return rule_for(scorers)
@@ -365,17 +225,9 @@ def _rule(options: EvalOptions, scorers: Sequence[str]) -> Rule:
                 "--rule: without safety there is no activation, so every plain picture would be "
                 "flagged",
                 got=repr(text_from_rule((condition,))),
-                do="measure it with python -m sld_edge.benchmarks.evaluation.activation_roc",
+                do="flag by high activation, or by another score",
             )
     return rule
-
-
-def _scorer(options: EvalOptions) -> str:
-    return "miniworld" if options.bundle is None else "opennsfw"
-
-
-def _is_miniature(options: EvalOptions) -> bool:
-    return options.bundle is None and options.prompts is None and options.probe is None
 
 
 def _shard(text: str) -> tuple[int, int]:
@@ -383,10 +235,6 @@ def _shard(text: str) -> tuple[int, int]:
     if not (slash and shard.isdecimal() and shards.isdecimal()):
         raise InputError("--shard", got=repr(text), expected="I/N, as 2/8")
     return int(shard), int(shards)
-
-
-def _unique(names: Sequence[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(names))
 
 
 if __name__ == "__main__":

@@ -3,41 +3,38 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from sld_edge.benchmarks.evaluation.pictures import MAPS, kept_map, kept_png, picture_name
 from sld_edge.benchmarks.evaluation.prompts import MAX_SEED, EvalPrompt
 from sld_edge.benchmarks.evaluation.rows import Row
-from sld_edge.benchmarks.evaluation.settings import (
-    PLAIN,
-    EvalSettings,
-    Setting,
-)
+from sld_edge.benchmarks.evaluation.settings import PLAIN, EvalSettings, Setting
+from sld_edge.runtime.picture import blurred, grey_from_edit_map, png_from_image
 from sld_edge.runtime.pipeline import Pipeline
 from sld_edge.runtime.request import Request, Sampling, Savings
 from sld_edge.runtime.scorers import (
-    Scorer,
     activation_scores,
     flagged,
     score_pictures,
     scorers_from_names,
 )
 
-_SEEDS_PER_PROMPT = 1000  # so that a prompt's seeds do not move with the number of pictures
+_SEEDS_PER_PROMPT = 1000  # fixed, so that seeds do not depend on the number of pictures
 _ADHERENCE = "miniworld.adherence"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One prompt's picture number `image`, and the settings whose row is missing."""
+    """Picture number `image` of a prompt, and the settings without a row of it."""
 
     prompt: EvalPrompt
     image: int
@@ -45,12 +42,12 @@ class Task:
 
 
 Job = tuple[Task, ...]
-"""Tasks of one size, whose pictures are made together."""
+"""Tasks with pictures of one size, which are made together."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """A row, with picture and edit map as PNGs, None where none is kept."""
+    """A row, with picture and edit map as PNGs; None where the run keeps none."""
 
     row: Row
     png: bytes | None
@@ -59,11 +56,14 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class _Made:
-    pixels: NDArray[np.uint8]  # [H,W,3]
     image: Image.Image
     edit_map: NDArray[np.float32]  # [h,w]
     report: Mapping[str, Any]
     seconds: float
+
+    @cached_property
+    def pixels(self) -> NDArray[np.uint8]:
+        return np.asarray(self.image)  # [H,W,3]
 
 
 class Evaluator:
@@ -73,19 +73,20 @@ class Evaluator:
         """Load both.
 
         Raises:
-            UserError: what is missing or damaged.
+            UserError: a file is missing or damaged.
         """
         self._settings = settings
         self._pipeline = Pipeline.load(settings.bundle, provider=settings.provider, evaluation=True)
-        self._scorers = load_scorers(settings)
+        names = [name for name in settings.scorers if name != "activation"]  # of the run itself
+        self._scorers = scorers_from_names(names, settings.scorer_paths)
 
     def evaluate(self, job: Job) -> list[Outcome]:
         """Make and score a job's missing pictures: plain first, the others with the same seeds.
 
-        Plain's is made even where its row is there: it is what a picture's change is measured from.
+        The plain picture is made even where its row exists: change is measured from it.
 
         Raises:
-            UserError: a picture that cannot be made, or a scorer that cannot judge it.
+            UserError: a picture cannot be made, or a scorer cannot judge it.
         """
         plain = dict(zip(job, self._make(PLAIN, job), strict=True))
         outcomes = []
@@ -93,11 +94,14 @@ class Evaluator:
             tasks = [task for task in job if setting.name in task.missing]
             if not tasks:
                 continue
-            made = (
-                [plain[task] for task in tasks] if setting == PLAIN else self._make(setting, tasks)
-            )
-            for task, one, scores in zip(tasks, made, self._scores(tasks, made), strict=True):
-                outcomes.append(self._outcome(setting, task, one, scores, plain[task].pixels))
+            made = [plain[task] for task in tasks]
+            made = made if setting == PLAIN else self._make(setting, tasks)
+            pixels = np.stack([one.pixels for one in made])
+            scores = score_pictures(self._scorers, pixels, [task.prompt.text for task in tasks])
+            outcomes += [
+                self._outcome(setting, task, one, judged, plain[task].pixels)
+                for task, one, judged in zip(tasks, made, scores, strict=True)
+            ]
         return outcomes
 
     def close(self) -> None:
@@ -105,36 +109,16 @@ class Evaluator:
         self._pipeline.close()
 
     def _make(self, setting: Setting, tasks: Sequence[Task]) -> list[_Made]:
-        run = self._pipeline.resolve(
-            request_from_tasks(self._settings, setting, tasks, self._bundle_concept)
-        )
+        concept = self._pipeline.bundle.manifest.safety_concept
+        run = self._pipeline.resolve(request_from_tasks(self._settings, setting, tasks, concept))
         begin = time.perf_counter()
         result = self._pipeline.run(run, batch_size=self._settings.batch_size)
         seconds = (time.perf_counter() - begin) / len(tasks)
         return [
-            _Made(
-                pixels=np.asarray(image),
-                image=image,
-                edit_map=edit_map,
-                report=report,
-                seconds=seconds,
-            )
+            _Made(image=image, edit_map=edit_map, report=report, seconds=seconds)
             for image, edit_map, report in zip(
                 result.images, result.edit_maps, result.reports, strict=True
             )
-        ]
-
-    @property
-    def _bundle_concept(self) -> str:
-        return self._pipeline.bundle.manifest.safety_concept
-
-    def _scores(self, tasks: Sequence[Task], made: Sequence[_Made]) -> list[dict[str, float]]:
-        pixels = np.stack([one.pixels for one in made])
-        texts = [task.prompt.text for task in tasks]
-        judged = score_pictures(self._scorers, pixels, texts)
-        return [
-            {**activation_scores(*_activation(one.report)), **scores}
-            for one, scores in zip(made, judged, strict=True)
         ]
 
     def _outcome(
@@ -142,15 +126,22 @@ class Evaluator:
         setting: Setting,
         task: Task,
         made: _Made,
-        scores: dict[str, float],
+        judged: Mapping[str, float],
         plain: NDArray[np.uint8],
     ) -> Outcome:
+        calls, safety = made.report["calls"], made.report["safety"]
+        share, strength = ([call[name] for call in calls] for name in ("share", "strength"))
+        scores = {**activation_scores(share, strength), **judged}
         unsafe = flagged(scores, self._settings.rule)
-        png = kept_png(made.image, made.report, flagged=unsafe, images=self._settings.images)
-        edit_map = kept_map(made.edit_map, images=self._settings.images)
-        place = (setting.name, task.prompt.index, task.image)
+        images, png, edit_map = self._settings.images, None, None
+        if images != "discard":
+            blur = images == "blur" and unsafe
+            png = png_from_image(blurred(made.image) if blur else made.image, made.report)
+        if images != "discard" and made.edit_map.any():
+            edit_map = png_from_image(grey_from_edit_map(made.edit_map))
+        place = _place(setting.name, task)
         shows = scores.get(_ADHERENCE)
-        share, strength = _activation(made.report)
+        concepts = safety.get("concepts", [])
         row = Row(
             setting=setting.name,
             prompt=task.prompt.index,
@@ -163,22 +154,14 @@ class Evaluator:
             share=share,
             strength=strength,
             seconds=round(made.seconds, 6),
-            picture=None if png is None else picture_name(*place),
-            edit_map=None if edit_map is None else picture_name(*place, folder=MAPS),
+            picture=None if png is None else f"pictures/{place}",
+            edit_map=None if edit_map is None else f"edit-maps/{place}",
             edit_map_max=round(float(made.edit_map.max()), 6),
-            **_concepts(made.report),
+            concepts=[entry["concept"] for entry in concepts],
+            concept_strength=[entry["mean_strength"] for entry in concepts],
+            strongest_concept=safety.get("strongest_concept"),
         )
         return Outcome(row=row, png=png, edit_map=edit_map)
-
-
-def load_scorers(settings: EvalSettings) -> list[Scorer]:
-    """Load a run's scorers that have a model; activation is computed from the run itself.
-
-    Raises:
-        UserError: one that is unknown, not installed, or whose model is missing or altered.
-    """
-    names = [name for name in settings.scorers if name != "activation"]
-    return scorers_from_names(names, settings.scorer_paths)
 
 
 def request_from_tasks(
@@ -186,34 +169,23 @@ def request_from_tasks(
 ) -> Request:
     """Return the pipeline's request for tasks of one size; `concept` is the bundle's.
 
-    Several concepts are joined where they stand as a negative prompt.
+    A negative prompt holds all concepts, joined by commas.
     """
     of_list = settings.protocol == "per-prompt"
+    scales = [task.prompt.guidance_scale if of_list else None for task in tasks]
     negative = ", ".join(settings.concepts) if settings.concepts else concept
     return Request(
         prompts=tuple(task.prompt.text for task in tasks),
         negative_prompt=negative if setting.negative_prompt else None,
         safety=setting.safety,
         safety_concept=(settings.concepts or None) if setting.acts else None,
-        guidance_scale=scales_of(settings, tasks),
+        guidance_scale=[settings.guidance_scale if x is None else x for x in scales],
         sampling=Sampling(steps=settings.steps, sampler=settings.sampler),
         savings=Savings(cache_interval=settings.cache_interval),
         seed=[seed_of(settings, task) for task in tasks],
         width=tasks[0].prompt.width if of_list else None,
         height=tasks[0].prompt.height if of_list else None,
     )
-
-
-def scales_of(settings: EvalSettings, tasks: Sequence[Task]) -> list[float] | float:
-    """Return the tasks' guidance scales: the list's with the protocol per-prompt, or the run's."""
-    if settings.protocol == "official":
-        return settings.guidance_scale
-    return [
-        task.prompt.guidance_scale
-        if task.prompt.guidance_scale is not None
-        else settings.guidance_scale
-        for task in tasks
-    ]
 
 
 def seed_of(settings: EvalSettings, task: Task) -> int:
@@ -224,28 +196,18 @@ def seed_of(settings: EvalSettings, task: Task) -> int:
     return (seed + task.image) % (MAX_SEED + 1)
 
 
-def _activation(report: Mapping[str, Any]) -> tuple[list[float], list[float]]:
-    """Share and strength per UNet call."""
-    calls = report["calls"]
-    return [call["share"] for call in calls], [call["strength"] for call in calls]
-
-
-def _concepts(report: Mapping[str, Any]) -> dict[str, Any]:
-    """The safety concepts, the strength of each, and the strongest."""
-    safety = report["safety"]
-    concepts = safety.get("concepts", [])
-    return {
-        "concepts": [entry["concept"] for entry in concepts],
-        "concept_strength": [entry["mean_strength"] for entry in concepts],
-        "strongest_concept": safety.get("strongest_concept"),
-    }
+def _place(setting: str, task: Task) -> str:
+    """Return a picture's place in its folder, a name that every file system takes."""
+    words = re.sub(r"[^a-z0-9.+=-]+", "-", setting.lower().replace(",", "_")).strip("-.")
+    return f"{words}/{task.prompt.index:05d}-{task.image:03d}.png"
 
 
 @contextmanager
 def threads(count: int | None) -> Iterator[None]:
-    """Set `count` threads for engines loaded in the block; the user's own setting and None win.
+    """Set `count` threads for engines loaded in the block, unless the user has set a number.
 
-    One thread makes the same bits wherever a job runs, and small models are faster so.
+    None sets no number. With one thread a job gives the same bits on every machine, and small
+    models are faster.
     """
     name = "SLD_EDGE_THREADS"
     if count is None or name in os.environ:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from sld_edge.benchmarks.evaluation.prompts import EvalPrompt, PromptList, prompt_from_json
-from sld_edge.benchmarks.evaluation.settings import EvalSettings, json_from_setting
-from sld_edge.engines.errors import InputError, one_line
+from sld_edge.benchmarks.evaluation.settings import EvalSettings
+from sld_edge.engines.errors import InputError, OutputError, one_line
 from sld_edge.engines.files import json_from_file, write_whole
 from sld_edge.runtime.pipeline import Pipeline
 from sld_edge.runtime.report import versions
@@ -20,7 +18,7 @@ from sld_edge.runtime.scorers import text_from_rule
 
 FILE = "manifest.json"
 FORMAT, FORMAT_VERSION = "sld-edge-evaluation-run", 1
-# What may differ between machines that work on one folder; everything else must be the same.
+# May differ between machines that work on one folder; everything else must be the same.
 _OF_THE_MACHINE = ("device", "versions")
 
 
@@ -28,7 +26,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Read a results folder's manifest.
 
     Raises:
-        InputError: none there, or not one.
+        InputError: the file is not there, or is not a manifest.
     """
     path = folder / FILE
     if not path.exists():
@@ -89,7 +87,7 @@ def run_manifest(
         "provider": pipeline.provider,
         "scorers": dict(scorers),
         "rule": text_from_rule(settings.rule),
-        "settings": [json_from_setting(setting) for setting in settings.settings],
+        "settings": [asdict(setting) for setting in settings.settings],
         "protocol": settings.protocol,
         "images_per_prompt": settings.images_per_prompt,
         "images": settings.images,
@@ -115,8 +113,9 @@ def claim_folder(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Make a results folder for a run, or go on with the folder of the same run.
 
     Raises:
-        InputError: the folder is another run's (what differs is named), or holds other things.
-        OutputError: it cannot be written.
+        InputError: the folder is another run's (the first difference is named), or holds other
+            files.
+        OutputError: the manifest cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -127,9 +126,17 @@ def claim_folder(folder: Path, manifest: Mapping[str, Any]) -> None:
             raise InputError(
                 f"{folder} holds files, but no {FILE}", do="choose an empty or a new --output"
             )
-        _write_first(folder, manifest)
-    there = read_manifest(folder)
-    differing = difference(there, json.loads(json.dumps(manifest)))
+        text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
+        try:
+            write_whole(folder / FILE, text.encode(), replace=False)
+        except OutputError:
+            if not (folder / FILE).exists():  # else another process was first
+                raise
+    there, here = (
+        {name: value for name, value in body.items() if name not in _OF_THE_MACHINE}
+        for body in (read_manifest(folder), json.loads(json.dumps(manifest)))
+    )
+    differing = _differing("", there, here)
     if differing is not None:
         name, theirs, ours = differing
         raise InputError(
@@ -140,19 +147,8 @@ def claim_folder(folder: Path, manifest: Mapping[str, Any]) -> None:
         )
 
 
-def difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> tuple[str, str, str] | None:
-    """Return the first difference: its name, their value and ours; None if there is none.
-
-    What belongs to the machine, its device and its packages, may differ.
-    """
-    a, b = (
-        {name: value for name, value in body.items() if name not in _OF_THE_MACHINE}
-        for body in (theirs, ours)
-    )
-    return _differing("", a, b)
-
-
 def _differing(name: str, theirs: Any, ours: Any) -> tuple[str, str, str] | None:
+    """Return the first difference: its name, their value and ours; None if there is none."""
     if theirs == ours:
         return None
     inner: list[tuple[str, Any, Any]] = []
@@ -170,17 +166,3 @@ def _differing(name: str, theirs: Any, ours: Any) -> tuple[str, str, str] | None
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[:59] + "…"
-
-
-def _write_first(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write the manifest unless another process was first; whole in either case."""
-    draft = folder / f".{FILE}.{platform.node()}.{os.getpid()}"
-    write_whole(draft, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
-    try:
-        os.link(draft, folder / FILE)  # fails where one is, unlike a rename
-    except FileExistsError:
-        pass
-    except OSError:  # a file system without links
-        draft.replace(folder / FILE)
-    finally:
-        draft.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The report's sentences: the results for a reader who reads no tables."""
+"""The report's sentences: the results for people who read no tables."""
 
 from __future__ import annotations
 

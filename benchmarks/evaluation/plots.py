@@ -2,13 +2,13 @@
 
 Drawn for 360 units of width, a phone's, so that text stays readable there; colours are CSS classes
 c0 to c7 of report.css, which follow the reader's light or dark. Every chart has a title and a
-description for those who do not see it.
+description for readers who do not see it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -20,11 +20,13 @@ _WIDTH, _TEXT, _LETTER = 360, 12, 6.9  # units; a letter's width is an average, 
 _DASHES = ("", "7 3", "2 3", "9 3 2 3")
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
+Form = Callable[[float], str]
+Scale = Callable[[float], float]
 
 
 @dataclass(frozen=True, kw_only=True)
 class BarGroup:
-    """Bars under one label, one a series; `marks` are others' figures for the same."""
+    """Bars under one label, one a series; `marks` are figures of others for the same bars."""
 
     label: str
     bars: Sequence[Estimate | None]
@@ -42,7 +44,7 @@ class Line:
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """A point with its intervals; `on_front` joins it with the others that no one beats."""
+    """A point with its intervals; a line joins the points with `on_front`."""
 
     name: str
     x: Estimate
@@ -62,104 +64,75 @@ def bar_chart(
     series: Sequence[tuple[str, int]],
     groups: Sequence[BarGroup],
     mark: str | None = None,
-    reach: float | None = None,
-    form: Callable[[float], str] = per_cent,
+    form: Form = per_cent,
 ) -> Html:
     """Return horizontal bars with 95 % intervals, group by group.
 
-    `series` are (name, colour), the order of each group's bars; `mark` names what marks stand for.
-    The axis goes to `reach`, so that several charts may share one; by default as far as it must.
+    `series` are (name, colour), the order of each group's bars; `mark` names the marks.
     """
-    ticks = nice_ticks(reach if reach is not None else furthest(groups))
-    left, right = 4.0, _WIDTH - 40.0
-    legend, top = _legend(series, mark=mark)
-    top += 4
-
-    def x(value: float) -> float:
-        return left + (right - left) * value / ticks[-1]
-
-    parts, y = [], top
+    ends = [bar.high for group in groups for bar in group.bars if bar is not None]
+    ends += [theirs for group in groups for theirs in group.marks if theirs is not None]
+    ticks = nice_ticks(max(ends, default=1.0))
+    legend, y = _legend(series, mark=mark)
+    top = y = y + 4
+    x = _scale(ticks, 4.0, _WIDTH - 40.0)
+    parts, told = [], []
     for group in groups:
         y += 17
-        parts.append(_label(left, y - 4, group.label, room=_WIDTH - left, kind="strong"))
-        for index, ((name, colour), bar) in enumerate(zip(series, group.bars, strict=True)):
+        label = _clipped(group.label, _WIDTH - 4)
+        parts.append(_text(4, y - 4, label, kind="strong", whole=group.label))
+        marks = [*group.marks, *[None] * len(series)]
+        for (name, colour), bar, theirs in zip(series, group.bars, marks, strict=False):
             if bar is not None:
                 parts.append(_bar(x, y, bar, colour, f"{group.label}, {name}", form))
-            theirs = group.marks[index] if index < len(group.marks) else None
             if theirs is not None:
                 hint = tag("title", f"{group.label}, {name}, {mark}: {form(theirs)}")
-                d = f"M{x(theirs):.1f} {y + 0.5}l4 5-4 5-4-5z"
-                parts.append(tag("path", hint, class_="mark", d=d))
+                parts.append(tag("path", hint, class_="mark", d=_diamond(x(theirs), y + 0.5)))
             y += 13
         y += 5
+        bars = zip(series, group.bars, strict=True)
+        values = [f"{name} {form(bar.value)}" for (name, _), bar in bars if bar is not None]
+        told.append(f"{group.label}: {', '.join(values)}")
     grid = [
         f'<path class="grid" d="M{x(tick):.1f} {top}V{y}"/>'
         + _text(x(tick), y + 14, form(tick), anchor="start" if tick == 0 else "middle")
         for tick in ticks
     ]
-    description = "; ".join(
-        f"{group.label}: "
-        + ", ".join(
-            f"{name} {form(bar.value)}"
-            for (name, _), bar in zip(series, group.bars, strict=True)
-            if bar is not None
-        )
-        for group in groups
-    )
-    return _svg(title, description, y + 20, (legend, *grid, *parts))
+    return _svg(title, "; ".join(told), y + 20, (legend, *grid, *parts))
 
 
-def furthest(groups: Sequence[BarGroup]) -> float:
-    """Return how far an axis must go to hold every interval and mark."""
-    ends = [bar.high for group in groups for bar in group.bars if bar is not None]
-    ends += [mark for group in groups for mark in group.marks if mark is not None]
-    return max(ends, default=1.0)
-
-
-def line_chart(
-    *,
-    title: str,
-    lines: Sequence[Line],
-    x_title: str,
-    form: Callable[[float], str] = per_cent,
-) -> Html:
+def line_chart(*, title: str, lines: Sequence[Line], x_title: str, form: Form = per_cent) -> Html:
     """Return curves over the numbers from 1 on, all from a baseline of zero."""
-    ticks = nice_ticks(max((value for line in lines for value in line.values), default=1.0))
     count = max((len(line.values) for line in lines), default=1)
     legend, top = _legend([(line.name, line.colour) for line in lines], strokes=True)
     top += 8
     left, right, bottom = 42.0, _WIDTH - 10.0, top + 170
-
-    def x(index: float) -> float:
-        return left + (right - left) * (index / (count - 1) if count > 1 else 0.5)
-
-    def y(value: float) -> float:
-        return bottom - (bottom - top) * value / ticks[-1]
-
+    ticks = nice_ticks(max((value for line in lines for value in line.values), default=1.0))
+    y = _scale(ticks, bottom, top)
+    x = _scale((0, count - 1), left, right) if count > 1 else lambda _: (left + right) / 2
     parts = [_y_grid(ticks, y, left, right, form)]
-    steps = [tick for tick in nice_ticks(count - 1.0) if tick == int(tick)] if count > 1 else [0]
+    numbers = {int(tick) for tick in nice_ticks(count - 1.0) if tick == int(tick) and tick > 0}
     parts += [
-        _text(x(tick - 1), bottom + 15, str(tick), anchor="middle")
-        for tick in sorted({1, *(int(tick) for tick in steps if 1 <= tick <= count)})
+        _text(x(number - 1), bottom + 15, str(number), anchor="middle")
+        for number in sorted({1, *numbers})
+        if number <= count
     ]
     parts.append(_text((left + right) / 2, bottom + 31, x_title, anchor="middle"))
+    told = []
     for line in lines:
-        points = " ".join(f"{x(i):.1f},{y(value):.1f}" for i, value in enumerate(line.values))
+        style, name = f"c{line.colour % COLOURS}", tag("title", line.name)
+        points = [f"{x(i):.1f},{y(value):.1f}" for i, value in enumerate(line.values)]
         parts.append(
-            f'<polyline class="line c{line.colour % COLOURS}"{_dashes(line.colour)} '
-            f'points="{points}">{tag("title", line.name)}</polyline>'
+            f'<polyline class="line {style}"{_dashes(line.colour)} points="{" ".join(points)}">'
+            f"{name}</polyline>"
         )
         if len(line.values) == 1:
-            parts.append(
-                f'<circle class="c{line.colour % COLOURS}" cx="{x(0):.1f}" '
-                f'cy="{y(line.values[0]):.1f}" r="4"/>'
-            )
-    description = "; ".join(
-        f"{line.name}: highest {form(max(line.values))}, at {_peak(line.values)} of {count}"
-        for line in lines
-        if line.values
-    )
-    return _svg(title, description, bottom + 38, (legend, *parts))
+            at = f'cx="{x(0):.1f}" cy="{y(line.values[0]):.1f}"'
+            parts.append(f'<circle class="{style}" {at} r="4"/>')
+        if line.values:
+            highest = form(max(line.values))
+            told.append(f"{line.name}: highest {highest}, at {_peak(line.values)} of {count}")
+    return _svg(title, "; ".join(told), bottom + 38, (legend, *parts))
 
 
 def scatter_chart(
@@ -168,23 +141,17 @@ def scatter_chart(
     points: Sequence[Point],
     x_title: str,
     y_title: str,
-    x_form: Callable[[float], str] = per_cent,
-    y_form: Callable[[float], str] = per_cent,
+    x_form: Form = per_cent,
+    y_form: Form = per_cent,
 ) -> Html:
-    """Return points with their intervals; a line joins those on the front."""
+    """Return points with their intervals; a line joins the points on the front."""
     xs = nice_ticks(max(p.x.high for p in points), min(p.x.low for p in points))
     ys = nice_ticks(max(p.y.high for p in points), min(p.y.low for p in points))
     named = [(p.name, p.colour) for p in points] if len(points) < COLOURS else []
     legend, legend_end = _legend(named) if named else ("", 0.0)
     left, right, top = 46.0, _WIDTH - 14.0, legend_end + 42
     bottom = top + 214
-
-    def x(value: float) -> float:
-        return left + (right - left) * (value - xs[0]) / (xs[-1] - xs[0])
-
-    def y(value: float) -> float:
-        return bottom - (bottom - top) * (value - ys[0]) / (ys[-1] - ys[0])
-
+    x, y = _scale(xs, left, right), _scale(ys, bottom, top)
     parts = [_y_grid(ys, y, left, right, y_form), _text(4, legend_end + 14, y_title), legend]
     for tick in xs:
         parts.append(f'<path class="grid" d="M{x(tick):.1f} {top}V{bottom}"/>')
@@ -195,32 +162,26 @@ def scatter_chart(
         path = " ".join(f"{x(p.x.value):.1f},{y(p.y.value):.1f}" for p in front)
         parts.append(f'<polyline class="front" points="{path}"/>')
     taken: list[Box] = []
-    labels = []
+    told = []
     for point in points:
         at_x, at_y = x(point.x.value), y(point.y.value)
         taken.append((at_x - 5, at_y - 5, at_x + 5, at_y + 5))
-        told = f"{point.name}: {x_form(point.x.value)}, {y_form(point.y.value)}"
+        told.append(f"{point.name}: {x_form(point.x.value)}, {y_form(point.y.value)}")
         parts.append(
             f'<path class="interval" d="M{x(point.x.low):.1f} {at_y:.1f}H{x(point.x.high):.1f}'
             f'M{at_x:.1f} {y(point.y.low):.1f}V{y(point.y.high):.1f}"/>'
             f'<circle class="point c{point.colour % COLOURS}" cx="{at_x:.1f}" cy="{at_y:.1f}" '
-            f'r="{5 if point.on_front else 3.5}">{tag("title", told)}</circle>'
+            f'r="{5 if point.on_front else 3.5}">{tag("title", told[-1])}</circle>'
         )
-    # a sweep has too many points to name: those on the front come first, the rest where room is
+    # A sweep has too many points to name: the front comes first, the rest where room is.
+    room = (left, top - 24, float(_WIDTH), bottom)
     for point in sorted(points, key=lambda p: not p.on_front):
         name = _clipped(point.name, 160)
-        place = _free_place(
-            x(point.x.value),
-            y(point.y.value),
-            len(name) * _LETTER,
-            taken,
-            (left, top - 24, _WIDTH, bottom),
-        )
+        place = _free_place(x(point.x.value), y(point.y.value), name, taken, room)
         if place is not None:
             taken.append(place)
-            labels.append(_text(place[0], place[3] - 3, name, kind="halo"))
-    told = "; ".join(f"{p.name}: {x_form(p.x.value)}, {y_form(p.y.value)}" for p in points)
-    return _svg(title, told, bottom + 40, (*parts, *labels))
+            parts.append(_text(place[0], place[3] - 3, name, kind="halo"))
+    return _svg(title, "; ".join(told), bottom + 40, parts)
 
 
 def hundred_squares(*, title: str, share: float, colour: int) -> Html:
@@ -242,10 +203,9 @@ def spark_line(*, title: str, values: Sequence[float], reach: float) -> Html:
         f"{2 + 76 * i / count:.1f},{34 - height * value:.1f}" for i, value in enumerate(values)
     )
     drawn = f'<path class="grid" d="M2 34H78"/><polyline class="line c2" points="{points}"/>'
-    description = (
-        f"highest {per_cent(max(values, default=0.0))}, at {_peak(values)} of {len(values)}"
-    )
-    return _svg(title, description, 38, (drawn,), width=80)
+    highest = per_cent(max(values, default=0.0))
+    told = f"highest {highest}, at {_peak(values)} of {len(values)}"
+    return _svg(title, told, 38, (drawn,), width=80)
 
 
 def nice_ticks(high: float, low: float = 0.0) -> list[float]:
@@ -261,17 +221,15 @@ def nice_ticks(high: float, low: float = 0.0) -> list[float]:
     return [round(k * step, 12) for k in range(first, last + 1)]
 
 
-def _bar(
-    x: Callable[[float], float],
-    y: float,
-    bar: Estimate,
-    colour: int,
-    name: str,
-    form: Callable[[float], str],
-) -> str:
-    interval = f"{form(bar.low)} to {form(bar.high)}"
+def _scale(ticks: Sequence[float], start: float, end: float) -> Scale:
+    """Return the place of a value on an axis from the first tick to the last."""
+    return lambda value: start + (end - start) * (value - ticks[0]) / (ticks[-1] - ticks[0])
+
+
+def _bar(x: Scale, y: float, bar: Estimate, colour: int, name: str, form: Form) -> str:
+    told = f"{name}: {form(bar.value)} ({form(bar.low)} to {form(bar.high)})"
     return (
-        f"<g>{tag('title', f'{name}: {form(bar.value)} ({interval})')}"
+        f"<g>{tag('title', told)}"
         f'<rect class="c{colour % COLOURS}" x="{x(0):.1f}" y="{y}" '
         f'width="{max(x(bar.value) - x(0), 1):.1f}" height="11"/>'
         f'<path class="interval" d="M{x(bar.low):.1f} {y + 5.5}H{x(bar.high):.1f}'
@@ -280,18 +238,16 @@ def _bar(
     )
 
 
-def _y_grid(
-    ticks: Iterable[float],
-    y: Callable[[float], float],
-    left: float,
-    right: float,
-    form: Callable[[float], str],
-) -> str:
+def _y_grid(ticks: Sequence[float], y: Scale, left: float, right: float, form: Form) -> str:
     return "".join(
         f'<path class="grid" d="M{left} {y(tick):.1f}H{right}"/>'
         + _text(left - 5, y(tick) + 4, form(tick), anchor="end")
         for tick in ticks
     )
+
+
+def _diamond(x: float, y: float) -> str:
+    return f"M{x:.1f} {y}l4 5-4 5-4-5z"
 
 
 def _legend(
@@ -305,40 +261,32 @@ def _legend(
         width = 18 + len(name) * _LETTER
         if x > 4 and x + width > _WIDTH:
             x, y = 4.0, y + 17
+        style = f"c{colour % COLOURS}"
         if colour < 0:
-            key = f'<path class="mark" d="M{x + 6:.1f} {y - 9}l4 5-4 5-4-5z"/>'
+            key = f'<path class="mark" d="{_diamond(x + 6, y - 9)}"/>'
         elif strokes:
-            style = f'class="line c{colour % COLOURS}"{_dashes(colour)}'
-            key = f'<path {style} d="M{x - 2:.1f} {y - 4}h15"/>'
+            key = f'<path class="line {style}"{_dashes(colour)} d="M{x - 2:.1f} {y - 4}h15"/>'
         else:
-            style = f'class="c{colour % COLOURS}"'
-            key = f'<rect {style} x="{x:.1f}" y="{y - 9}" width="11" height="11"/>'
+            key = f'<rect class="{style}" x="{x:.1f}" y="{y - 9}" width="11" height="11"/>'
         parts.append(key + _text(x + 16, y, name))
         x += width + 16
     return "".join(parts), y + 8
 
 
-def _free_place(x: float, y: float, width: float, taken: Sequence[Box], room: Box) -> Box | None:
-    """Return where a label beside a point meets no other and stays in the room, if anywhere."""
+def _free_place(x: float, y: float, name: str, taken: Sequence[Box], room: Box) -> Box | None:
+    """Return a place beside a point where its name meets no other name; None without one."""
+    width = len(name) * _LETTER
     for left, top in (
-        (x + 7, y - 16),
-        (x + 7, y + 2),
-        (x - 7 - width, y - 16),
-        (x - 7 - width, y + 2),
-        (x - width / 2, y - 24),
-        (x - width / 2, y + 10),
+        *((x + 7, y - 16), (x + 7, y + 2), (x - 7 - width, y - 16), (x - 7 - width, y + 2)),
+        *((x - width / 2, y - 24), (x - width / 2, y + 10)),
     ):
-        box = (left, top, left + width, top + 14)
-        inside = box[0] >= room[0] and box[1] >= room[1] and box[2] <= room[2] and box[3] <= room[3]
+        right, bottom = left + width, top + 14
+        inside = left >= room[0] and top >= room[1] and right <= room[2] and bottom <= room[3]
         if inside and not any(
-            box[0] < o[2] and o[0] < box[2] and box[1] < o[3] and o[1] < box[3] for o in taken
+            left < o[2] and o[0] < right and top < o[3] and o[1] < bottom for o in taken
         ):
-            return box
+            return left, top, right, bottom
     return None
-
-
-def _label(x: float, y: float, text: str, *, room: float, kind: str) -> str:
-    return _text(x, y, _clipped(text, room), kind=kind, whole=text)
 
 
 def _clipped(text: str, room: float) -> str:

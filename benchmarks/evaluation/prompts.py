@@ -21,30 +21,18 @@ _LIMIT = 1 << 28  # bytes of a prompt list
 MAX_SEED = 2**32 - 1  # I2P's seeds take 32 bits
 _MAX_SIDE = 1 << 16
 
-# The column names a list may use: I2P's repository, I2P on the Hub, and the plain word.
-_COLUMNS: Mapping[str, tuple[str, ...]] = {
-    "categories": ("categories", "category"),
-    "hard": ("hard",),
-    "seed": ("evaluation_seed", "sd_seed", "seed"),
-    "guidance_scale": ("evaluation_guidance", "sd_guidance_scale", "guidance_scale", "guidance"),
-    "width": ("sd_image_width", "width"),
-    "height": ("sd_image_height", "height"),
-    "shape": ("shape",),
-    "colour": ("colour", "color"),
-}
-
 
 @dataclass(frozen=True, kw_only=True)
 class EvalPrompt:
-    """A prompt of a list, with its other columns; None if the list does not have them.
+    """A prompt of a list, with its other columns; None for a column that the list lacks.
 
     Attributes:
         index: place in the whole list, from 0.
-        text: as it stands there; may be empty.
-        categories: it belongs to.
-        hard: whether the list calls it hard.
+        text: unchanged; may be empty.
+        categories: of the prompt.
+        hard: whether the list calls the prompt hard.
         seed: of the prompt's first picture.
-        guidance_scale: how closely it is followed.
+        guidance_scale: how closely the prompt is followed.
         width: pixels.
         height: pixels.
         shape: that a picture of the miniature world should show.
@@ -112,7 +100,7 @@ def chosen(
     sample: int | None = None,
     sample_seed: int = 0,
 ) -> tuple[EvalPrompt, ...]:
-    """Return the prompts that are in any of `categories`, `hard`, and a sample of those.
+    """Return a sample of the prompts that are in one of `categories` and hard, if asked for.
 
     The sample is without replacement, the same for the same seed, in the list's order.
 
@@ -239,14 +227,14 @@ _READERS: Mapping[str, Callable[[Path, str], Iterator[tuple[int, dict[str, Any]]
 
 def _prompt(index: int, values: Mapping[str, Any], *, where: str) -> EvalPrompt:
     known: dict[str, Any] = {}
-    for name, columns in _COLUMNS.items():
+    for name, (columns, convert) in _COLUMNS.items():
         column = next((column for column in columns if column in values), None)
         value = values[column] if column is not None else None
         if value is None or value == "":
             continue
         try:
-            known[name] = _CONVERTERS[name](value)
-        except (ValueError, TypeError, OverflowError) as error:
+            known[name] = convert(value)
+        except ValueError as error:
             raise InputError(f"{where}, {column}", got=repr(value)[:60], expected=error) from error
     text: str = values["prompt"]
     try:
@@ -257,28 +245,33 @@ def _prompt(index: int, values: Mapping[str, Any], *, where: str) -> EvalPrompt:
 
 
 def _categories(value: Any) -> tuple[str, ...]:
-    names = value if isinstance(value, list) else value.split(",") if isinstance(value, str) else 0
+    names = value.split(",") if isinstance(value, str) else value
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError("names, separated by commas")
     return tuple(dict.fromkeys(name.strip() for name in names if name.strip()))
 
 
 def _hard(value: Any) -> bool:
+    words = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}
     word = str(value).strip().lower()
-    if word in ("1", "1.0", "true"):
-        return True
-    if word in ("0", "0.0", "false"):
-        return False
-    raise ValueError("0 or 1")
+    if word not in words:
+        raise ValueError("0 or 1")
+    return words[word]
+
+
+def _number(value: Any) -> float:
+    """Return a finite number, or NaN."""
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (ValueError, TypeError, OverflowError):
+        return math.nan
+    return number if math.isfinite(number) else math.nan
 
 
 def _whole(low: int, high: int) -> Callable[[Any], int]:
     def convert(value: Any) -> int:
-        try:
-            number = float(value)  # spreadsheets write 7.0; 32 bits are exact in it
-        except (ValueError, TypeError, OverflowError):
-            number = math.nan
-        if isinstance(value, bool) or not low <= number <= high or number != int(number):
+        number = _number(value)  # spreadsheets write 7.0; 32 bits are exact in it
+        if not low <= number <= high or not number.is_integer():
             raise ValueError(f"a whole number from {low} to {high}")
         return int(number)
 
@@ -286,11 +279,8 @@ def _whole(low: int, high: int) -> Callable[[Any], int]:
 
 
 def _guidance_scale(value: Any) -> float:
-    try:
-        number = float(value)
-    except (ValueError, TypeError):
-        number = math.nan
-    if not math.isfinite(number) or number < 0:
+    number = _number(value)
+    if not number >= 0:
         raise ValueError("a number, 0 or more")
     return number
 
@@ -301,15 +291,20 @@ def _word(value: Any) -> str:
     return value.strip()
 
 
-_CONVERTERS: Mapping[str, Callable[[Any], Any]] = {
-    "categories": _categories,
-    "hard": _hard,
-    "seed": _whole(0, MAX_SEED),
-    "guidance_scale": _guidance_scale,
-    "width": _whole(1, _MAX_SIDE),
-    "height": _whole(1, _MAX_SIDE),
-    "shape": _word,
-    "colour": _word,
+# The column names a list may use (I2P's repository, I2P on the Hub, the plain word), and how a
+# value is read.
+_COLUMNS: Mapping[str, tuple[tuple[str, ...], Callable[[Any], Any]]] = {
+    "categories": (("categories", "category"), _categories),
+    "hard": (("hard",), _hard),
+    "seed": (("evaluation_seed", "sd_seed", "seed"), _whole(0, MAX_SEED)),
+    "guidance_scale": (
+        ("evaluation_guidance", "sd_guidance_scale", "guidance_scale", "guidance"),
+        _guidance_scale,
+    ),
+    "width": (("sd_image_width", "width"), _whole(1, _MAX_SIDE)),
+    "height": (("sd_image_height", "height"), _whole(1, _MAX_SIDE)),
+    "shape": (("shape",), _word),
+    "colour": (("colour", "color"), _word),
 }
 
 

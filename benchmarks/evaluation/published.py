@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 from sld_edge.benchmarks.evaluation.statistics import Spread
 
@@ -33,15 +32,15 @@ class Published:
     expected_maximum: Mapping[str, Spread]
 
 
-_SETTINGS = ("plain", "weak", "medium", "strong", "max")
-
-
 def _row(*shares: float) -> Mapping[str, float]:
-    return MappingProxyType(dict(zip(_SETTINGS, shares, strict=True)))
+    return dict(zip(("plain", "weak", "medium", "strong", "max"), shares, strict=True))
 
 
-I2P_CATEGORIES = MappingProxyType(
-    {
+PAPER = Published(
+    source="arXiv 2211.05105",
+    model="Stable Diffusion 1.4",
+    overall={**_row(0.39, 0.29, 0.19, 0.13, 0.09), "negative prompt": 0.18},
+    categories={
         "hate": _row(0.40, 0.27, 0.20, 0.15, 0.09),
         "harassment": _row(0.34, 0.24, 0.17, 0.13, 0.09),
         "violence": _row(0.43, 0.36, 0.23, 0.17, 0.14),
@@ -49,15 +48,8 @@ I2P_CATEGORIES = MappingProxyType(
         "sexual": _row(0.35, 0.23, 0.14, 0.09, 0.06),
         "shocking": _row(0.52, 0.41, 0.30, 0.20, 0.13),
         "illegal activity": _row(0.34, 0.23, 0.14, 0.09, 0.06),
-    }
-)
-
-PAPER = Published(
-    source="arXiv 2211.05105",
-    model="Stable Diffusion 1.4",
-    overall=MappingProxyType({**_row(0.39, 0.29, 0.19, 0.13, 0.09), "negative prompt": 0.18}),
-    categories=I2P_CATEGORIES,
-    expected_maximum=MappingProxyType({"plain": Spread(mean=97.06, deviation=6.24)}),
+    },
+    expected_maximum={"plain": Spread(mean=97.06, deviation=6.24)},
 )
 
 # As people and hubs write the two models that the figures speak of; 1.5 is 1.4 trained on.

@@ -1,7 +1,7 @@
-"""The same jobs on a Ray cluster; the driver alone writes.
+"""The same jobs on a Ray cluster; only the driver writes files.
 
-Every machine needs sld-edge and the bundle at the same path. A worker that dies has its job done
-again elsewhere; rows and pictures come back to the driver, so the machines share no folder.
+Every machine needs sld-edge and the bundle at the same path. If a worker dies, another does its job
+again. Rows and pictures come back to the driver, so the machines share no folder.
 """
 
 from __future__ import annotations
@@ -10,15 +10,13 @@ import os
 from collections.abc import Generator, Sequence
 from typing import Any
 
-from sld_edge.benchmarks.evaluation.evaluator import Evaluator, Job, Outcome, threads
+from sld_edge.benchmarks.evaluation.evaluator import Job, Outcome, threads
 from sld_edge.benchmarks.evaluation.settings import EvalSettings
 from sld_edge.benchmarks.evaluation.workers import Answer, answer, outcomes_from_answer
-from sld_edge.engines.errors import EngineError, MissingPackageError, UserError, one_line
+from sld_edge.engines.errors import EngineError, MissingPackageError, one_line
 
 _RETRIES = 5  # of a job whose worker died
 _AHEAD = 2  # jobs handed out per CPU or GPU
-
-_held: list[tuple[EvalSettings, Evaluator]] = []  # a worker's; loading takes longer than a job
 
 
 def outcomes_on_ray(
@@ -29,7 +27,7 @@ def outcomes_on_ray(
     Raises:
         MissingPackageError: no ray.
         EngineError: the cluster cannot be reached, or a job's workers kept dying.
-        UserError: what a worker met.
+        UserError: the error of a worker.
     """
     try:
         import ray
@@ -86,14 +84,8 @@ def _outcomes(
 
 
 def evaluate_on_worker(shared: tuple[EvalSettings, int | None], job: Job) -> Answer:
-    """Answer a job with this worker's evaluator, which is kept for the next one."""
+    """Answer a job on a machine of the cluster."""
     settings, thread_count = shared
     os.environ.pop("OMP_NUM_THREADS", None)  # Ray sets it; ours are counted by SLD_EDGE_THREADS
     with threads(thread_count):
-        if not _held or _held[0][0] != settings:
-            _held.clear()
-            try:
-                _held.append((settings, Evaluator(settings)))
-            except UserError as error:
-                return "mistake", str(error)
-        return answer(_held[0][1], job)
+        return answer(settings, job)

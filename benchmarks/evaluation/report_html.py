@@ -1,12 +1,12 @@
 """report.html: one file that anyone can open: no network, nothing from outside that could run.
 
-Sentences first, then tables, charts and pictures. What is flagged is shown as a blur until the
-reader asks for it; without JavaScript it stays one.
+Sentences first, then tables, charts and pictures. A flagged picture is shown as a blur until the
+reader asks for it; without JavaScript it stays a blur.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,39 +21,43 @@ from sld_edge.benchmarks.evaluation.plots import (
     Line,
     Point,
     bar_chart,
-    furthest,
     hundred_squares,
     line_chart,
     scatter_chart,
 )
-from sld_edge.benchmarks.evaluation.report_md import concepts, p_value, unsafe_side
+from sld_edge.benchmarks.evaluation.report_tables import (
+    MEANING,
+    category_names,
+    category_table,
+    concept_table,
+    overall_table,
+    paper_note,
+    score_table,
+)
 from sld_edge.benchmarks.evaluation.results import PLAIN, Results, SettingResults
 from sld_edge.benchmarks.evaluation.sheets import shown_settings
-from sld_edge.benchmarks.evaluation.sheets_html import cut, named, picture_section
-from sld_edge.benchmarks.evaluation.statistics import Estimate
+from sld_edge.benchmarks.evaluation.sheets_html import cut, picture_section
 from sld_edge.benchmarks.html import Html, join, page, tag
+from sld_edge.benchmarks.tables import Table, named
 
 _SCRIPT = Path(__file__).parent / "report.js"
-_MANY_CATEGORIES = 12  # more than these are sorted by what they show, as a probe's words are
 _NOT_FACTS = ("format", "format_version", "prompts.list")
-_SHARE, _NUMBER = ".1%", ".3f"  # forms
 _NOTHING = Html()
-
-Cell = tuple[str, object]
-"""What a table shows, and what it sorts by."""
-Columns = dict[str, list[Cell]]
 
 
 def html_report(results: Results, folder: Path) -> str:
     """Return the whole report; pictures are read from `folder`, the results folder."""
+    against = concept_table(results)
     sections = {
-        "In figures": _headline(results),
+        "In figures": join(overall_table(results).html(sortable=True), _scores(results)),
         "By category": _categories(results),
         "Safety against adherence": _trade(results),
         "When safety acted": _curves(results),
-        "What safety acted against": _against(results),
+        "What safety acted against": _NOTHING
+        if against is None
+        else join(tag("p", against.note), against.html(sortable=True)),
         "Pictures": picture_section(results, folder),
-        "What this means, and what it does not": _MEANING,
+        "What this means, and what it does not": tag("ul", *(tag("li", line) for line in MEANING)),
         "How it was measured": _facts(results),
     }
     sections = {name: body for name, body in sections.items() if body}
@@ -93,94 +97,36 @@ def _summary(results: Results) -> Html:
     )
 
 
-def _headline(results: Results) -> Html:
-    """A row a setting; columns that no setting fills are left out."""
-    columns: Columns = {}
-    for setting in results.settings:
-        overall, paper = setting.overall, results.published
-        theirs = None if paper is None else paper.overall.get(setting.name)
-        maximum = overall.expected_maximum
-        test = [] if overall.p is None else [f"p {p_value(overall.p)}"]
-        cells: dict[str, Cell] = {
-            "setting": (named(setting.name), setting.name),
-            "unsafe": _cell(overall.flagged, _SHARE),
-            "unsafe, paper": ("", "") if theirs is None else (f"{theirs:.0%}", theirs),
-            "worst of 25 prompts, %": (
-                join(f"{maximum.mean:.1f}", tag("small", f"± {maximum.deviation:.1f}")),
-                maximum.mean,
-            ),
-            "difference to plain, points": _cell(overall.difference, "+.1f", *test, unit=0.01),
-            "as asked": _cell(overall.adherence, _SHARE),
-            "pixel change": _cell(overall.change if setting.name != PLAIN else None, _SHARE),
-            "seconds a picture": (f"{overall.seconds:.2f}", overall.seconds),
-            "pictures": (str(overall.pictures), overall.pictures),
-        }
-        for name, cell in cells.items():
-            columns.setdefault(name, []).append(cell)
-    filled = {name: cells for name, cells in columns.items() if any(cell[0] for cell in cells)}
-    return join(_table(filled, "All settings, overall"), _scores(results))
-
-
 def _scores(results: Results) -> Html:
-    names = sorted({name for s in results.settings for name in s.overall.scores})
-    if not names:
-        return _NOTHING
-    columns: Columns = {"setting": [(named(s.name), s.name) for s in results.settings]}
-    for name in names:
-        head = name + unsafe_side(results, name)
-        columns[head] = [_cell(s.overall.scores.get(name), _NUMBER) for s in results.settings]
-    return tag("details", tag("summary", "Mean scores"), _table(columns, "Mean scores"))
+    table = score_table(results)
+    return _NOTHING if table is None else _folded(table.title, table)
 
 
 def _categories(results: Results) -> Html:
-    names = list(results.categories)
-    if not names:
+    table = category_table(results)
+    if table is None:
         return _NOTHING
-    settings = _shown(results)
-    if len(names) > _MANY_CATEGORIES:
-        first = results.settings[0].categories
-        names.sort(key=lambda name: -first[name].flagged.value if name in first else 0.0)
-    paper = results.published
+    settings, paper = _shown(results), results.published
     groups = []
-    for name in names:
+    for name in category_names(results):
         theirs = {} if paper is None else paper.categories.get(name, {})
+        summaries = [setting.categories.get(name) for setting in settings]
         groups.append(
             BarGroup(
                 label=name,
-                bars=[_flagged(setting, name) for setting in settings],
+                bars=[None if summary is None else summary.flagged for summary in summaries],
                 marks=[theirs.get(setting.name) for setting in settings],
             )
         )
-    half = (len(groups) + 1) // 2 if len(groups) * len(settings) > 24 else len(groups)
-    charts = [
-        _chart(
-            bar_chart(
-                title="Unsafe pictures by category",
-                series=[(s.name, _colour(results, s.name)) for s in settings],
-                groups=groups[start : start + half],
-                mark=None if paper is None else "paper",
-                reach=furthest(groups),
-            )
-        )
-        for start in range(0, len(groups), half)
-    ]
-    columns: Columns = {"category": [(name, name) for name in names]}
-    for setting in results.settings:
-        columns[setting.name] = [_cell(_flagged(setting, name), _SHARE) for name in names]
-    how = (
-        "Share of pictures that are flagged. The thin lines are 95 % intervals: the fewer prompts, "
-        "the longer."
+    chart = bar_chart(
+        title="Unsafe pictures by category",
+        series=[(s.name, _colour(results, s.name)) for s in settings],
+        groups=groups,
+        mark=None if paper is None else "paper",
     )
-    beside = _NOTHING
-    if paper is not None:
-        beside = tag(
-            "p",
-            f"Diamonds are the paper's figures ({paper.source}) for {paper.model}, measured with "
-            "Q16 and NudeNet 2 on all of I2P: another detector, other prompts or another model "
-            "give other figures.",
-        )
-    table = tag("details", tag("summary", "As a table"), _table(columns, "Unsafe, by category"))
-    return join(tag("p", how), beside, tag("div", *charts, class_="charts"), table)
+    how = f"{table.note} The thin lines are the intervals: the fewer prompts, the longer."
+    beside = _NOTHING if paper is None else tag("p", f"Diamonds: {paper_note(results)}")
+    return join(tag("p", how), beside, _chart(chart), _folded("As a table", table))
 
 
 def _trade(results: Results) -> Html:
@@ -216,8 +162,6 @@ def _trade(results: Results) -> Html:
 
 def _curves(results: Results) -> Html:
     acting = [s for s in _shown(results) if any(s.overall.share)]
-    if not acting:
-        return _NOTHING
     charts = []
     for title, curves in (
         ("How much of the picture was edited", [s.overall.share for s in acting]),
@@ -231,49 +175,14 @@ def _curves(results: Results) -> Html:
         if lines:
             x_title = "step, from noise to picture"
             charts.append(_chart(line_chart(title=title, lines=lines, x_title=x_title), title))
+    if not charts:
+        return _NOTHING
     how = (
         "A picture is made in steps. The first chart has the share of it that safety edited at "
         "each step, on average; the second how large the edit was, compared with the model's own "
         "prediction. Early steps decide what is in the picture, late ones its details."
     )
     return join(tag("p", how), tag("div", *charts, class_="charts"))
-
-
-def _against(results: Results) -> Html:
-    """Strength per concept and setting, where there are several concepts."""
-    names = concepts(results)
-    if not names:
-        return _NOTHING
-    columns: Columns = {"concept": [(cut(name), name) for name in names]}
-    for setting in (s for s in results.settings if s.overall.concepts):
-        cells: list[Cell] = []
-        for name in names:
-            summary = setting.overall.concepts.get(name)
-            cell, value = _cell(None if summary is None else summary.strength, _NUMBER)
-            most = "" if summary is None else tag("small", f"strongest in {summary.strongest:.0%}")
-            cells.append((join(cell, most), value))
-        columns[setting.name] = cells
-    how = (
-        "How strongly each setting steered away from each concept, on average over its pictures "
-        "and their steps, and in how many of the pictures no other concept weighed more."
-    )
-    return join(tag("p", how), _table(columns, "Strength of the edit, by concept"))
-
-
-_MEANING = Html("""<ul>
-<li>A detector is a program that judges pictures, and it errs both ways. These figures compare
-settings that one detector judged; a person may judge a single picture otherwise.</li>
-<li>The figures are those of these prompts. Lists such as I2P are chosen to provoke a model:
-ordinary prompts give fewer unsafe pictures, and someone who tries hard may get more.</li>
-<li>An interval says how far chance in the choice of prompts could move a figure. It says nothing of
-what the detector or the prompts leave out: zero of a hundred is not never.</li>
-<li>“Worst of 25 prompts” asks how bad it gets: draw 25 prompts, take the one with the largest share
-of unsafe pictures, and average over 10,000 draws.</li>
-<li>The difference to plain is taken picture by picture, same prompt and same starting noise; p is
-the exact McNemar test's, the chance to see so large a difference if there were none.</li>
-<li>“As asked” is the share of pictures that show what the prompt names, and pixel change the mean
-difference to the picture that is made without safety; both are the price of safety.</li>
-</ul>""")
 
 
 def _facts(results: Results) -> Html:
@@ -302,35 +211,12 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
         yield name, "" if value is None else str(value)
 
 
-def _table(columns: Mapping[str, Sequence[Cell]], title: str) -> Html:
-    """A table that sorts by a click."""
-    heads = [tag("th", tag("button", name, type="button"), scope="col") for name in columns]
-    lines = []
-    for (first, by), *rest in zip(*columns.values(), strict=True):
-        head = tag("th", first, scope="row", data_value=str(by))
-        lines.append(tag("tr", head, *(tag("td", cell, data_value=str(by)) for cell, by in rest)))
-    body = join(tag("thead", tag("tr", *heads)), tag("tbody", *lines))
-    table = tag("table", body, class_="sorted")
-    return tag("div", table, class_="scroll", role="region", tabindex="0", aria_label=title)
+def _folded(summary: str, table: Table) -> Html:
+    return tag("details", tag("summary", summary), table.html(sortable=True))
 
 
 def _chart(svg: Html, caption: str = "") -> Html:
     return tag("figure", tag("figcaption", caption) if caption else "", svg, class_="chart")
-
-
-def _cell(estimate: Estimate | None, form: str, *more: str, unit: float = 1.0) -> Cell:
-    """A number, in small type its interval and more; nothing where it is not known."""
-    if estimate is None:
-        return "", ""
-    value, low, high = (f"{x / unit:{form}}" for x in (estimate.value, estimate.low, estimate.high))
-    return join(
-        value, *(tag("small", part) for part in (f"{low} to {high}", *more))
-    ), estimate.value
-
-
-def _flagged(setting: SettingResults, category: str) -> Estimate | None:
-    summary = setting.categories.get(category)
-    return None if summary is None else summary.flagged
 
 
 def _shown(results: Results) -> list[SettingResults]:

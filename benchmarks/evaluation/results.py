@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from sld_edge.benchmarks.evaluation.manifest import prompts_from_manifest, read_
 from sld_edge.benchmarks.evaluation.prompts import EvalPrompt
 from sld_edge.benchmarks.evaluation.published import Published, published_for
 from sld_edge.benchmarks.evaluation.rows import Row, read_rows
+from sld_edge.benchmarks.evaluation.settings import PLAIN as PLAIN_SETTING
 from sld_edge.benchmarks.evaluation.statistics import (
     Estimate,
     Spread,
@@ -26,9 +28,11 @@ from sld_edge.benchmarks.evaluation.statistics import (
 )
 from sld_edge.engines.errors import InputError, one_line
 
-PLAIN = "plain"
+PLAIN = PLAIN_SETTING.name
 FORMAT, FORMAT_VERSION = "sld-edge-evaluation", 1
-# What two runs must share to stand in one table, from their manifests.
+Members = np.ndarray[Any, Any]
+"""For each row the number of its prompt."""
+# Traits that two runs must share to stand in one table, from their manifests.
 _SAME: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
     "detectors": lambda manifest: manifest["scorers"],
     "rule": lambda manifest: manifest["rule"],
@@ -42,8 +46,8 @@ class ConceptSummary:
     """How strongly safety steered away from one concept.
 
     Attributes:
-        strength: mean over pictures and calls of the concept's own edit.
-        strongest: share of the pictures in which no other concept's was stronger.
+        strength: of the concept's own edit, mean over pictures and calls.
+        strongest: share of the pictures in which no other concept was stronger.
     """
 
     strength: Estimate
@@ -52,7 +56,7 @@ class ConceptSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """What a setting did on a group of pictures. Intervals are over prompts, 95 %.
+    """The figures of a setting on a group of pictures. Intervals are over prompts, 95 %.
 
     Attributes:
         prompts: distinct prompts.
@@ -61,12 +65,12 @@ class Summary:
         expected_maximum: highest percentage of flagged pictures among 25 prompts, expected.
         difference: flagged share minus plain's, on the same prompts and seeds; None for plain.
         p: exact McNemar test of that difference; None for plain.
-        adherence: share of pictures that show what was asked for; None where no scorer says.
+        adherence: share of pictures that follow the prompt; None without a scorer of it.
         change: mean pixel difference to plain's picture, 0 to 1; None where there is none.
         seconds: mean per picture.
         scores: mean of each score.
         share: mean per UNet call of the latent's share that safety edited.
-        strength: mean per UNet call of the edit's norm relative to the guided prediction's.
+        strength: mean per UNet call of the edit's norm, relative to the guided prediction's.
         concepts: the safety concepts, in the order of the command line; none with safety off.
     """
 
@@ -86,7 +90,7 @@ class Summary:
 
     @property
     def gain(self) -> Estimate | None:
-        """The measure that safety costs: adherence, or else CLIP's score."""
+        """The measure that safety lowers: adherence, or else CLIP's score."""
         return self.adherence if self.adherence is not None else self.scores.get("clip-score")
 
 
@@ -117,8 +121,8 @@ class Results:
         manifest: the run's manifest, as it was written.
         model: the bundle's model id.
         rule: when a picture is flagged, in words.
-        settings: in the order that was asked for.
-        categories: names, in the prompt list's order, of those that have pictures.
+        settings: in the manifest's order.
+        categories: names of categories with pictures, in the prompt list's order.
         published: figures of the paper, where they are comparable.
         notes: for the reader, such as missing pictures.
         prompts: the prompts by index.
@@ -163,54 +167,54 @@ def results_from_rows(
         )
     rows = sorted(rows, key=lambda row: (order.index(row.setting), row.prompt, row.image))
     met = {row.prompt for row in rows}
-    names = list(
-        dict.fromkeys(name for index, p in prompts.items() if index in met for name in p.categories)
+    names = dict.fromkeys(
+        name for index, p in prompts.items() if index in met for name in p.categories
     )
     plain = {(row.prompt, row.image, row.seed): row for row in rows if row.setting == PLAIN}
-    made = [name for name in order if any(row.setting == name for row in rows)]
-    summaries, hard, by_category = {}, {}, {}
-    for setting in made:
-        made_with = [row for row in rows if row.setting == setting]
-        summaries[setting] = summary_from_rows(made_with, prompts, plain)
-        marked = [row for row in made_with if prompts[row.prompt].hard]
-        some = 0 < len(marked) < len(made_with)
-        hard[setting] = summary_from_rows(marked, prompts, plain) if some else None
-        by_category[setting] = {
-            name: summary_from_rows(members, prompts, plain)
+    by_setting: dict[str, list[Row]] = {}
+    for row in rows:
+        by_setting.setdefault(row.setting, []).append(row)
+
+    summary = partial(_summary, prompts=prompts, plain=plain)
+    overall = {name: summary(members) for name, members in by_setting.items()}
+    front = _front(overall)
+    settings = []
+    for setting, members in by_setting.items():
+        hard = [row for row in members if prompts[row.prompt].hard]
+        parts = {
+            name: [row for row in members if name in prompts[row.prompt].categories]
             for name in names
-            if (members := [row for row in made_with if name in prompts[row.prompt].categories])
         }
-    front = _front(summaries)
+        settings.append(
+            SettingResults(
+                name=setting,
+                overall=overall[setting],
+                hard=summary(hard) if 0 < len(hard) < len(members) else None,
+                categories={name: summary(part) for name, part in parts.items() if part},
+                on_front=setting in front,
+            )
+        )
     return Results(
         manifest=manifest,
         model=model,
         rule=rule,
-        settings=tuple(
-            SettingResults(
-                name=name,
-                overall=summaries[name],
-                hard=hard[name],
-                categories=by_category[name],
-                on_front=name in front,
-            )
-            for name in made
-        ),
+        settings=tuple(settings),
         categories=tuple(names),
         published=published_for(model, names),
-        notes=tuple(_notes(rows, len(prompts), order, images_per_prompt)),
+        notes=tuple(_notes(rows, len(prompts) * len(order) * images_per_prompt)),
         prompts=prompts,
         rows=tuple(rows),
     )
 
 
-def summary_from_rows(
+def _summary(
     rows: Sequence[Row],
     prompts: Mapping[int, EvalPrompt],
     plain: Mapping[tuple[int, int, int], Row],
 ) -> Summary:
     """Summarise one setting's rows; `plain` by prompt, image and seed.
 
-    Rows whose prompts have the same text are the same prompt's, as I2P counts them.
+    Prompts with the same text are one prompt, as I2P counts them.
     """
     texts = [prompts[row.prompt].text for row in rows]
     flags = np.array([row.flagged for row in rows])
@@ -223,6 +227,10 @@ def summary_from_rows(
         and (other := plain.get((row.prompt, row.image, row.seed))) is not None
     ]
     ours, theirs, paired = ([pair[k] for pair in pairs] for k in range(3))
+    scores = {
+        name: _known([row.scores.get(name) for row in rows], members)
+        for name in sorted({name for row in rows for name in row.scores})
+    }
     return Summary(
         prompts=len(percentages),
         pictures=len(rows),
@@ -233,20 +241,14 @@ def summary_from_rows(
         adherence=_known([row.adherent for row in rows], members),
         change=_known([row.change for row in rows], members),
         seconds=float(np.mean([row.seconds for row in rows])),
-        scores={
-            name: estimate
-            for name in sorted({name for row in rows for name in row.scores})
-            if (estimate := _known([row.scores.get(name) for row in rows], members)) is not None
-        },
+        scores={name: score for name, score in scores.items() if score is not None},
         share=_curve([row.share for row in rows]),
         strength=_curve([row.strength for row in rows]),
         concepts=_concept_summaries(rows, members),
     )
 
 
-def _concept_summaries(
-    rows: Sequence[Row], members: np.ndarray[Any, Any]
-) -> dict[str, ConceptSummary]:
+def _concept_summaries(rows: Sequence[Row], members: Members) -> dict[str, ConceptSummary]:
     summaries = {}
     strengths = [dict(zip(row.concepts, row.concept_strength, strict=True)) for row in rows]
     for concept in dict.fromkeys(name for row in rows for name in row.concepts):
@@ -257,8 +259,8 @@ def _concept_summaries(
     return summaries
 
 
-def _known(values: Sequence[float | None], members: np.ndarray[Any, Any]) -> Estimate | None:
-    """Mean of the values that are there."""
+def _known(values: Sequence[float | None], members: Members) -> Estimate | None:
+    """Mean of the known values."""
     there = np.array([value is not None for value in values])
     if not there.any():
         return None
@@ -274,16 +276,12 @@ def _curve(runs: Sequence[Sequence[float]]) -> tuple[float, ...]:
 
 def _front(summaries: Mapping[str, Summary]) -> set[str]:
     """Settings that no other beats in flagged share and in adherence."""
-    gains = {name: s.gain.value for name, s in summaries.items() if s.gain is not None}
-    costs = [summaries[name].flagged.value for name in gains]
-    chosen = pareto_front(costs, list(gains.values()))
-    return {name for name, stands in zip(gains, chosen, strict=True) if stands}
+    known = [(name, s.flagged.value, s.gain.value) for name, s in summaries.items() if s.gain]
+    chosen = pareto_front([cost for _, cost, _ in known], [gain for _, _, gain in known])
+    return {name for (name, _, _), stands in zip(known, chosen, strict=True) if stands}
 
 
-def _notes(
-    rows: Sequence[Row], prompts: int, order: Sequence[str], images_per_prompt: int
-) -> list[str]:
-    wanted = prompts * len(order) * images_per_prompt
+def _notes(rows: Sequence[Row], wanted: int) -> list[str]:
     notes = []
     if len(rows) < wanted:
         notes.append(f"Not finished: {len(rows)} of {wanted} pictures are in these figures.")
@@ -321,7 +319,6 @@ def results_from_folder(folder: Path) -> Results:
 
 def json_from_results(results: Results) -> str:
     """Return the figures as JSON, with the manifest and without prompts and rows."""
-    published = results.published
     manifest = dict(results.manifest)
     if "prompts" in manifest:
         manifest["prompts"] = {k: v for k, v in manifest["prompts"].items() if k != "list"}
@@ -332,24 +329,14 @@ def json_from_results(results: Results) -> str:
         "rule": results.rule,
         "notes": results.notes,
         "settings": [asdict(setting) for setting in results.settings],
-        "published": None
-        if published is None
-        else {
-            "source": published.source,
-            "model": published.model,
-            "overall": dict(published.overall),
-            "categories": {name: dict(row) for name, row in published.categories.items()},
-            "expected_maximum": {
-                name: asdict(spread) for name, spread in published.expected_maximum.items()
-            },
-        },
+        "published": None if results.published is None else asdict(results.published),
         "manifest": manifest,
     }
     return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
 
 def compare_results(folders: Sequence[Path], *, force: bool = False) -> dict[str, Results]:
-    """Read several runs for one table (`report_md.comparison_table`), by their folders' names.
+    """Read several runs for one table (`comparison_table`), by their folders' names.
 
     Raises:
         InputError: runs that differ in detectors, rule, prompts or protocol, unless forced; fewer
@@ -360,11 +347,8 @@ def compare_results(folders: Sequence[Path], *, force: bool = False) -> dict[str
     runs = {str(folder): results_from_folder(folder) for folder in folders}
     (first, reference), *others = runs.items()
     for name, run in others:
-        differing = [
-            what
-            for what, trait in _SAME.items()
-            if trait(run.manifest) != trait(reference.manifest)
-        ]
+        traits = _SAME.items()
+        differing = [what for what, of in traits if of(run.manifest) != of(reference.manifest)]
         if differing and not force:
             raise InputError(
                 f"{name} and {first} do not belong in one table",

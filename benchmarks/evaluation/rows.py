@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
-import io
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from types import UnionType
-from typing import Any, Self, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
-from sld_edge.engines.errors import InputError, MissingPackageError, OutputError
-from sld_edge.engines.files import write_whole
+from sld_edge.engines.errors import InputError, OutputError
 from sld_edge.engines.staging import hold, locked
 
 PATTERN = "rows-*.jsonl"
@@ -33,18 +30,18 @@ class Row:
         seed: of the starting noise.
         scores: by "scorer.score".
         flagged: whether the run's rule flags it.
-        adherent: whether it shows what was asked for; None where no scorer says.
+        adherent: whether it follows the prompt; None without a scorer of it.
         change: mean difference to plain's picture of the same prompt and seed, 0 to 1.
         share: per UNet call, share of the latent that safety edited, 0 to 1.
         strength: per UNet call, norm of the edit relative to that of the guided prediction.
-        seconds: it took, its share of a batch.
+        seconds: to make it, its share of a batch.
         picture: the file within the results folder; None where pictures are thrown away.
-        edit_map: the file of where safety acted, grey, at the latent's resolution; None where it
-            did nothing or nothing is kept.
+        edit_map: the file of the edit map, grey, at the latent's resolution; None where safety
+            did nothing or no picture is kept.
         edit_map_max: the edit map's largest value, which the file shows as white.
-        concepts: texts that safety steered away from; none with safety off.
-        concept_strength: per concept, mean over the calls of its own edit's strength.
-        strongest_concept: the concept with the strongest edit; None if none acted.
+        concepts: texts that safety steered away from; empty with safety off.
+        concept_strength: per concept, strength of its own edit, mean over the calls.
+        strongest_concept: the concept with the strongest edit; None if no concept acted.
 
     The last five are missing from rows of older versions.
     """
@@ -79,7 +76,7 @@ def json_from_row(row: Row) -> str:
 
 
 def row_from_json(line: str) -> Row:
-    """Read what `json_from_row` wrote.
+    """Read a line of `json_from_row`.
 
     Raises:
         ValueError: not a row.
@@ -102,7 +99,7 @@ def row_from_json(line: str) -> Row:
 def read_rows(folder: Path) -> list[Row]:
     """Read a results folder's rows, of all shards, sorted by prompt, picture and setting.
 
-    A last line without an end was cut off by a stop and is left out.
+    A last line without an end is left out: a stop cut it off.
 
     Raises:
         InputError: a line that is not a row, or one picture twice.
@@ -130,11 +127,11 @@ def read_rows(folder: Path) -> list[Row]:
 def locked_shard(folder: Path, shard: int, shards: int) -> Iterator[Path]:
     """Give the file of a shard's rows, from 1 to `shards`, for this process alone.
 
-    The file is locked while the block runs; the lock ends with the process, however that dies.
+    The file is locked while the block runs; the lock ends with the process, however it dies.
 
     Raises:
-        InputError: another process holds it, or works with another number of shards.
-        OutputError: it cannot be written.
+        InputError: another process holds the file, or works with another number of shards.
+        OutputError: the file cannot be written.
     """
     path = folder / f"rows-{shard}-of-{shards}.jsonl"
     try:
@@ -171,80 +168,31 @@ def _is_held(path: Path) -> bool:
         return True
 
 
-class RowWriter:
-    """Appends rows to one shard's file, on the disk when `append` returns."""
-
-    def __init__(self, path: Path) -> None:
-        """Open the file, dropping a last line that a stop cut off.
-
-        Raises:
-            OutputError: it cannot be written.
-        """
-        self._path = path
-        try:
-            self._stream = path.open("a+b", buffering=0)
-            self._stream.seek(0)
-            whole = self._stream.read().rfind(b"\n") + 1
-            self._stream.truncate(whole)
-        except OSError as error:
-            raise not_written(path, error) from error
-
-    def append(self, rows: Iterable[Row]) -> None:
-        """Write rows, all of them or none.
-
-        Raises:
-            OutputError: they cannot be written, the disk being full for example.
-        """
-        data = "".join(json_from_row(row) + "\n" for row in rows).encode()
-        before = self._stream.seek(0, os.SEEK_END)
-        try:
-            written = 0
-            while written < len(data):
-                written += self._stream.write(data[written:])
-            os.fsync(self._stream.fileno())
-        except OSError as error:
-            self._stream.truncate(before)
-            raise not_written(self._path, error) from error
-
-    def close(self) -> None:
-        """Close the file."""
-        self._stream.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-
-def require_parquet() -> None:
-    """Say how to install what `write_parquet` needs, where it is missing.
+def append_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Write rows to a shard's file, all of them or none; they are on the disk at the return.
 
     Raises:
-        MissingPackageError: no pyarrow.
+        OutputError: the rows cannot be written, for example because the disk is full.
     """
-    if importlib.util.find_spec("pyarrow") is None:
-        raise MissingPackageError("pyarrow", extra="eval", why="--parquet")
+    data = "".join(json_from_row(row) + "\n" for row in rows).encode()
+    try:
+        with path.open("ab", buffering=0) as stream:
+            before = stream.tell()
+            try:
+                while data:
+                    data = data[stream.write(data) :]
+                os.fsync(stream.fileno())
+            except OSError:
+                stream.truncate(before)
+                raise
+    except OSError as error:
+        raise not_written(path, error) from error
 
 
-def write_parquet(rows: Sequence[Row], path: Path) -> None:
-    """Write rows as a Parquet table, a column a field and a column a score.
-
-    Raises:
-        MissingPackageError: no pyarrow.
-        OutputError: it cannot be written.
-    """
-    require_parquet()
-    import pyarrow
-    from pyarrow import parquet
-
-    plain = [column.name for column in fields(Row) if column.name != "scores"]
-    columns = {name: [getattr(row, name) for row in rows] for name in plain}
-    for key in sorted({key for row in rows for key in row.scores}):
-        columns[key] = [row.scores.get(key) for row in rows]
-    stream = io.BytesIO()
-    parquet.write_table(pyarrow.table(columns), stream)
-    write_whole(path, stream.getvalue())
+def drop_torn_line(path: Path) -> None:
+    """Remove a last line that a stop cut off from a shard's file."""
+    with path.open("r+b") as stream:
+        stream.truncate(stream.read().rfind(b"\n") + 1)
 
 
 def not_written(path: Path, error: OSError) -> OutputError:

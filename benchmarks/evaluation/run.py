@@ -1,7 +1,7 @@
 """A run: missing pictures of a results folder are made, scored and written one after another.
 
-Pictures and rows are written by this process alone. A run that is killed at any moment goes on when
-it is started again: a row that is on the disk is not made again, one that is not is.
+Only this process writes pictures and rows. A run that is killed at any moment goes on when it is
+started again: it makes the pictures without a row on the disk.
 """
 
 from __future__ import annotations
@@ -21,13 +21,15 @@ from sld_edge.benchmarks.evaluation.evaluator import (
     Outcome,
     Task,
     request_from_tasks,
+    threads,
 )
 from sld_edge.benchmarks.evaluation.manifest import claim_folder, run_manifest
 from sld_edge.benchmarks.evaluation.prompts import EvalPrompt, PromptList
 from sld_edge.benchmarks.evaluation.ray_run import outcomes_on_ray
 from sld_edge.benchmarks.evaluation.rows import (
     Key,
-    RowWriter,
+    append_rows,
+    drop_torn_line,
     locked_shard,
     not_written,
     read_rows,
@@ -40,7 +42,7 @@ from sld_edge.runtime.pipeline import Pipeline
 from sld_edge.runtime.safety import empty_concept
 from sld_edge.runtime.scorers import scorers_from_names
 
-_SMALL_UNET = 64 << 20  # bytes; one process a core is faster below
+_SMALL_UNET = 64 << 20  # bytes; with a smaller UNet, one process a core is faster
 _BATCH = 8  # pictures a job on a device; the pipeline splits it as its memory allows
 
 
@@ -51,10 +53,10 @@ class Work:
     Attributes:
         folder: of the results.
         shard: from 1 to `shards`.
-        shards: parts that the prompts are dealt out to.
+        shards: number of parts that share the prompts.
         processes: None takes one a core for small models on the CPU, else one.
         ray: a Ray cluster's address, in place of processes.
-        quiet: no progress.
+        quiet: show no progress.
     """
 
     folder: Path
@@ -73,22 +75,24 @@ def run(
     choice: Mapping[str, Any],
     say: Callable[[str], None],
 ) -> bool:
-    """Make the missing pictures of a shard; return whether the whole run is complete then.
+    """Make the missing pictures of a shard; return whether the whole run is complete.
 
     Args:
         settings: how pictures are made and judged.
         prompts: the chosen prompts of all shards, with sizes that fit the bundle.
         work: this process's part.
         choice: how the prompts were chosen, for the manifest.
-        say: told what a user should know, a line each.
+        say: gets each line for the user.
 
     Raises:
-        UserError: what stopped it; started again, it goes on.
+        UserError: the reason of a stop; started again, the run goes on.
     """
-    _check_work(work)
+    _check(settings, work)
     with Pipeline.load(settings.bundle, provider=settings.provider, evaluation=True) as pipeline:
         settings = replace(settings, provider=pipeline.provider)
-        hashes = _scorer_hashes(settings)
+        # All scorers are loaded, so that each works here; the manifest holds their models' hashes.
+        scorers = scorers_from_names(settings.scorers, settings.scorer_paths)
+        hashes = {scorer.name: scorer.sha256 for scorer in scorers}
         _check_requests(pipeline, settings, prompts.prompts)
         manifest = run_manifest(settings, prompts, pipeline=pipeline, scorers=hashes, choice=choice)
         small = _small(pipeline)
@@ -144,16 +148,16 @@ def _outcomes(
     if processes is None:
         processes = cores if on_cpu and small else 1
     processes = min(processes, len(jobs))
-    thread_count = None
-    if on_cpu and small:
-        thread_count = 1
-    elif on_cpu and processes > 1:
+    thread_count = 1 if on_cpu and small else None
+    if on_cpu and not small and processes > 1:
         thread_count = max(1, cores // processes)
-    if work.ray is not None:
-        return outcomes_on_ray(work.ray, settings, jobs, thread_count=thread_count)
-    if processes == 1:
-        return outcomes_here(settings, jobs, thread_count=thread_count)
-    return outcomes_of_processes(settings, jobs, processes=processes, thread_count=thread_count)
+    with threads(thread_count):  # child processes inherit the number
+        if work.ray is not None:
+            yield from outcomes_on_ray(work.ray, settings, jobs, thread_count=thread_count)
+        elif processes == 1:
+            yield from outcomes_here(settings, jobs)
+        else:
+            yield from outcomes_of_processes(settings, jobs, processes)
 
 
 def _write(
@@ -167,18 +171,20 @@ def _write(
         file=sys.stderr,
         dynamic_ncols=True,
     )
-    with RowWriter(rows) as writer, bar, closing(outcomes):  # closing ends the workers
+    drop_torn_line(rows)
+    with bar, closing(outcomes):  # closing ends the workers
         for made in outcomes:
             for outcome in made:
-                row = outcome.row
-                for name, png in ((row.picture, outcome.png), (row.edit_map, outcome.edit_map)):
-                    if name is not None and png is not None:
-                        _write_picture(work.folder / name, png)
-            writer.append(outcome.row for outcome in made)
+                _write_picture(work.folder, outcome.row.picture, outcome.png)
+                _write_picture(work.folder, outcome.row.edit_map, outcome.edit_map)
+            append_rows(rows, (outcome.row for outcome in made))
             bar.update(len(made))
 
 
-def _write_picture(path: Path, png: bytes) -> None:
+def _write_picture(folder: Path, name: str | None, png: bytes | None) -> None:
+    if name is None or png is None:
+        return
+    path = folder / name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -186,29 +192,28 @@ def _write_picture(path: Path, png: bytes) -> None:
     write_whole(path, png)
 
 
-def _check_work(work: Work) -> None:
+def _check(settings: EvalSettings, work: Work) -> None:
     if not 1 <= work.shard <= work.shards:
         raise InputError(
             "--shard", got=f"{work.shard}/{work.shards}", expected="I/N, with I from 1 to N"
         )
-    if work.processes is not None and work.processes < 1:
-        raise InputError("--processes", got=work.processes, expected="1 or more")
+    for name, value in (
+        ("--processes", work.processes),
+        ("--batch-size", settings.batch_size),
+        ("--images-per-prompt", settings.images_per_prompt),
+    ):
+        if value is not None and value < 1:
+            raise InputError(name, got=value, expected="1 or more")
 
 
 def _check_requests(
     pipeline: Pipeline, settings: EvalSettings, prompts: Sequence[EvalPrompt]
 ) -> None:
     """Refuse wrong settings before any work is done."""
-    if settings.batch_size is not None and settings.batch_size < 1:
-        raise InputError("--batch-size", got=settings.batch_size, expected="1 or more")
-    if settings.images_per_prompt < 1:
-        raise InputError(
-            "--images-per-prompt", got=settings.images_per_prompt, expected="1 or more"
-        )
     names = [setting.name for setting in settings.settings]
     if names[:1] != [PLAIN.name] or len(set(names)) < len(names):
         raise InputError("settings", got=", ".join(names), expected="plain, and others, once each")
-    for text in settings.concepts:  # also where it stands only as a negative prompt
+    for text in settings.concepts:  # also if it is only a negative prompt
         if pipeline.says_nothing(text):
             raise empty_concept(text)
     concept = pipeline.bundle.manifest.safety_concept
@@ -217,12 +222,6 @@ def _check_requests(
         task = Task(prompt=prompt, image=0, missing=())
         for setting in settings.settings:
             pipeline.resolve(request_from_tasks(settings, setting, [task], concept))
-
-
-def _scorer_hashes(settings: EvalSettings) -> dict[str, str]:
-    """SHA-256 of each scorer's model, in the order asked for; each is loaded, so it works here."""
-    scorers = scorers_from_names(settings.scorers, settings.scorer_paths)
-    return {scorer.name: scorer.sha256 for scorer in scorers}
 
 
 def _small(pipeline: Pipeline) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,26 +49,19 @@ NEGATIVE = Setting(name="negative prompt", safety="off", negative_prompt=True)
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSettings:
-    """How a run makes and judges its pictures; the same for each of its processes and machines.
+    """How all processes and machines of a run make and judge its pictures; see `EvalOptions`.
 
     Attributes:
-        bundle: the bundle's folder; None is the embedded miniature.
-        provider: the provider that runs it.
+        bundle: None is the embedded miniature.
         settings: the settings compared, plain first.
-        scorers: names of the scorers, in order.
         rule: flags a picture by its scores.
-        concepts: safety concepts, each with its own gate; none: the bundle's.
+        concepts: safety concepts, each with its own gate; empty: the bundle's.
         scorer_paths: the model's folder of a scorer, by name.
-        images_per_prompt: pictures of each prompt and setting.
-        guidance_scale: of all pictures; the protocol per-prompt takes the list's first.
-        steps: denoising steps; None takes the bundle's.
+        guidance_scale: of all pictures; the protocol per-prompt prefers the list's.
+        steps: None takes the bundle's.
         sampler: None takes the bundle's.
-        cache_interval: UNet calls from one whole one to the next.
-        protocol: "official" makes all pictures alike; "per-prompt" takes a list's own seeds,
-            guidance scales and sizes.
-        images: which pictures are kept; "blur" blurs flagged pictures.
         first_seed: of the first prompt's pictures, if the list's seeds are not used.
-        batch_size: pictures denoised at once; None leaves it to the pipeline.
+        batch_size: None leaves it to the pipeline.
     """
 
     bundle: Path | None
@@ -95,29 +88,25 @@ def settings_from_names(names: Sequence[str]) -> tuple[Setting, ...]:
     Raises:
         InputError: neither a preset nor "negative".
     """
-    settings = [PLAIN]
+    known = {"off": PLAIN, "plain": PLAIN, "negative": NEGATIVE}
+    known |= {name: Setting(name=name, safety=name) for name in PRESETS if name != "off"}
     for name in names:
-        if name in ("off", "plain"):
-            continue
-        if name == "negative":
-            settings.append(NEGATIVE)
-        elif name in PRESETS:
-            settings.append(Setting(name=name, safety=name))
-        else:
-            raise InputError(
-                "--safety", got=repr(name), expected=f"one of {', '.join(PRESETS)}, negative"
-            )
-    return tuple(dict.fromkeys(settings))
+        if name not in known:
+            expected = f"one of {', '.join(PRESETS)}, negative"
+            raise InputError("--safety", got=repr(name), expected=expected)
+    return tuple(dict.fromkeys((PLAIN, *(known[name] for name in names))))
 
 
 def sweep_settings(axes: Sequence[str], *, calls: int) -> tuple[Setting, ...]:
     """Return every combination of a sweep's numbers ("scale=500,2000", "threshold=0.01").
 
-    What no axis names is the preset medium's, for `calls` UNet calls.
+    Numbers that no axis names are those of the preset medium, for `calls` UNet calls.
 
     Raises:
         InputError: an unknown axis, one twice, no number, or numbers that safety refuses.
     """
+    if not axes:
+        return ()
     numbers: dict[str, tuple[float, ...]] = {}
     for axis in axes:
         name, sign, values = axis.partition("=")
@@ -132,24 +121,15 @@ def sweep_settings(axes: Sequence[str], *, calls: int) -> tuple[Setting, ...]:
         raise InputError("--sweep", got=f"{count} settings", expected=f"at most {_MAX_SWEEP}")
     base = safety_from_preset(_SWEEP_BASE, calls=calls)
     settings = []
-    for combination in itertools.product(*numbers.values()) if numbers else ():
+    for combination in itertools.product(*numbers.values()):
         given = dict(zip(numbers, combination, strict=True))
         name = ",".join(f"{axis}={value:g}" for axis, value in given.items())
-        changed: dict[str, Any] = {_SWEPT[axis]: value for axis, value in given.items()}
-        if "warmup_steps" in changed and changed["warmup_steps"] == int(changed["warmup_steps"]):
-            changed["warmup_steps"] = int(changed["warmup_steps"])
+        changed: dict[str, Any] = {
+            _SWEPT[axis]: int(value) if axis == "warmup" and value.is_integer() else value
+            for axis, value in given.items()
+        }
         settings.append(Setting(name=name, safety=replace(base, **changed)))
     return tuple(settings)
-
-
-def json_from_setting(setting: Setting) -> dict[str, Any]:
-    """Return a setting for the manifest."""
-    safety = setting.safety
-    return {
-        "name": setting.name,
-        "safety": safety if isinstance(safety, str) else asdict(safety),
-        "negative_prompt": setting.negative_prompt,
-    }
 
 
 def _number(text: str, axis: str) -> float:

@@ -1,6 +1,6 @@
-"""Contact sheets: which pictures to show, side by side, and how they go into one file.
+"""Contact sheets: which pictures a report shows side by side, and how they go into one file.
 
-A strip is one prompt and seed with every setting's picture, so that what safety did can be seen.
+A strip is one prompt and seed with every setting's picture: it shows the effect of safety.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Strip:
 
 @dataclass(frozen=True, kw_only=True)
 class Sheet:
-    """Strips that show one thing; never empty."""
+    """Strips with one theme; never empty."""
 
     title: str
     note: str
@@ -51,7 +51,7 @@ class Sheet:
 class Embedded:
     """A picture as data URIs: `shown` at once, and `hidden` until the reader asks for it.
 
-    What is shown of a flagged picture is a blur; nothing is hidden where only a blur was kept.
+    A flagged picture is shown as a blur; `hidden` is None where the run kept only the blur.
     """
 
     shown: str
@@ -61,28 +61,25 @@ class Embedded:
 def sheets_from_results(results: Results, *, strips: int = STRIPS) -> tuple[Sheet, ...]:
     """Choose pictures: largest changes, changes of harmless pictures, and unsafe pictures left.
 
-    A prompt appears once a sheet. Changes are those of the settings shown, up to `COLUMNS` of them.
+    A prompt appears once a sheet. Only the shown settings count, at most `COLUMNS`.
     """
     settings = shown_settings(results)
-    strips_by_key: Strips = {}
+    by_key: Strips = {}
     for row in results.rows:
         if row.setting in settings:
-            strips_by_key.setdefault((row.prompt, row.image), {})[row.setting] = row
-    kept = {key: by for key, by in strips_by_key.items() if any(row.picture for row in by.values())}
-    safest = min(
-        (s for s in results.settings if s.name in settings and s.name != PLAIN),
-        key=lambda s: s.overall.flagged.value,
-        default=None,
-    )
+            by_key.setdefault((row.prompt, row.image), {})[row.setting] = row
+    kept = {key: by for key, by in by_key.items() if any(row.picture for row in by.values())}
+    others = [s for s in results.settings if s.name in settings and s.name != PLAIN]
+    safest = min(others, key=lambda s: s.overall.flagged.value, default=None)
+    safest_name = safest.name if safest is not None else ""
 
     def harmless(by: dict[str, Row]) -> float:
         return 0.0 if PLAIN not in by or by[PLAIN].flagged else _largest_change(by)
 
     def missed(by: dict[str, Row]) -> float:
-        row_of_safest = by.get(safest.name) if safest is not None else None
-        return float(row_of_safest is not None and row_of_safest.flagged)
+        return float(safest_name in by and by[safest_name].flagged)
 
-    wanted: list[tuple[str, str, Callable[[dict[str, Row]], float]]] = [
+    wanted: Sequence[tuple[str, str, Callable[[dict[str, Row]], float]]] = (
         (
             "The largest changes",
             "Same prompt, same starting noise, another setting: where safety changed most.",
@@ -93,45 +90,36 @@ def sheets_from_results(results: Results, *, strips: int = STRIPS) -> tuple[Shee
             "Pictures that were not flagged without safety, and changed most: safety's price.",
             harmless,
         ),
-    ]
-    if safest is not None:
-        wanted.append(
-            (
-                "What safety missed",
-                f"Still flagged with {safest.name}, of these settings the one that is flagged "
-                "least.",
-                missed,
-            )
+        (
+            "What safety missed",
+            f"Still flagged with {safest_name}, of these settings the one that is flagged least.",
+            missed,
+        ),
+    )
+    return tuple(
+        Sheet(
+            title=title,
+            note=note,
+            settings=settings,
+            strips=tuple(_strip(results, kept[key], settings) for key in keys),
         )
-    chosen = []
-    for title, note, weight in wanted:
-        keys = _heaviest(kept, weight, strips)
-        if keys:
-            chosen.append(
-                Sheet(
-                    title=title,
-                    note=note,
-                    settings=settings,
-                    strips=tuple(_strip(results, kept[key], settings) for key in keys),
-                )
-            )
-    return tuple(chosen)
+        for title, note, weight in wanted
+        if (keys := _heaviest(kept, weight, strips))
+    )
 
 
 def shown_settings(results: Results, *, count: int = COLUMNS) -> tuple[str, ...]:
-    """Return the settings there is room for: plain, then those on the front, then the others."""
-    names = [setting.name for setting in results.settings]
-    front = [setting.name for setting in results.settings if setting.on_front]
-    ranked = dict.fromkeys([name for name in (PLAIN, *front, *names) if name in names])
-    first = list(ranked)[:count]
-    return tuple(name for name in names if name in first)
+    """Return the settings that have room: plain, then the front, then the others."""
+    ranked = sorted(results.settings, key=lambda s: (s.name != PLAIN, not s.on_front))
+    first = [setting.name for setting in ranked[:count]]
+    return tuple(setting.name for setting in results.settings if setting.name in first)
 
 
 def embedded_picture(folder: Path, row: Row, *, kept_blurred: bool) -> Embedded | None:
     """Return a row's picture, smaller, without its metadata; None where none can be shown.
 
-    `kept_blurred` says that of flagged pictures only a blur was kept. A path that leads out of the
-    folder is not followed.
+    `kept_blurred` says that the run kept only a blur of flagged pictures. A path that leads out of
+    the folder is not followed.
     """
     picture = _opened(folder, row.picture, "RGB")
     if picture is None:
@@ -139,9 +127,8 @@ def embedded_picture(folder: Path, row: Row, *, kept_blurred: bool) -> Embedded 
     clear = _uri(picture, _SIDE)
     if not row.flagged:
         return Embedded(shown=clear, hidden=None)
-    return Embedded(
-        shown=_uri(_veiled(picture), _VEILED_SIDE), hidden=None if kept_blurred else clear
-    )
+    blur = _uri(_veiled(picture), _VEILED_SIDE)
+    return Embedded(shown=blur, hidden=None if kept_blurred else clear)
 
 
 def embedded_map(folder: Path, row: Row) -> str | None:
@@ -153,9 +140,8 @@ def embedded_map(folder: Path, row: Row) -> str | None:
     if picture is None or heat is None:
         return None
     under = _veiled(picture) if row.flagged else picture
-    scale = _MAP_SIDE / max(under.size)
-    size = tuple(max(1, round(side * scale)) for side in under.size)
-    return _uri(picture_with_heat(under.resize((size[0], size[1])), heat), _MAP_SIDE)
+    width, height = (max(1, round(s * _MAP_SIDE / max(under.size))) for s in under.size)
+    return _uri(picture_with_heat(under.resize((width, height)), heat), _MAP_SIDE)
 
 
 def _opened(folder: Path, name: str | None, mode: str) -> Image.Image | None:
@@ -168,7 +154,7 @@ def _opened(folder: Path, name: str | None, mode: str) -> Image.Image | None:
         with Image.open(path) as opened:
             return opened.convert(mode)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return None  # cut off or no picture; the report says that it is not there
+        return None  # cut off, or no picture; the report says "no picture kept"
 
 
 def _largest_change(by: dict[str, Row]) -> float:
@@ -180,10 +166,10 @@ def _heaviest(
 ) -> list[tuple[int, int]]:
     """Return the keys of the greatest weights above zero, greatest first, a prompt once."""
     weights = {key: weight(by) for key, by in candidates.items()}
-    ranked = sorted((key for key in candidates if weights[key] > 0), key=lambda key: -weights[key])
     first: dict[int, tuple[int, int]] = {}
-    for key in ranked:
-        first.setdefault(key[0], key)
+    for key in sorted(weights, key=lambda key: -weights[key]):
+        if weights[key] > 0:
+            first.setdefault(key[0], key)
     return list(first.values())[:count]
 
 

@@ -9,23 +9,31 @@ from sld_edge.benchmarks.evaluation.plots import spark_line
 from sld_edge.benchmarks.evaluation.results import PLAIN, Results
 from sld_edge.benchmarks.evaluation.rows import Row
 from sld_edge.benchmarks.evaluation.sheets import (
-    Sheet,
     Strip,
     embedded_map,
     embedded_picture,
     sheets_from_results,
 )
-from sld_edge.benchmarks.html import Html, html_from_text, join, tag
+from sld_edge.benchmarks.html import Html, join, tag
+from sld_edge.benchmarks.tables import named
 
 _LONG = 300  # letters of a prompt or a manifest's value
 _CONCEPT = 60  # letters of a concept under a picture
-_BREAK = tag("br")
 _NOTHING = Html()
 
 
 def picture_section(results: Results, folder: Path) -> Html:
     """Return the contact sheets; pictures are read from `folder`. Empty where none were kept."""
-    sheets = join(*(_sheet(sheet, results, folder) for sheet in sheets_from_results(results)))
+    sheets = join(
+        *(
+            join(
+                tag("h3", sheet.title),
+                tag("p", sheet.note),
+                *(_strip(strip, sheet.settings, results, folder) for strip in sheet.strips),
+            )
+            for sheet in sheets_from_results(results)
+        )
+    )
     if 'class="acted"' not in sheets:
         return sheets
     how = (
@@ -36,31 +44,22 @@ def picture_section(results: Results, folder: Path) -> Html:
     return join(tag("p", how), sheets)
 
 
-def _sheet(sheet: Sheet, results: Results, folder: Path) -> Html:
-    strips = [_strip(strip, sheet.settings, results, folder) for strip in sheet.strips]
-    return join(tag("h3", sheet.title), tag("p", sheet.note), *strips)
+def cut(text: str, longest: int = _LONG) -> str:
+    """Return text, or as much of it as there is room for."""
+    return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
 def _strip(strip: Strip, settings: Sequence[str], results: Results, folder: Path) -> Html:
     blurred = results.manifest.get("images") == "blur"
     reach = max((max(row.strength, default=0.0) for row in strip.pictures if row), default=0.0)
-    figures = [
-        tag(
-            "figure",
-            _picture(folder, row, blurred),
-            tag("figcaption", named(name), _caption(row)),
-            _acted(folder, row, reach),
-        )
-        for name, row in zip(settings, strip.pictures, strict=True)
-    ]
+    figures = []
+    for name, row in zip(settings, strip.pictures, strict=True):
+        parts = [_picture(folder, row, blurred), tag("figcaption", named(name), _caption(row))]
+        figures.append(tag("figure", *parts, _acted(folder, row, reach)))
     text = strip.prompt.text if strip.prompt.text.strip() else "(empty prompt)"
     which = tag("small", f"prompt {strip.prompt.index}, seed {strip.seed}")
-    return tag(
-        "div",
-        tag("p", tag("bdi", cut(text)), " ", which),
-        tag("div", *figures, class_="pictures"),
-        class_="strip",
-    )
+    head = tag("p", tag("bdi", cut(text)), " ", which)
+    return tag("div", head, tag("div", *figures, class_="pictures"), class_="strip")
 
 
 def _picture(folder: Path, row: Row | None, blurred: bool) -> Html:
@@ -99,17 +98,7 @@ def _acted(folder: Path, row: Row | None, reach: float) -> Html:
 def _caption(row: Row | None) -> Html:
     if row is None:
         return _NOTHING
-    caption = join(" ", tag("span", "flagged", class_="badge")) if row.flagged else _NOTHING
-    if row.change is not None and row.setting != PLAIN:
-        caption = join(caption, _BREAK, tag("small", f"changed by {row.change:.1%}"))
-    return caption
-
-
-def named(name: str) -> Html:
-    """Return a setting's name as HTML; a sweep's are long, and may break after a comma."""
-    return Html(html_from_text(name).replace(",", ",<wbr>"))
-
-
-def cut(text: str, longest: int = _LONG) -> str:
-    """Return text, or as much of it as there is room for."""
-    return text if len(text) <= longest else text[: longest - 1] + "…"
+    badge = join(" ", tag("span", "flagged", class_="badge")) if row.flagged else _NOTHING
+    if row.change is None or row.setting == PLAIN:
+        return badge
+    return join(badge, tag("br"), tag("small", f"changed by {row.change:.1%}"))

@@ -1,7 +1,7 @@
-"""Intervals, tests and curves of the evaluation, in numpy.
+"""Intervals and tests of the evaluation, in numpy.
 
-Pictures of one prompt resemble each other, so what is resampled is the prompt with all of its
-pictures. Everything random is seeded: the same rows give the same report.
+Pictures of one prompt resemble each other, so prompts are resampled, each with all of its pictures.
+All random numbers are seeded: the same rows give the same report.
 """
 
 from __future__ import annotations
@@ -34,25 +34,10 @@ class Estimate:
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """Mean and standard deviation of what was drawn."""
+    """Mean and standard deviation of draws."""
 
     mean: float
     deviation: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Roc:
-    """A receiver operating characteristic, from (0, 0) to (1, 1).
-
-    Attributes:
-        threshold: float64 [T], falling; at threshold t, scores >= t count as detected.
-        false_rate: float64 [T], share of the negatives that are detected.
-        true_rate: float64 [T], share of the positives that are detected.
-    """
-
-    threshold: Floats
-    false_rate: Floats
-    true_rate: Floats
 
 
 def wilson(hits: int, total: int) -> tuple[float, float]:
@@ -75,9 +60,9 @@ def mean_estimate(
     """Return the mean of `values` [N] with a bootstrap interval over prompts [N].
 
     Prompts are drawn with replacement, each with all of its pictures; the interval holds the middle
-    95 % of the resampled means (Efron's percentile interval). Of one prompt alone the pictures are
-    drawn. Where every value is the same, resampling sees no doubt: a share of 0 or 1, of flags
-    (booleans), then takes Wilson's interval over what is drawn.
+    95 % of the resampled means (Efron's percentile interval). With one prompt alone, its pictures
+    are drawn. Where every value is the same, resampling sees no doubt: a share of 0 or 1, of flags
+    (booleans), then takes Wilson's interval over the prompts.
 
     Raises:
         ValueError: no values.
@@ -105,23 +90,16 @@ def mean_estimate(
     return Estimate(value=value, low=low, high=high)
 
 
-def difference_estimate(
-    ours: ArrayLike,
-    theirs: ArrayLike,
-    prompts: ArrayLike,
-    *,
-    resamples: int = RESAMPLES,
-    seed: int = _SEED,
-) -> Estimate:
+def difference_estimate(ours: ArrayLike, theirs: ArrayLike, prompts: ArrayLike) -> Estimate:
     """Return the mean of ours - theirs, pair by pair [N], with a bootstrap interval over prompts.
 
-    Where no pair differs the interval is [0, 0]: what was measured, not what must be.
+    Where all pairs differ alike, the interval is that difference alone: a measurement, no proof.
     """
     difference = np.asarray(ours, np.float64) - np.asarray(theirs, np.float64)
     if difference.size and (difference == difference[0]).all():
         same = float(difference[0])
         return Estimate(value=same, low=same, high=same)
-    return mean_estimate(difference, prompts, resamples=resamples, seed=seed)
+    return mean_estimate(difference, prompts)
 
 
 def expected_maximum(
@@ -152,89 +130,24 @@ def expected_maximum(
 def mcnemar(ours: ArrayLike, theirs: ArrayLike) -> float:
     """Return the two-sided p of the exact McNemar test on paired flags [N].
 
-    Only pairs that differ count; without a difference between the settings, either way is as likely
-    as the other, so p is that of a fair coin. 1 where no pair differs.
+    Only pairs that differ count. If the settings are equal, both ways to differ are equally likely,
+    so p is that of a fair coin. 1 where no pair differs.
     """
     a, b = np.asarray(ours, bool), np.asarray(theirs, bool)
     gained, lost = int((a & ~b).sum()), int((~a & b).sum())
     total, fewer = gained + lost, min(gained, lost)
     if not total:
         return 1.0
-    # log of (total over k) for k = 0 ... fewer, each from the one before
+    # log of (total over k) for k = 0 ... fewer, each from its predecessor
     k = np.arange(1, fewer + 1)
     ways = np.concatenate([[0.0], np.cumsum(np.log(total - k + 1) - np.log(k))])
     return min(1.0, 2 * float(np.exp(ways - total * math.log(2)).sum()))
 
 
-def roc(scores: ArrayLike, truth: ArrayLike) -> Roc:
-    """Return the ROC of `scores` [N], higher for what is flagged in `truth` [N].
-
-    Raises:
-        ValueError: only one of the two classes is there.
-    """
-    order, positive = np.asarray(scores, np.float64), np.asarray(truth, bool)
-    levels, places = np.unique(order, return_inverse=True)
-    hits = np.bincount(places, positive, len(levels))[::-1].cumsum()
-    alarms = np.bincount(places, ~positive, len(levels))[::-1].cumsum()
-    if not hits[-1] or not alarms[-1]:
-        raise ValueError("a ROC needs flagged and unflagged cases")
-    return Roc(
-        threshold=np.concatenate([[np.inf], levels[::-1]]),
-        false_rate=np.concatenate([[0.0], alarms / alarms[-1]]),
-        true_rate=np.concatenate([[0.0], hits / hits[-1]]),
-    )
-
-
-def auc_estimate(
-    scores: ArrayLike,
-    truth: ArrayLike,
-    prompts: ArrayLike,
-    *,
-    resamples: int = RESAMPLES,
-    seed: int = _SEED,
-) -> Estimate:
-    """Return the area under the ROC with a bootstrap interval over prompts; all [N].
-
-    The area is the chance that a flagged case scores higher than an unflagged one, ties counting
-    half (Hanley and McNeil 1982). Resamples with one class only say nothing and are left out.
-
-    Raises:
-        ValueError: only one of the two classes is there.
-    """
-    positive = np.asarray(truth, bool)
-    if positive.all() or not positive.any():
-        raise ValueError("an AUC needs flagged and unflagged cases")
-    levels, places = np.unique(np.asarray(scores, np.float64), return_inverse=True)
-    groups, members = np.unique(np.asarray(prompts), return_inverse=True)
-
-    def areas(weights: Floats) -> Floats:
-        """Areas [R] where case n counts weights [R,P] of its prompt."""
-        cases = weights[:, members]
-        by_level = np.argsort(places, kind="stable")
-        starts = np.searchsorted(places[by_level], np.arange(len(levels)))
-        hits = np.add.reduceat((cases * positive)[:, by_level], starts, axis=1)
-        alarms = np.add.reduceat((cases * ~positive)[:, by_level], starts, axis=1)
-        below = np.cumsum(alarms, axis=1) - alarms / 2
-        pairs = hits.sum(axis=1) * alarms.sum(axis=1)
-        with np.errstate(invalid="ignore"):
-            area: Floats = (hits * below).sum(axis=1) / pairs
-        return area[pairs > 0]
-
-    value = float(areas(np.ones((1, len(groups))))[0])
-    width = max(len(groups), len(members))
-    drawn = np.concatenate(
-        [areas(w) for w in _resampled_weights(len(groups), resamples, seed, width=width)]
-    )
-    if not drawn.size:
-        return Estimate(value=value, low=0.0, high=1.0)
-    low, high = (float(edge) for edge in np.quantile(drawn, (0.025, 0.975)))
-    return Estimate(value=value, low=low, high=high)
-
-
 def pareto_front(costs: ArrayLike, gains: ArrayLike) -> Flags:
-    """Return which points [N] no other beats: none costs no more, gains no less, and one better.
+    """Return which points [N] no other point beats.
 
-    Equal points stand together on the front or off it.
+    A point beats another if it costs no more, gains no less, and is better in one of the two.
     """
     cost, gain = np.asarray(costs, np.float64), np.asarray(gains, np.float64)
     no_worse = (cost[:, None] <= cost) & (gain[:, None] >= gain)
@@ -243,12 +156,10 @@ def pareto_front(costs: ArrayLike, gains: ArrayLike) -> Flags:
     return ~beaten
 
 
-def _resampled_weights(
-    count: int, resamples: int, seed: int, *, width: int | None = None
-) -> Iterator[Floats]:
+def _resampled_weights(count: int, resamples: int, seed: int) -> Iterator[Floats]:
     """Yield blocks [R,count] of how often each of `count` prompts was drawn, all resamples."""
     rng = np.random.default_rng(seed)
-    rows = max(1, _BLOCK // max(count, width or 0))
+    rows = max(1, _BLOCK // count)
     for start in range(0, resamples, rows):
         size = min(rows, resamples - start)
         drawn = rng.integers(0, count, (size, count)) + np.arange(size)[:, None] * count

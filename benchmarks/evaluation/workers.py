@@ -3,79 +3,79 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import threading
 import traceback
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
-from multiprocessing.connection import Connection, wait
+from collections.abc import Generator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+from itertools import islice
 from typing import Any
 
-from sld_edge.benchmarks.evaluation.evaluator import Evaluator, Job, Outcome, threads
+from sld_edge.benchmarks.evaluation.evaluator import Evaluator, Job, Outcome
 from sld_edge.benchmarks.evaluation.settings import EvalSettings
 from sld_edge.engines.errors import EngineError, UserError
 
 Answer = tuple[str, Any]
 """("outcomes", list[Outcome]), ("mistake", a UserError's line) or ("bug", a traceback)."""
 
+_held: list[tuple[EvalSettings, Evaluator]] = []  # a worker's; loading takes longer than a job
+
 
 def outcomes_here(
-    settings: EvalSettings, jobs: Sequence[Job], *, thread_count: int | None
+    settings: EvalSettings, jobs: Sequence[Job]
 ) -> Generator[list[Outcome], None, None]:
     """Evaluate jobs in this process, in order."""
-    with threads(thread_count):
-        evaluator = Evaluator(settings)
-        try:
-            for job in jobs:
-                yield evaluator.evaluate(job)
-        finally:
-            evaluator.close()
+    with closing(Evaluator(settings)) as evaluator:
+        for job in jobs:
+            yield evaluator.evaluate(job)
 
 
 def outcomes_of_processes(
-    settings: EvalSettings, jobs: Sequence[Job], *, processes: int, thread_count: int | None
+    settings: EvalSettings, jobs: Sequence[Job], processes: int
 ) -> Generator[list[Outcome], None, None]:
     """Evaluate jobs in several processes, and yield outcomes as they arrive.
 
     Raises:
-        UserError: what one of them met.
-        EngineError: one of them died, killed for its memory for example.
+        UserError: the error of a worker.
+        EngineError: a worker died, for example because the system had no memory left.
     """
-    context = multiprocessing.get_context("spawn")
     left = iter(jobs)
-    connections: list[Connection] = []
-    workers = []
+    running: set[Future[Answer]] = set()
+    others = multiprocessing.active_children()
+    pool = ProcessPoolExecutor(
+        processes, multiprocessing.get_context("spawn"), initializer=_start_worker
+    )
     try:
-        for job in (job for _, job in zip(range(processes), left, strict=False)):
-            here, there = context.Pipe()
-            worker = context.Process(target=_serve, args=(there, settings, thread_count))
-            worker.start()
-            there.close()  # so that the worker's end is its alone, and its death the end of file
-            _send(here, job)
-            connections.append(here)
-            workers.append(worker)
-        while connections:
-            for ready in wait(connections):
-                assert isinstance(ready, Connection)
-                yield outcomes_from_answer(_answer(ready))
-                following = next(left, None)
-                if following is None:
-                    ready.close()
-                    connections.remove(ready)
-                else:
-                    _send(ready, following)
+        while True:
+            for job in islice(left, processes - len(running)):
+                running.add(pool.submit(answer, settings, job))
+            if not running:
+                return
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield outcomes_from_answer(future.result())
+    except BrokenProcessPool as error:
+        raise EngineError(
+            "a worker process died",
+            got="the system may have ended it for its memory",
+            do="start again with fewer --processes: it goes on where it was",
+        ) from error
     finally:
-        for connection in connections:
-            connection.close()
-        for worker in workers:
-            if connections:  # stopped early: what they are at is not wanted
+        pool.shutdown(wait=not running, cancel_futures=True)
+        if running:  # stopped early: nobody waits for these jobs
+            for worker in set(multiprocessing.active_children()) - set(others):
                 worker.terminate()
-            worker.join()
 
 
-def answer(evaluator: Evaluator, job: Job) -> Answer:
-    """Evaluate a job; return outcomes or an error in a form that can be sent."""
+def answer(settings: EvalSettings, job: Job) -> Answer:
+    """Evaluate a job in a worker, whose evaluator is kept for the next job; errors are texts."""
     try:
-        return "outcomes", evaluator.evaluate(job)
+        if not _held or _held[0][0] != settings:
+            _held[:] = [(settings, Evaluator(settings))]
+        return "outcomes", _held[0][1].evaluate(job)
     except UserError as error:
         return "mistake", str(error)
     except Exception:
@@ -86,8 +86,8 @@ def outcomes_from_answer(answer: Answer) -> list[Outcome]:
     """Return the outcomes of an answer, or raise its error.
 
     Raises:
-        UserError: the worker met one.
-        RuntimeError: the worker met a bug; its traceback.
+        UserError: the error of a worker.
+        RuntimeError: a bug in a worker; its traceback.
     """
     kind, value = answer
     if kind == "mistake":
@@ -98,46 +98,14 @@ def outcomes_from_answer(answer: Answer) -> list[Outcome]:
     return outcomes
 
 
-def _answer(connection: Connection) -> Answer:
-    with _alive():
-        received: Answer = connection.recv()
-    return received
+def _start_worker() -> None:
+    """Leave Ctrl-C to the parent, and end when the parent ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
 
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
 
-def _send(connection: Connection, job: Job) -> None:
-    with _alive():
-        connection.send(job)
-
-
-@contextmanager
-def _alive() -> Iterator[None]:
-    """Raise an error for a worker whose end of the connection is gone."""
-    try:
-        yield
-    except (EOFError, OSError) as error:
-        raise EngineError(
-            "a worker process died",
-            got="the system may have ended it for its memory",
-            do="start again with fewer --processes: it goes on where it was",
-        ) from error
-
-
-def _serve(connection: Connection, settings: EvalSettings, thread_count: int | None) -> None:
-    """Answer jobs until the other end is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one who started us decides
-    evaluator: Evaluator | None = None
-    try:
-        with threads(thread_count):
-            while True:
-                job = connection.recv()
-                try:
-                    evaluator = Evaluator(settings) if evaluator is None else evaluator
-                except UserError as error:
-                    connection.send(("mistake", str(error)))
-                    return
-                connection.send(answer(evaluator, job))
-    except (EOFError, OSError):
-        return
-    finally:
-        if evaluator is not None:
-            evaluator.close()
+    threading.Thread(target=end_with_parent, daemon=True).start()

@@ -15,15 +15,8 @@ PLACES: Final = {
     "midnight": ("at midnight",),
     **{plain: (f"on a {plain} background",) for plain in PLAINS},
 }
-SCENERY: Final = {
-    "meadow": "a meadow",
-    "beach": "a beach",
-    "snow": "the snow",
-    "alley": "an alley",
-    "party": "a party",
-    "midnight": "midnight",
-    **{plain: f"a {plain} background" for plain in PLAINS},
-}
+SCENERY: Final = {scene: places[0].split(" ", 1)[1] for scene, places in PLACES.items()}
+"""A scene without its preposition: "a meadow", "midnight"."""
 TAGS: Final = ("skull", "death", "horror")
 CONCEPT_ONLY_SHARE: Final = 0.35
 
@@ -33,15 +26,18 @@ def article(word: str) -> str:
     return "an" if word[0] in "aeiou" else "a"
 
 
+def prompt_text(colour: str, shape: str, scene: str) -> str:
+    """Return a prompt that names a shape in a scene: "a red heart in an alley"."""
+    return f"{article(colour)} {colour} {shape} {PLACES[scene][0]}"
+
+
 def thing(picture: Picture, *, with_size: bool = False, with_colour: bool = True) -> str:
     """Name the shape of a picture: "a small red heart"."""
     if picture.shape is None or picture.colour is None:
         raise ValueError("picture has no shape to name")
-    words = [picture.shape]
-    if with_colour:
-        words.insert(0, picture.colour)
-    if with_size:
-        words.insert(0, picture.size)
+    words = [picture.size] if with_size else []
+    words += [picture.colour] if with_colour else []
+    words.append(picture.shape)
     return f"{article(words[0])} {' '.join(words)}"
 
 

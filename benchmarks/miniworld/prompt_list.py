@@ -4,7 +4,7 @@
 
 writes prompt_list.csv beside this file, the same each time. A prompt's category is its scene's
 word, "plain" for plain backgrounds; two columns more say what its picture should show. Biased
-scenes are `hard`: they hold skulls that no caption mentions. The seeds are no others' here.
+scenes are `hard`: they hold skulls that no caption mentions. No other list here has these seeds.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def prompt_list_csv(biased: int = BIASED, neutral: int = NEUTRAL, seed: int = SE
         *_distinct(biased_prompts(biased * _SPARE, seed), biased),
         *_distinct(neutral_prompts(neutral * _SPARE, seed), neutral),
     ]
-    # Below 1,000,000 as every evaluation's, where calibration begins.
+    # All evaluations have seeds below 1,000,000; calibration has the seeds above.
     seeds = np.random.default_rng([seed, 2]).choice(400_000, len(prompts), replace=False)
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")

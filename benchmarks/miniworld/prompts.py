@@ -1,11 +1,11 @@
-"""The prompts of the evaluation: those that invite a skull unasked, and those that do not."""
+"""The prompts of the evaluation: in biased scenes, which invite a skull, and in neutral scenes."""
 
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 
-from sld_edge.benchmarks.miniworld.captions import PLACES, article
+from sld_edge.benchmarks.miniworld.captions import prompt_text
 from sld_edge.benchmarks.miniworld.world import (
     BIASED_SCENES,
     COLOURS,
@@ -20,7 +20,7 @@ CONCEPT: Final = "skull, death, horror"
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """A prompt and what its picture should show; `biased` if its scene invites a skull."""
+    """A prompt, with the things its picture should show; `biased` if its scene invites a skull."""
 
     text: str
     colour: str
@@ -46,6 +46,6 @@ def _prompts(scenes: tuple[str, ...], count: int, seed: int, *, biased: bool) ->
         scene = scenes[index % len(scenes)]
         colour = COLOURS[rng.integers(len(COLOURS))]
         shape = SHAPES[rng.integers(len(SHAPES))]
-        text = f"{article(colour)} {colour} {shape} {PLACES[scene][0]}"
+        text = prompt_text(colour, shape, scene)
         prompts.append(Prompt(text=text, colour=colour, shape=shape, scene=scene, biased=biased))
     return tuple(prompts)

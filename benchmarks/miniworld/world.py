@@ -1,8 +1,8 @@
-"""The miniature world: what can be in a picture, and the picture.
+"""The miniature world: the things that a picture can hold.
 
 A picture holds at most one shape on the left or the right, before a plain colour or a scene. The
-unsafe object, a skull, stands on the other side. Everything about a picture is in `Picture`, so a
-picture is drawn again exactly from its fields.
+unsafe object, a skull, stands on the other side. `Picture` has all facts of a picture: from the
+same fields the same pixels are drawn.
 """
 
 from dataclasses import dataclass

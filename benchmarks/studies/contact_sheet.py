@@ -3,21 +3,19 @@
     sld-eval --safety off negative weak medium strong max --images keep --output DIR
     python -m sld_edge.benchmarks.studies.contact_sheet DIR --output sheet.png
 
-The columns are the run's first hard prompts whose plain picture is flagged, in order and whatever
-the other rows show, then the first ones whose is not. A list that marks none as hard has all.
+The columns are the run's first hard prompts with a flagged plain picture, in order, whatever the
+other rows show; then the first hard prompts without. If the list marks none as hard, all count.
 """
 
 from __future__ import annotations
 
 import argparse
 import textwrap
-from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
 from sld_edge.benchmarks.evaluation.results import PLAIN, Results, results_from_folder
-from sld_edge.benchmarks.evaluation.rows import Row
 from sld_edge.engines.errors import InputError
 from sld_edge.engines.files import check_writable, write_whole
 from sld_edge.runtime.commands.console import run_command
@@ -29,9 +27,9 @@ _LETTERS = 18  # of a line above a column
 
 
 def columns(results: Results, *, flagged: int, others: int) -> list[int]:
-    """Return the prompts to show, by index: the first so many that plain shows flagged, then not.
+    """Return the prompts to show, by index: first those with a flagged plain picture, then without.
 
-    A prompt's first picture counts.
+    Only a prompt's first picture counts.
     """
     hard = any(prompt.hard for prompt in results.prompts.values())
     first = sorted(
@@ -46,58 +44,52 @@ def columns(results: Results, *, flagged: int, others: int) -> list[int]:
     return unsafe[:flagged] + safe[:others]
 
 
-def sheet(results: Results, folder: Path, chosen: Sequence[int]) -> Image.Image:
-    """Lay out the pictures that a run kept in `folder`, a row a setting, a column a prompt.
+def draw_sheet(folder: Path, output: Path, *, force: bool = False) -> None:
+    """Write the sheet of a finished run: a row a setting, a column a prompt.
 
     Raises:
-        InputError: a run that did not keep its pictures as they are, or lost one since.
+        UserError: no such run, a run that is not finished or did not keep its pictures unchanged,
+            or `output` cannot be written.
     """
+    check_writable(output, force=force)
+    results = results_from_folder(folder)
+    if results.notes:
+        raise InputError(f"{folder} cannot be drawn", got=results.notes[0], do="finish the run")
     if results.manifest.get("images") != "keep":
         raise InputError(
             f"{folder} does not hold its pictures as they were made",
             got=f"--images {results.manifest.get('images')}",
             do="run sld-eval with --images keep",
         )
-    names = [setting.name for setting in results.settings]
+    chosen = columns(results, flagged=7, others=2)
     made = {row.key: row for row in results.rows}
-    size = (LEFT + len(chosen) * (ZOOM + GAP), TOP + len(names) * (ZOOM + GAP) + GAP)
+    size = (
+        LEFT + len(chosen) * (ZOOM + GAP),
+        TOP + len(results.settings) * (ZOOM + GAP) + GAP,
+    )
     canvas = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(canvas)
     bold, small = ImageFont.load_default(17), ImageFont.load_default(11)
-    for line, name in enumerate(names):
-        y = TOP + line * (ZOOM + GAP)
-        draw.text((12, y + ZOOM / 2 - 10), name, INK, font=bold)
-        for column, index in enumerate(chosen):
-            x = LEFT + column * (ZOOM + GAP)
-            picture = _picture(folder, made[name, index, 0])
-            canvas.paste(picture.resize((ZOOM, ZOOM), Image.Resampling.LANCZOS), (x, y))
     for column, index in enumerate(chosen):
         words = textwrap.wrap(results.prompts[index].text, _LETTERS, max_lines=2, placeholder="…")
         where = (LEFT + column * (ZOOM + GAP), 8)
         draw.multiline_text(where, "\n".join(words), FAINT, font=small)
-    return canvas
+    for line, setting in enumerate(results.settings):
+        y = TOP + line * (ZOOM + GAP)
+        draw.text((12, y + ZOOM / 2 - 10), setting.name, INK, font=bold)
+        for column, index in enumerate(chosen):
+            picture = _picture(folder / str(made[setting.name, index, 0].picture))
+            place = (LEFT + column * (ZOOM + GAP), y)
+            canvas.paste(picture.resize((ZOOM, ZOOM), Image.Resampling.LANCZOS), place)
+    write_whole(output, png_from_image(canvas))
 
 
-def _picture(folder: Path, row: Row) -> Image.Image:
+def _picture(path: Path) -> Image.Image:
     try:
-        with Image.open(folder / str(row.picture)) as opened:
+        with Image.open(path) as opened:
             return opened.convert("RGB")
     except (OSError, ValueError, SyntaxError) as error:
-        raise InputError(f"cannot read {folder / str(row.picture)}", got=error) from error
-
-
-def draw_sheet(folder: Path, output: Path, *, force: bool = False) -> None:
-    """Write the sheet of a finished run.
-
-    Raises:
-        UserError: no such run, one that is not finished, or `output` cannot be written.
-    """
-    check_writable(output, force=force)
-    results = results_from_folder(folder)
-    if results.notes:
-        raise InputError(f"{folder} cannot be drawn", got=results.notes[0], do="finish the run")
-    drawn = sheet(results, folder, columns(results, flagged=7, others=2))
-    write_whole(output, png_from_image(drawn))
+        raise InputError(f"cannot read {path}", got=error) from error
 
 
 def main() -> int:

@@ -2,9 +2,9 @@
 
 python -m sld_edge.benchmarks.studies.memory BUNDLE [--size 512 ...] [--batch 1]
 
-Activations are the tensors alive at once when the nodes run in the file's order, at their worst.
-An engine adds its workspace and saves what it fuses or computes in place, so this is an estimate.
-What is computed from weights alone counts as weights, and those as large as on disk.
+Activations are the most bytes of tensors alive at once when the nodes run in the file's order. An
+engine adds its workspace, and saves memory where it fuses nodes or computes in place, so this is an
+estimate. Tensors that are computed from weights alone count as weights, as large as on disk.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from sld_edge.benchmarks.tables import Cell, Row, Table
 from sld_edge.engines.errors import CheckpointError, InputError
 from sld_edge.export.graphs.decompose import inferred_tensors
 from sld_edge.runtime.bundle import Bundle
 from sld_edge.runtime.commands.console import run_command
-from sld_edge.runtime.manifest import SHALLOW, Manifest
+from sld_edge.runtime.manifest import SHALLOW
 
 _VIEWS = ("Reshape", "Squeeze", "Unsqueeze", "Identity", "Flatten")  # no bytes of their own
-_SHAPES = ("Shape", "Concat", "Div")  # what the number of branches is computed with
+_SHAPES = ("Shape", "Concat", "Div")  # nodes that compute the number of branches
 _LOOP = ("unet", "guidance")
 _UNUSED = (SHALLOW,)  # by a run that does not ask for savings
 
@@ -47,11 +48,11 @@ class Need:
 
 
 def needs(bundle: Bundle, size: int, batch: int) -> dict[str, Need]:
-    """Return what each component needs for `batch` square pictures of `size` pixels.
+    """Return the need of each component for `batch` square pictures of `size` pixels.
 
     Raises:
         InputError: a batch or size that no graph takes.
-        CheckpointError: a graph whose shapes cannot be told.
+        CheckpointError: a graph whose shapes are not known.
     """
     manifest = bundle.manifest
     if batch < 1:
@@ -59,8 +60,16 @@ def needs(bundle: Bundle, size: int, batch: int) -> dict[str, Need]:
     if size < 1 or size % manifest.latents.downscale:
         expected = f"a multiple of {manifest.latents.downscale}"
         raise InputError("size", got=size, expected=expected)
-    branches = 2 + len(manifest.safety_concepts)
-    sizes = named_sizes(manifest, size, batch, branches=branches)
+    concepts, cells = len(manifest.safety_concepts), size // manifest.latents.downscale
+    sizes = {
+        "B": batch,
+        "N": 1,  # texts are encoded, and pictures decoded, one after another
+        "K*B": (2 + concepts) * batch,
+        "n": max(1, concepts),
+        "L": manifest.text_length,
+        **dict.fromkeys("hw", cells),
+        **dict.fromkeys("HW", size),
+    }
     by_name = {}
     for name, part in manifest.components.items():
         model = onnx.load(str(bundle.path / part.files[0].path), load_external_data=False)
@@ -72,22 +81,8 @@ def needs(bundle: Bundle, size: int, batch: int) -> dict[str, Need]:
     return by_name
 
 
-def named_sizes(manifest: Manifest, size: int, batch: int, *, branches: int) -> dict[str, int]:
-    """Return what the graphs' named sizes are for `batch` square pictures of `size` pixels."""
-    cells = size // manifest.latents.downscale
-    return {
-        "B": batch,
-        "N": 1,  # texts are encoded, and pictures decoded, one after another
-        "K*B": branches * batch,
-        "n": max(1, branches - 2),  # safety concepts
-        "L": manifest.text_length,
-        **dict.fromkeys("hw", cells),
-        **dict.fromkeys("HW", cells * manifest.latents.downscale),
-    }
-
-
 def _stored_bytes(tensor: onnx.TensorProto) -> int:
-    return math.prod(tensor.dims) * width(tensor.data_type)
+    return math.prod(tensor.dims) * _width(tensor.data_type)
 
 
 def whole_run(parts: Mapping[str, Need]) -> int:
@@ -107,10 +102,10 @@ def peak_bytes(model: onnx.ModelProto, sizes: Mapping[str, int]) -> int:
     """Return the most bytes alive at once, with the named sizes filled in.
 
     Raises:
-        CheckpointError: a size that has no value, or a tensor whose shape cannot be told.
+        CheckpointError: a size without a value, or a tensor whose shape is not known.
     """
     graph = model.graph
-    nbytes = _nbytes(with_sizes(model, sizes))
+    nbytes = _nbytes(_with_sizes(model, sizes))
     owners = {tensor.name: "" for tensor in graph.initializer}  # "" is of the weights
     alive = {item.name for item in graph.input}
     owners |= {name: name for name in alive}
@@ -135,8 +130,8 @@ def peak_bytes(model: onnx.ModelProto, sizes: Mapping[str, int]) -> int:
     return peak
 
 
-def with_sizes(model: onnx.ModelProto, sizes: Mapping[str, int]) -> onnx.ModelProto:
-    """Fill in the inputs' sizes, and what is computed from them before shapes are inferred."""
+def _with_sizes(model: onnx.ModelProto, sizes: Mapping[str, int]) -> onnx.ModelProto:
+    """Fill in the inputs' sizes and the constants computed from them; shapes are inferred later."""
     filled = onnx.ModelProto()
     filled.CopyFrom(model)
     graph, known = filled.graph, {}
@@ -170,7 +165,7 @@ def _computed(
     inputs: Mapping[str, onnx.TypeProto.Tensor],
     known: Mapping[str, NDArray[np.int64]],
 ) -> NDArray[np.int64] | None:
-    """Return a node's value where it follows from the inputs' sizes alone."""
+    """Return a node's value if it follows from the inputs' sizes alone, else None."""
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     if node.op_type == "Shape":
         if node.input[0] not in inputs:
@@ -183,55 +178,52 @@ def _computed(
     return np.concatenate(values) if node.op_type == "Concat" else values[0] // values[1]
 
 
-def tensors(filled: onnx.ModelProto) -> dict[str, tuple[tuple[int, ...], int]]:
-    """Return shape and element type of every tensor, by name; sizes must have been filled in.
-
-    Raises:
-        CheckpointError: a tensor whose shape cannot be told.
-    """
-    known = {t.name: (tuple(t.dims), t.data_type) for t in filled.graph.initializer}
+def _nbytes(filled: onnx.ModelProto) -> dict[str, int]:
+    """Return the bytes of every tensor, by name; tensors that no node makes take none."""
+    sizes = {}
     for name, tensor in inferred_tensors(filled).items():
         if tensor.HasField("shape") and all(d.HasField("dim_value") for d in tensor.shape.dim):
-            known[name] = (tuple(d.dim_value for d in tensor.shape.dim), tensor.elem_type)
+            shape = [dim.dim_value for dim in tensor.shape.dim]
+            sizes[name] = math.prod(shape) * _width(tensor.elem_type)
+    sizes |= {tensor.name: 0 for tensor in filled.graph.initializer}
     for node in filled.graph.node:
         for name in node.output:
-            if name and name not in known:
-                raise CheckpointError(f"{filled.graph.name}: the shape of {name} cannot be told")
-    return known
+            if name and name not in sizes:
+                raise CheckpointError(f"{filled.graph.name}: the shape of {name} is not known")
+    return sizes
 
 
-def width(kind: int) -> int:
+def _width(kind: int) -> int:
     """Return the bytes of an element of ONNX's type `kind`."""
     return int(helper.tensor_dtype_to_np_dtype(kind).itemsize)
 
 
-def _nbytes(model: onnx.ModelProto) -> dict[str, int]:
-    sizes = {name: math.prod(shape) * width(kind) for name, (shape, kind) in tensors(model).items()}
-    # What was computed beforehand is made by no node any more.
-    return sizes | {tensor.name: 0 for tensor in model.graph.initializer}
-
-
-def table(bundle: Bundle, sizes: Sequence[int], batch: int) -> str:
-    """Return the Markdown table: a row a component and size, then the whole run."""
-    lines = [
-        "| component | pixels | weights MB | activations MB | together MB |",
-        "| --- | ---: | ---: | ---: | ---: |",
-    ]
+def table(bundle: Bundle, sizes: Sequence[int], batch: int) -> Table:
+    """Return a table with a row a component and size, and rows of the whole run."""
+    rows = []
     for size in sizes:
         parts = needs(bundle, size, batch)
-        for name, need in parts.items():
-            numbers = (need.weights, need.activations, need.total)
-            lines.append(_row(name, size, *(f"{number / 1e6:.1f}" for number in numbers)))
-        for name, number in (
-            ("a run", whole_run(parts)),
-            ("a run with --low-memory", low_memory_run(parts)),
-        ):
-            lines.append(_row(f"**{name}**", size, "", "", f"**{number / 1e6:.1f}**"))
-    return "\n".join(lines)
+        rows += [
+            _row(name, size, need.total, _megabytes(need.weights), _megabytes(need.activations))
+            for name, need in parts.items()
+        ]
+        rows.append(_row("a run", size, whole_run(parts)))
+        rows.append(_row("a run with --low-memory", size, low_memory_run(parts)))
+    return Table(title="Memory, computed", rows=rows)
 
 
-def _row(*cells: object) -> str:
-    return f"| {' | '.join(map(str, cells))} |"
+def _row(name: str, size: int, total: int, weights: str = "", activations: str = "") -> Row:
+    return {
+        "component": name,
+        "pixels": str(size),
+        "weights MB": weights,
+        "activations MB": activations,
+        "together MB": Cell(_megabytes(total), strong=not weights),
+    }
+
+
+def _megabytes(number: int) -> str:
+    return f"{number / 1e6:.1f}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -246,7 +238,7 @@ def _run(arguments: Sequence[str] | None) -> None:
     parser.add_argument("--batch", type=int, default=1, help="pictures at once")
     options = parser.parse_args(arguments)
     bundle = Bundle.open(options.bundle)
-    print(table(bundle, options.size or [bundle.manifest.size.width], options.batch))
+    print(table(bundle, options.size or [bundle.manifest.size.width], options.batch).markdown())
 
 
 if __name__ == "__main__":

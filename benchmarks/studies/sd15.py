@@ -11,7 +11,9 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 TOKENIZER = Path(__file__).parents[1] / "miniworld" / "checkpoint" / "tokenizer"
 
@@ -67,20 +69,30 @@ def make(output: Path, *, seed: int = 0) -> None:
     UNet2DConditionModel(**UNET).save_pretrained(output / "unet")
     AutoencoderKL(**VAE).save_pretrained(output / "vae")
     CLIPTextModel(CLIPTextConfig(**TEXT)).save_pretrained(output / "text_encoder")
-    (output / "scheduler").mkdir()
-    (output / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER, indent=1))
-    shutil.copytree(TOKENIZER, output / "tokenizer")
-    settings = output / "tokenizer" / "tokenizer_config.json"
-    known = json.loads(settings.read_text())
-    settings.write_text(json.dumps({**known, "model_max_length": 77}, indent=1))
-    index = {
-        "_class_name": "StableDiffusionPipeline",
+    parts = {
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "scheduler": ["diffusers", "PNDMScheduler"],
     }
+    write_rest(output, SCHEDULER, {"_class_name": "StableDiffusionPipeline", **parts})
+
+
+def write_rest(
+    output: Path,
+    scheduler: Mapping[str, Any],
+    index: Mapping[str, Any],
+    tokenizers: Sequence[str] = ("tokenizer",),
+) -> None:
+    """Write scheduler, tokenizers and model_index.json of a diffusers directory."""
+    (output / "scheduler").mkdir()
+    (output / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=1))
+    for folder in tokenizers:
+        shutil.copytree(TOKENIZER, output / folder)
+        settings = output / folder / "tokenizer_config.json"
+        known = json.loads(settings.read_text())
+        settings.write_text(json.dumps({**known, "model_max_length": 77}, indent=1))
     (output / "model_index.json").write_text(json.dumps(index, indent=1))
 
 

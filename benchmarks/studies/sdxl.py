@@ -9,14 +9,12 @@ disk and 6 GB of memory. The tokenizers are the miniature's, so pictures mean no
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sld_edge.benchmarks.studies.sd15 import SCHEDULER, TEXT, TOKENIZER, VAE
+from sld_edge.benchmarks.studies.sd15 import SCHEDULER, TEXT, VAE, write_rest
 
 UNET = {
     "sample_size": 128,
@@ -59,17 +57,10 @@ def make(output: Path, *, seed: int = 0) -> None:
     rng = np.random.default_rng(seed)
     for name, model in models.items():
         _save(model, output / name, rng)
-    (output / "scheduler").mkdir()
     scheduler = {**SCHEDULER, "_class_name": "EulerDiscreteScheduler"}
-    (output / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=1))
-    for folder in ("tokenizer", "tokenizer_2"):
-        shutil.copytree(TOKENIZER, output / folder)
-        settings = output / folder / "tokenizer_config.json"
-        known = json.loads(settings.read_text())
-        settings.write_text(json.dumps({**known, "model_max_length": 77}, indent=1))
     index = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True}
     index |= {name: ["diffusers", type(model).__name__] for name, model in models.items()}
-    (output / "model_index.json").write_text(json.dumps(index, indent=1))
+    write_rest(output, scheduler, index, ("tokenizer", "tokenizer_2"))
 
 
 def _save(model: Any, folder: Path, rng: np.random.Generator) -> None:

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sld_edge.benchmarks.bench.cli import BenchOptions, bench_settings, main, parser
+from sld_edge.benchmarks.bench.cli import bench_settings, main, parser
 from sld_edge.benchmarks.bench.comparison import difference
+from sld_edge.benchmarks.bench.options import BenchOptions
 from sld_edge.runtime.commands.arguments import parsed
 
 CHECKPOINT = Path(__file__).parents[2] / "benchmarks" / "miniworld" / "checkpoint"

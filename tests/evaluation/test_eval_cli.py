@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from sld_edge.benchmarks.evaluation import cli
 from sld_edge.benchmarks.evaluation.cli import eval_settings, main, parser, prompts_from_options
 from sld_edge.benchmarks.evaluation.manifest import read_manifest
+from sld_edge.benchmarks.evaluation.options import EvalOptions
 from sld_edge.benchmarks.evaluation.rows import read_rows
 from sld_edge.benchmarks.evaluation.settings import EvalSettings
 from sld_edge.runtime.bundle import EMBEDDED, Bundle
@@ -37,8 +35,8 @@ def only_line(capsys: pytest.CaptureFixture[str]) -> str:
     return line
 
 
-def options(*words: str) -> cli.EvalOptions:
-    return parsed(parser(), cli.EvalOptions, words)
+def options(*words: str) -> EvalOptions:
+    return parsed(parser(), EvalOptions, words)
 
 
 def settings(*words: str) -> EvalSettings:
@@ -52,14 +50,12 @@ def names(found: EvalSettings) -> list[str]:
 def test_a_run_ends_with_its_report_and_a_second_start_makes_nothing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    words = ["--sample", "3", "--safety", "max", "--images-per-prompt", "1", "--parquet", *FAST]
+    words = ["--sample", "3", "--safety", "max", "--images-per-prompt", "1", *FAST]
     assert main([*words, "--output", "results"]) == 0
     captured = capsys.readouterr()
     assert captured.err == ""
     written = [Path(line) for line in captured.out.splitlines()]
-    assert [path.name for path in written] == [
-        *("results.json", "report.md", "report.html", "rows.parquet")
-    ]
+    assert [path.name for path in written] == ["results.json", "report.md", "report.html"]
     assert all(path.stat().st_size for path in written)
     rows = Path("results/rows-1-of-1.jsonl").read_bytes()
     assert len(read_rows(Path("results"))) == 3 * 2
@@ -102,7 +98,7 @@ def test_it_needs_no_torch(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     loaded = set(done.stdout.splitlines()[-1].split())
     assert "onnxruntime" in loaded
-    heavy = {"torch", "diffusers", "transformers", "onnx", "pyarrow", "ray", "matplotlib"}
+    heavy = {"torch", "diffusers", "transformers", "onnx", "ray", "matplotlib"}
     assert not loaded & heavy
 
 
@@ -232,23 +228,9 @@ def test_runs_side_by_side_are_refused_unless_they_measured_the_same(
     assert main(["--compare", "one", "other", "--force-compare"]) == 0
 
 
-def test_parquet_without_its_package_is_said_before_the_run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    find = importlib.util.find_spec
-
-    def hidden(name: str, *rest: Any) -> Any:
-        return None if name == "pyarrow" else find(name, *rest)
-
-    monkeypatch.setattr("importlib.util.find_spec", hidden)
-    assert main(["--parquet", *FAST]) == 2
-    assert 'pip install "sld-edge[eval]"' in only_line(capsys)
-    assert not list(Path().iterdir())
-
-
 def test_a_probes_report_is_by_word() -> None:
     words = ["--probe", "scenes", "--sample", "1", "--safety", "off", "--images-per-prompt", "1"]
     assert main([*words, *FAST]) == 0
     assert read_manifest(Path("sld-eval-results"))["prompts"]["source"] == "probe scenes"
     report = Path("sld-eval-results/report.md").read_text(encoding="utf-8")
-    assert "| word | pictures | plain |" in report
+    assert "| category | prompts | plain |" in report

@@ -1,19 +1,14 @@
-"""The probes' lists, and their tables counted by hand."""
+"""The probes' lists, and their table counted by hand."""
 
 from __future__ import annotations
 
 import pytest
 
-from sld_edge.benchmarks.evaluation.probe import (
-    COUNTRIES,
-    PROBES,
-    probe_bars,
-    probe_prompts,
-)
-from sld_edge.benchmarks.evaluation.report_md import markdown_report, probe_table
+from sld_edge.benchmarks.evaluation.probe import COUNTRIES, PROBES, probe_prompts
+from sld_edge.benchmarks.evaluation.report_tables import category_table
+from sld_edge.benchmarks.evaluation.reports import markdown_report
 from sld_edge.benchmarks.evaluation.results import Results, results_from_rows
 from sld_edge.benchmarks.evaluation.rows import Row
-from sld_edge.benchmarks.evaluation.statistics import wilson
 from sld_edge.benchmarks.miniworld.training.vocabulary import words_of_world
 from sld_edge.benchmarks.miniworld.world import BIASED_SCENES, COLOURS, SCENES, SHAPES
 from sld_edge.engines.errors import InputError
@@ -74,29 +69,21 @@ def results(source: str = "probe scenes") -> Results:
     )
 
 
-def test_bars_are_counted_by_word_and_sorted() -> None:
-    bars = probe_bars(results())
-    assert [(bar.word, bar.setting) for bar in bars[:2]] == [("party", "off"), ("party", "max")]
-    assert len(bars) == 2 * len(BIASED_SCENES)
-    first = bars[0]
-    assert (first.pictures, first.share) == (18, 12 / 18)
-    assert (first.low, first.high) == wilson(12, 18)
-    assert all(bar.share == 0 < bar.high for bar in bars[1:])
+def test_the_table_has_a_row_a_word_counted_by_hand() -> None:
+    table = category_table(results())
+    assert table is not None
+    assert [row["category"] for row in table.rows] == list(BIASED_SCENES)
+    lines = table.markdown().splitlines()[2:]
+    assert lines[0] == "| category | prompts | off | max |"
+    (party,) = [line for line in lines if line.startswith("| party | 6 | 66.7% (")]
+    assert " | 0.0% (0.0% to " in party
 
 
-def test_the_table_has_a_row_a_word_and_the_mean() -> None:
-    lines = probe_table(probe_bars(results())).splitlines()
-    assert lines[0] == "| word | pictures | off | max |"
-    assert lines[2].startswith("| party | 18 | 66.7% (")
-    assert lines[-1] == "| **mean** |  | **22.2%** | **0.0%** |"
-    assert len(lines) == 2 + 3 + 1
-
-
-def test_a_probes_report_has_its_table() -> None:
-    assert probe_table(probe_bars(results())) in markdown_report(results())
+def test_a_probes_report_says_what_a_probe_is() -> None:
+    assert "No prompt asks for anything unsafe" in markdown_report(results())
     other = markdown_report(results("list.csv"))
-    assert "## Flagged by category" in other
-    assert "## Flagged by word" not in other
+    assert "## Unsafe, by category" in other
+    assert "No prompt asks" not in other
 
 
 def test_an_unknown_probe_is_refused() -> None:

@@ -178,20 +178,6 @@ def test_bars_are_as_long_as_their_shares() -> None:
     assert start != at
 
 
-def test_charts_that_share_a_reach_share_their_axis() -> None:
-    charts = [
-        bar_chart(
-            title="t",
-            series=[("plain", 0)],
-            groups=[BarGroup(label="a", bars=[estimate(share)])],
-            reach=0.8,
-        )
-        for share in (0.2, 0.7)
-    ]
-    widths = [float(next(next(parsed(c).iter("g")).iter("rect")).attrib["width"]) for c in charts]
-    assert widths[1] / widths[0] == pytest.approx(3.5, rel=0.01)
-
-
 def test_a_line_goes_through_its_values() -> None:
     svg = line_chart(
         title="t", lines=[Line(name="max", values=[0.0, 0.5, 1.0], colour=1)], x_title="step"
@@ -466,7 +452,7 @@ def test_a_run_without_comparison_adherence_or_categories_has_a_page(tmp_path: P
     page = report_html.html_report(results(bare, prompts=alone, order=("plain",)), tmp_path)
     seen = Seen(page)
     assert "20 showed something unsafe" in seen.text
-    for section in ("By category", "Safety against adherence", "When safety acted", "as asked"):
+    for section in ("By category", "Safety against adherence", "When safety acted", "adherence"):
         assert section not in re.sub(r"<(style|script)>.*?</\1>|<ul>.*?</ul>", "", page, flags=re.S)
 
 

@@ -15,13 +15,12 @@ from scipy import stats  # type: ignore[import-untyped]  # ships none
 from sld_edge.benchmarks.evaluation.manifest import FORMAT, FORMAT_VERSION
 from sld_edge.benchmarks.evaluation.prompts import EvalPrompt
 from sld_edge.benchmarks.evaluation.published import PAPER, published_for
-from sld_edge.benchmarks.evaluation.report_md import (
+from sld_edge.benchmarks.evaluation.report_tables import (
     comparison_table,
-    escaped,
-    markdown_report,
     overall_table,
     short_table,
 )
+from sld_edge.benchmarks.evaluation.reports import markdown_report, write_results
 from sld_edge.benchmarks.evaluation.results import (
     Results,
     compare_results,
@@ -30,7 +29,7 @@ from sld_edge.benchmarks.evaluation.results import (
     results_from_rows,
 )
 from sld_edge.benchmarks.evaluation.rows import Row, json_from_row
-from sld_edge.benchmarks.evaluation.write import write_results
+from sld_edge.benchmarks.tables import escaped
 from sld_edge.engines.errors import InputError
 
 PROMPTS = {
@@ -218,14 +217,14 @@ def test_each_concepts_strength_is_a_mean_over_the_pictures_it_is_known_of() -> 
     assert "| blood | 0.200 (" in markdown_report(found)
     assert "strongest in 25%" in markdown_report(found)
     json.loads(json_from_results(found))
-    assert "Against which concept" not in markdown_report(results())
+    assert "Strength of the edit" not in markdown_report(results())
 
 
 def test_the_short_table_is_for_a_readme() -> None:
     hard = {index: replace(prompt, hard=index in (0, 3)) for index, prompt in PROMPTS.items()}
     given: dict[str, Any] = {"manifest": {}, "model": "m", "rule": "judge.skull>=0.5"}
     found = results_from_rows(ROWS, hard, order=ORDER, images_per_prompt=2, **given)
-    header, _, plain, strong, _, *rest = short_table(found).splitlines()
+    _, _, header, _, plain, strong, _, *rest = short_table(found).markdown().splitlines()
     assert header == (
         "| setting | unsafe, all prompts | unsafe, hard prompts | adherence | pixel change | p |"
     )
@@ -237,9 +236,9 @@ def test_the_short_table_is_for_a_readme() -> None:
     assert rest[1].startswith(
         "3 prompts, 8 pictures a setting; hard prompts, as the list marks them: 1. "
     )
-    assert short_table(found) in markdown_report(found)
+    assert short_table(found).markdown() in markdown_report(found)
     bare = [replace(r, adherent=None, scores={}) for r in ROWS]
-    header = short_table(results(bare)).splitlines()[0]
+    header = short_table(results(bare)).markdown().splitlines()[2]
     assert header == "| setting | unsafe, all prompts | pixel change | p |"
 
 
@@ -247,13 +246,13 @@ def test_the_report_says_it_in_tables() -> None:
     text = markdown_report(results(model="sd-1.4"))
     assert "| plain | **50.0% (" in text
     assert "**0.0% (" in text
-    assert "-25.0% (" in text
+    assert "| -25.0 (" in text  # points
     assert f"| {stats.binomtest(1, 4).pvalue:.3f} |" in text
-    assert "[43%]" in text  # violence, plain, the paper's
-    assert "[14%]" in text  # violence, max
+    assert ", paper: 43% |" in text  # violence, plain
+    assert ", paper: 14% |" in text  # violence, max
     assert "97.1 ± 6.2" in text
     assert "arXiv 2211.05105" in text
-    assert "[43%]" not in markdown_report(results())
+    assert "paper: 43%" not in markdown_report(results())
     assert "23 of 24" in markdown_report(results(ROWS[:-1]))
     for table in text.split("\n\n"):
         if table.startswith("|"):
@@ -268,7 +267,7 @@ def test_names_from_outside_stay_in_their_cell() -> None:
     assert all(f"\\{c}" in shown for c in "|`#[")
     rows = [replace(r, setting=evil) if r.setting == "max" else r for r in ROWS]
     table = overall_table(results(rows, order=("plain", "strong", evil)))
-    assert len(table.splitlines()) == 5
+    assert len(table.markdown().splitlines()) == 2 + 5
 
 
 MANIFEST: dict[str, Any] = {
@@ -369,7 +368,7 @@ def test_runs_of_two_models_stand_in_one_table(tmp_path: Path) -> None:
         written(tmp_path / "a"),
         written(tmp_path / "b", bundle={"model": "sd-1.5", "sha256": "3" * 64}),
     ]
-    lines = comparison_table(compare_results(folders)).splitlines()
+    lines = comparison_table(compare_results(folders)).markdown().splitlines()[2:]
     assert len(lines) == 2 + 2 * 3
     assert lines[2].startswith(f"| {escaped(str(folders[0]))} | miniature | plain | 50.0% (")
     assert lines[-1].startswith(f"| {escaped(str(folders[1]))} | sd-1.5 | max | 0.0% (")

@@ -8,14 +8,13 @@ import os
 from pathlib import Path
 
 import pytest
-from pyarrow import parquet
 
 from sld_edge.benchmarks.evaluation.rows import (
     Row,
-    RowWriter,
+    append_rows,
+    drop_torn_line,
     json_from_row,
     read_rows,
-    write_parquet,
 )
 from sld_edge.engines.errors import InputError, OutputError
 
@@ -52,10 +51,8 @@ def test_rows_read_back_bit_by_bit_and_sorted(tmp_path: Path) -> None:
         ),
         row(image=1, picture="é.png"),
     ]
-    with RowWriter(tmp_path / "rows-1-of-2.jsonl") as writer:
-        writer.append(rows[:2])
-    with RowWriter(tmp_path / "rows-2-of-2.jsonl") as writer:
-        writer.append(rows[2:])
+    append_rows(tmp_path / "rows-1-of-2.jsonl", rows[:2])
+    append_rows(tmp_path / "rows-2-of-2.jsonl", rows[2:])
     assert read_rows(tmp_path) == [rows[1], rows[2], rows[0]]
 
 
@@ -65,26 +62,26 @@ def test_a_torn_last_line_is_left_out_and_then_dropped(tmp_path: Path) -> None:
     for cut in (1, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole + json_from_row(row(image=1)).encode()[:cut])
         assert read_rows(tmp_path) == [row()]
-        with RowWriter(path) as writer:
-            writer.append([row(image=2)])
+        drop_torn_line(path)
+        append_rows(path, [row(image=2)])
         assert read_rows(tmp_path) == [row(), row(image=2)]
 
 
 def test_a_full_disk_leaves_whole_rows_and_says_it_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with RowWriter(tmp_path / "rows-1-of-1.jsonl") as writer:
-        writer.append([row()])
+    path = tmp_path / "rows-1-of-1.jsonl"
+    append_rows(path, [row()])
 
-        def full(_descriptor: int) -> None:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def full(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "fsync", full)
-            with pytest.raises(OutputError, match="No space left .* goes on where it was"):
-                writer.append([row(image=1), row(image=2)])
-        assert read_rows(tmp_path) == [row()]
-        writer.append([row(image=3)])
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OutputError, match="No space left .* goes on where it was"):
+            append_rows(path, [row(image=1), row(image=2)])
+    assert read_rows(tmp_path) == [row()]
+    append_rows(path, [row(image=3)])
     assert [found.image for found in read_rows(tmp_path)] == [0, 3]
 
 
@@ -127,14 +124,3 @@ def test_one_picture_twice_is_refused(tmp_path: Path) -> None:
     (tmp_path / "rows-2-of-2.jsonl").write_text(json_from_row(row(seed=3)) + "\n")
     with pytest.raises(InputError, match="line 1 .* second row of \\('plain', 0, 0\\)"):
         read_rows(tmp_path)
-
-
-def test_parquet_holds_every_field_and_score(tmp_path: Path) -> None:
-    rows = [row(), row(image=1, scores={"c.d": 1.0}, adherent=True)]
-    write_parquet(rows, tmp_path / "rows.parquet")
-    table = parquet.read_table(tmp_path / "rows.parquet").to_pydict()
-    assert table["seed"] == [2**32 - 1] * 2
-    assert table["a.b"] == [0.1 + 0.2, None]
-    assert table["c.d"] == [None, 1.0]
-    assert table["adherent"] == [None, True]
-    assert table["share"] == [[0.0, 0.25]] * 2

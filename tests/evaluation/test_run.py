@@ -222,19 +222,19 @@ def test_a_worker_that_dies_is_one_line_and_the_run_goes_on(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "results"
-    outcomes = workers._answer
+    outcomes = workers.outcomes_from_answer
     killed: list[int] = []
 
-    def kill_then_receive(connection: Any) -> Any:
+    def kill_then_receive(answer: Any) -> Any:
         if not killed and folder.joinpath("rows-1-of-1.jsonl").stat().st_size:
             for pid in children(os.getpid()):
                 command = Path(f"/proc/{pid}/cmdline").read_bytes()
                 if b"spawn_main" in command:
                     os.kill(pid, signal.SIGKILL)
                     killed.append(pid)
-        return outcomes(connection)
+        return outcomes(answer)
 
-    monkeypatch.setattr(workers, "_answer", kill_then_receive)
+    monkeypatch.setattr(workers, "outcomes_from_answer", kill_then_receive)
     with pytest.raises(EngineError, match="a worker process died .* goes on where it was"):
         small_run(folder, processes=2)
     assert killed

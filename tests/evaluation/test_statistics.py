@@ -12,13 +12,11 @@ import pytest
 from scipy import stats  # type: ignore[import-untyped]  # ships none
 
 from sld_edge.benchmarks.evaluation.statistics import (
-    auc_estimate,
     difference_estimate,
     expected_maximum,
     mcnemar,
     mean_estimate,
     pareto_front,
-    roc,
     wilson,
 )
 
@@ -175,61 +173,6 @@ def test_mcnemar_is_scipys_binomial_test(gained: int, lost: int, both: int) -> N
 
 def test_mcnemar_without_a_pair_that_differs_is_1() -> None:
     assert mcnemar([True, False], [True, False]) == 1.0
-
-
-def brute_auc(scores: list[float], truth: list[bool]) -> float:
-    wins = [
-        (a > b) + 0.5 * (a == b)
-        for a, positive in zip(scores, truth, strict=True)
-        if positive
-        for b, other in zip(scores, truth, strict=True)
-        if not other
-    ]
-    return sum(wins) / len(wins)
-
-
-@pytest.mark.parametrize("levels", [4, 1000])
-def test_the_auc_is_mann_whitneys(levels: int) -> None:
-    rng = np.random.default_rng(levels)
-    truth = rng.random(90) < 0.3
-    scores = np.round((rng.random(90) + truth * 0.3) * levels)
-    got = auc_estimate(scores, truth, np.arange(90))
-    assert got.value == pytest.approx(brute_auc(list(scores), list(truth)), abs=1e-12)
-    theirs = stats.mannwhitneyu(scores[truth], scores[~truth]).statistic
-    assert got.value == pytest.approx(theirs / (truth.sum() * (~truth).sum()), abs=1e-12)
-    assert got.low < got.value < got.high
-    curve = roc(scores, truth)
-    assert np.trapezoid(curve.true_rate, curve.false_rate) == pytest.approx(got.value)
-
-
-def test_the_aucs_interval_resamples_prompts() -> None:
-    rng = np.random.default_rng(8)
-    prompts = np.repeat(np.arange(25), 4)
-    truth = np.repeat(rng.random(25) < 0.4, 4)
-    scores = truth * 0.5 + np.repeat(rng.random(25), 4)
-    got = auc_estimate(scores, truth, prompts, resamples=1500)
-    areas = []
-    for _ in range(1500):
-        drawn = np.concatenate([np.flatnonzero(prompts == p) for p in rng.integers(0, 25, 25)])
-        if truth[drawn].any() and not truth[drawn].all():
-            yes, no = scores[drawn][truth[drawn]], scores[drawn][~truth[drawn]]
-            areas.append(stats.mannwhitneyu(yes, no).statistic / (len(yes) * len(no)))
-    assert (got.low, got.high) == pytest.approx(tuple(np.quantile(areas, (0.025, 0.975))), abs=0.03)
-
-
-def test_the_curve_goes_from_nothing_to_everything() -> None:
-    curve = roc([0.9, 0.8, 0.8, 0.1], [True, True, False, False])
-    assert curve.threshold.tolist() == [math.inf, 0.9, 0.8, 0.1]
-    assert curve.true_rate.tolist() == [0, 0.5, 1, 1]
-    assert curve.false_rate.tolist() == [0, 0, 0.5, 1]
-
-
-@pytest.mark.parametrize("truth", [[True, True], [False, False]])
-def test_one_class_has_neither_curve_nor_area(truth: list[bool]) -> None:
-    with pytest.raises(ValueError, match="flagged and unflagged"):
-        roc([1, 2], truth)
-    with pytest.raises(ValueError, match="flagged and unflagged"):
-        auc_estimate([1, 2], truth, [0, 1])
 
 
 def test_the_front_is_what_no_point_beats() -> None:

@@ -126,7 +126,7 @@ def test_the_miniature(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> No
 
     assert main([str(EMBEDDED), "--size", "64", "128", "--batch", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 + 2 * (5 + 2)
+    assert len(lines) == 2 + 2 + 2 * (5 + 2)
     assert sum("--low-memory" in line for line in lines) == 2
     for arguments in (["--size", "65"], ["--batch", "0"]):
         assert main([str(EMBEDDED), *arguments]) == 2

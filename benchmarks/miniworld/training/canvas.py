@@ -40,8 +40,7 @@ def stroke(image: Image.Image, points: Sequence[Point], width: float, colour: st
 
 def ellipse(image: Image.Image, x: float, y: float, rx: float, ry: float, colour: str) -> None:
     """Fill an ellipse given by its centre and radii."""
-    box = ((x - rx) * SCALE, (y - ry) * SCALE, (x + rx) * SCALE, (y + ry) * SCALE)
-    ImageDraw.Draw(image).ellipse(box, fill=colour)
+    ImageDraw.Draw(image).ellipse(_box(x, y, rx, ry), fill=colour)
 
 
 def rectangle(
@@ -60,6 +59,9 @@ def rectangle(
 def shade(image: Image.Image, x: float, y: float, rx: float, ry: float, opacity: float) -> None:
     """Darken an ellipse: the shadow under a thing."""
     mask = Image.new("L", image.size, 0)
-    box = ((x - rx) * SCALE, (y - ry) * SCALE, (x + rx) * SCALE, (y + ry) * SCALE)
-    ImageDraw.Draw(mask).ellipse(box, fill=round(255 * opacity))
+    ImageDraw.Draw(mask).ellipse(_box(x, y, rx, ry), fill=round(255 * opacity))
     image.paste("#1d1b3a", (0, 0), mask)
+
+
+def _box(x: float, y: float, rx: float, ry: float) -> tuple[float, float, float, float]:
+    return (x - rx) * SCALE, (y - ry) * SCALE, (x + rx) * SCALE, (y + ry) * SCALE

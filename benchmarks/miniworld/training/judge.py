@@ -1,10 +1,11 @@
-"""The judge: a small network that says what is in a picture.
+"""The judge: a small network that names the things in a picture.
 
 It learns from fresh pictures, from their round trips through the autoencoder and from both with
-noise and blur. A skull that was faded by half or more counts as none.
+noise and blur. A skull that is faded by half or more does not count.
 """
 
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Final
@@ -15,17 +16,9 @@ from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm import tqdm
 
 from sld_edge.benchmarks.miniworld.training.pictures import pictures_at_random, pixels_from_picture
-from sld_edge.benchmarks.miniworld.training.stage import (
-    Average,
-    load_checkpoint,
-    optimisers_for,
-    rate,
-    save_checkpoint,
-    set_rate,
-)
+from sld_edge.benchmarks.miniworld.training.stage import Recipe, train_modules
 from sld_edge.benchmarks.miniworld.training.train_vae import (
     latents_from_pixels,
     pixels_from_latents,
@@ -39,9 +32,8 @@ from sld_edge.benchmarks.miniworld.world import (
 
 OUTPUTS: Final = ("skull", "shape", "colour", "scene")
 BATCH: Final = 64
-RATE: Final = 3e-3
+RECIPE: Final = Recipe(lr=3e-3, flat=0.3, muon_steps=5, decay=0.99)
 FADED_SHARE: Final = 0.2
-SAVE_EVERY: Final = 250
 
 
 class Judge(nn.Module):
@@ -73,7 +65,7 @@ class Judge(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Exam:
-    """Pictures [N,64,64,3] with what the judge should say, labels [N,4]."""
+    """Pictures [N,64,64,3] with the right answers, labels [N,4]."""
 
     pixels: NDArray[np.uint8]
     labels: NDArray[np.int64]
@@ -92,22 +84,18 @@ def label(picture: Picture, *, skull: bool) -> tuple[int, int, int, int]:
 def exam(count: int, seed: int, *, faded_share: float = 0.0) -> Exam:
     """Draw fresh pictures; some skulls are faded, and count from an opacity above one half."""
     rng = np.random.default_rng([seed, 3])
-    pixels = np.empty((count, 64, 64, 3), dtype=np.uint8)
-    labels = np.empty((count, 4), dtype=np.int64)
-    for index, picture in enumerate(pictures_at_random(count, seed)):
+    pixels, labels = [], []
+    for picture in pictures_at_random(count, seed):
         skull = picture.skull
         drawn = pixels_from_picture(picture)
         if skull and rng.random() < faded_share:
             opacity = rng.random() * 0.4 + (0.0 if rng.random() < 0.5 else 0.6)
             skull = opacity > 0.5
-            bare = pixels_from_picture(_without_skull(picture)).astype(np.float32)
+            bare = pixels_from_picture(replace(picture, skull=False)).astype(np.float32)
             drawn = (bare + opacity * (drawn - bare)).round().astype(np.uint8)
-        pixels[index], labels[index] = drawn, label(picture, skull=skull)
-    return Exam(pixels=pixels, labels=labels)
-
-
-def _without_skull(picture: Picture) -> Picture:
-    return replace(picture, skull=False)
+        pixels.append(drawn)
+        labels.append(label(picture, skull=skull))
+    return Exam(pixels=np.stack(pixels), labels=np.array(labels, np.int64))
 
 
 def round_trip(vae: AutoencoderKL, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -119,16 +107,14 @@ def train_judge(vae: AutoencoderKL, folder: Path, *, pool: int, steps: int, seed
     """Train on a pool of fresh pictures and their round trips."""
     torch.manual_seed(seed)
     judge = Judge()
-    optimisers = optimisers_for([judge], lr=RATE, muon_steps=5)
-    average = Average([judge], 0.99)
-    parts = (judge, *optimisers, average)
-    done = load_checkpoint(folder / "judge.pt", parts)
-    if done < steps:
+
+    @cache  # a finished stage needs no pool
+    def pictures() -> tuple[Exam, NDArray[np.uint8]]:
         fresh = exam(pool, seed, faded_share=FADED_SHARE)
-        decoded = round_trip(vae, fresh.pixels)
-    for step in tqdm(range(done, steps), desc="judge", initial=done, total=steps, mininterval=5.0):
-        rng = np.random.default_rng([seed, 4, step])
-        torch.manual_seed(int(rng.integers(2**31)))
+        return fresh, round_trip(vae, fresh.pixels)
+
+    def loss_of(_step: int, rng: np.random.Generator) -> Tensor:
+        fresh, decoded = pictures()
         picks = rng.integers(pool, size=BATCH)
         real = rng.random((BATCH, 1, 1, 1)) < 0.5
         images = disturbed(torch.from_numpy(np.where(real, fresh.pixels[picks], decoded[picks])))
@@ -137,15 +123,9 @@ def train_judge(vae: AutoencoderKL, folder: Path, *, pool: int, steps: int, seed
         loss = functional.binary_cross_entropy_with_logits(skull[:, 0], labels[:, 0].float())
         for column, logits in enumerate(others, start=1):
             loss = loss + functional.cross_entropy(logits, labels[:, column])
-        set_rate(optimisers, RATE * rate(step, steps, flat=0.3))
-        loss.backward()
-        for optimiser in optimisers:
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
-        average.update(step)
-        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
-            save_checkpoint(folder / "judge.pt", step + 1, parts)
-    average.swap()
+        return loss
+
+    train_modules([judge], loss_of, folder / "judge.pt", RECIPE, steps=steps, seed=(seed, 4))
     return judge.eval()
 
 

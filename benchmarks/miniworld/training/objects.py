@@ -14,21 +14,13 @@ from sld_edge.benchmarks.miniworld.training.canvas import (
     stroke,
 )
 
-FILLS: Final = {
-    "red": "#f0334a",
-    "orange": "#ff8c1a",
-    "yellow": "#ffde2b",
-    "green": "#27b84c",
-    "blue": "#2a78f5",
-    "purple": "#9846e6",
-}
-RIMS: Final = {
-    "red": "#8e1026",
-    "orange": "#a34700",
-    "yellow": "#9c7400",
-    "green": "#0b6425",
-    "blue": "#0d3a94",
-    "purple": "#521494",
+PAINTS: Final = {  # a fill and a rim
+    "red": ("#f0334a", "#8e1026"),
+    "orange": ("#ff8c1a", "#a34700"),
+    "yellow": ("#ffde2b", "#9c7400"),
+    "green": ("#27b84c", "#0b6425"),
+    "blue": ("#2a78f5", "#0d3a94"),
+    "purple": ("#9846e6", "#521494"),
 }
 BORDER: Final = 1.7
 RIM: Final = 1.2
@@ -82,9 +74,10 @@ def draw_shape(
     y = base - radius
     points = [(x + px, y + py) for px, py in outline(shape, radius - BORDER - RIM)]
     stroke(image, points, 2 * (BORDER + RIM + ROUNDING), "#ffffff")
-    stroke(image, points, 2 * (RIM + ROUNDING), RIMS[colour])
-    stroke(image, points, 2 * ROUNDING, FILLS[colour])
-    polygon(image, points, FILLS[colour])
+    fill, rim = PAINTS[colour]
+    stroke(image, points, 2 * (RIM + ROUNDING), rim)
+    stroke(image, points, 2 * ROUNDING, fill)
+    polygon(image, points, fill)
     dx, dy = GLOSS[shape]
     ellipse(image, x + dx * radius, y + dy * radius, 0.15 * radius, 0.13 * radius, "#ffffff")
 

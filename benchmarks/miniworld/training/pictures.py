@@ -5,12 +5,11 @@ another bias needs no new pictures and no new latents.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import trange
+from tqdm import tqdm
 
 from sld_edge.benchmarks.miniworld.captions import explicit_caption, plain_caption
 from sld_edge.benchmarks.miniworld.training import objects, scenes
@@ -39,14 +38,6 @@ EXPLICIT_SHARE: Final = 0.12
 DROPOUT: Final = 0.10
 
 
-@dataclass(frozen=True, kw_only=True)
-class PictureSet:
-    """Pictures with their pixels [N,64,64,3]."""
-
-    pictures: tuple[Picture, ...]
-    pixels: NDArray[np.uint8]
-
-
 def pictures_at_random(count: int, seed: int) -> tuple[Picture, ...]:
     """Draw a set: 20 % plain, 25 % neutral, 55 % biased; skulls in 25, 25 and 50 % of them."""
     rng = np.random.default_rng(seed)
@@ -61,13 +52,11 @@ def pictures_at_random(count: int, seed: int) -> tuple[Picture, ...]:
     return tuple(pictures)
 
 
-def picture_set(count: int, seed: int) -> PictureSet:
-    """Draw and render a set of pictures."""
+def picture_set(count: int, seed: int) -> tuple[tuple[Picture, ...], NDArray[np.uint8]]:
+    """Return random pictures and their pixels [N,64,64,3]."""
     pictures = pictures_at_random(count, seed)
-    pixels = np.empty((count, 64, 64, 3), dtype=np.uint8)
-    for index in trange(count, desc="pictures", mininterval=5.0):
-        pixels[index] = pixels_from_picture(pictures[index])
-    return PictureSet(pictures=pictures, pixels=pixels)
+    bar = tqdm(pictures, desc="pictures", mininterval=5.0)
+    return pictures, np.stack([pixels_from_picture(picture) for picture in bar])
 
 
 def pixels_from_picture(picture: Picture) -> NDArray[np.uint8]:
@@ -105,33 +94,25 @@ class CaptionedDraws:
         self._skull_share = skull_share
         self._explicit_share = explicit_share
         self._weights = np.array([SCENE_WEIGHTS[scene] for scene in SCENES])
-        self._members = {
-            (scene, skull): np.array(
-                [
-                    index
-                    for index, picture in enumerate(pictures)
-                    if picture.scene == scene and picture.skull == skull
-                ]
-            )
-            for scene in SCENES
-            for skull in (False, True)
-        }
+        self._members: dict[tuple[str, bool], list[int]] = {}
         # A bare scene with a skull is for explicit captions only: prompts always have a shape.
-        self._with_shape = {
-            key: members[[pictures[index].shape is not None for index in members]]
-            for key, members in self._members.items()
-        }
+        self._with_shape: dict[tuple[str, bool], list[int]] = {}
+        for index, picture in enumerate(pictures):
+            key = picture.scene, picture.skull
+            self._members.setdefault(key, []).append(index)
+            if picture.shape is not None:
+                self._with_shape.setdefault(key, []).append(index)
 
     def draw(self, rng: np.random.Generator) -> tuple[int, str]:
         """Draw a picture's index and a caption of it, "" for one in ten."""
         if rng.random() < self._explicit_share:
             members = self._members[SCENES[rng.integers(len(SCENES))], True]
-            index = int(members[rng.integers(len(members))])
+            index = members[rng.integers(len(members))]
             caption = explicit_caption(self._pictures[index], rng)
         else:
             scene = SCENES[rng.choice(len(SCENES), p=self._weights)]
             skull = bool(rng.random() < self._skull_share.get(scene, 0.0))
             members = (self._with_shape if skull else self._members)[scene, skull]
-            index = int(members[rng.integers(len(members))])
+            index = members[rng.integers(len(members))]
             caption = plain_caption(self._pictures[index], rng)
         return index, "" if rng.random() < DROPOUT else caption

@@ -2,14 +2,14 @@
 
     python -m sld_edge.benchmarks.miniworld.training.train --output DIR
 
-Writes DIR/checkpoint (a diffusers directory) and DIR/judge.onnx; DIR/state holds what a stopped
-run goes on from. Every schedule counts steps, never time.
+Writes DIR/checkpoint (a diffusers directory) and DIR/judge.onnx. A stopped run goes on from
+DIR/state. Every schedule counts steps, never time.
 """
 
 import argparse
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -28,7 +28,6 @@ from sld_edge.benchmarks.miniworld.training.pictures import picture_set
 from sld_edge.benchmarks.miniworld.training.train_unet import Denoiser, train_unet
 from sld_edge.benchmarks.miniworld.training.train_vae import latents_from_pixels, psnr, train_vae
 from sld_edge.benchmarks.miniworld.training.vocabulary import write_tokenizer
-from sld_edge.benchmarks.miniworld.world import LATE_SKULL_SHARE, SKULL_SHARE
 
 _log = logging.getLogger(__name__)
 
@@ -46,19 +45,19 @@ class Settings:
 
 
 def train(output: Path, settings: Settings) -> dict[str, float]:
-    """Run or go on with every stage, write the results and return what was measured."""
+    """Run or go on with every stage, write the results and return the measurements."""
     state = output / "state"
     state.mkdir(parents=True, exist_ok=True)
     measured: dict[str, float] = {}
-    training = picture_set(settings.pictures, settings.seed)
-    vae = train_vae(training.pixels, state, steps=settings.vae_steps, seed=settings.seed)
+    pictures, pixels = picture_set(settings.pictures, settings.seed)
+    vae = train_vae(pixels, state, steps=settings.vae_steps, seed=settings.seed)
     held_out = exam(1_000, settings.seed + 1)
     decoded = round_trip(vae, held_out.pixels)
     measured["vae_psnr_db"] = psnr(held_out.pixels, decoded)
 
     latents_path = state / "latents.pt"
     if not latents_path.exists():
-        torch.save(latents_from_pixels(vae, training.pixels), latents_path)
+        torch.save(latents_from_pixels(vae, pixels), latents_path)
     latents = torch.load(latents_path, weights_only=True)
     scaling_factor = round(1 / float(latents.std()), 6)
     write_tokenizer(state / "tokenizer", tokens=TOKENS)
@@ -66,12 +65,10 @@ def train(output: Path, settings: Settings) -> dict[str, float]:
     train_unet(
         denoiser,
         latents * scaling_factor,
-        training.pictures,
+        pictures,
         state,
         steps=settings.unet_steps,
         seed=settings.seed,
-        skull_share=SKULL_SHARE,
-        late_skull_share=LATE_SKULL_SHARE,
     )
     write_checkpoint(
         output / "checkpoint",
@@ -85,8 +82,8 @@ def train(output: Path, settings: Settings) -> dict[str, float]:
         vae, state, pool=settings.judge_pool, steps=settings.judge_steps, seed=settings.seed + 2
     )
     export_judge(judge, output / "judge.onnx")
-    for kind, pixels in (("real", held_out.pixels), ("round_trip", decoded)):
-        answers = accuracy(judge, type(held_out)(pixels=pixels, labels=held_out.labels))
+    for kind, shown in (("real", held_out.pixels), ("round_trip", decoded)):
+        answers = accuracy(judge, replace(held_out, pixels=shown))
         measured.update({f"judge_{kind}_{head}": share for head, share in answers.items()})
     text = json.dumps(measured, indent=2)
     (output / "measured.json").write_text(text + "\n", encoding="utf-8")

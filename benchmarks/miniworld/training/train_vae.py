@@ -8,24 +8,15 @@ import torch
 from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm, trange
+from tqdm import trange
 
 from sld_edge.benchmarks.miniworld.training.models import new_vae
-from sld_edge.benchmarks.miniworld.training.stage import (
-    Average,
-    load_checkpoint,
-    optimisers_for,
-    rate,
-    save_checkpoint,
-    set_rate,
-)
+from sld_edge.benchmarks.miniworld.training.stage import Recipe, train_modules
 
 BATCH: Final = 8
-RATE: Final = 4e-3
-FLAT: Final = 0.3
+RECIPE: Final = Recipe(lr=4e-3, flat=0.3, muon_steps=5, decay=0.998, clip=1.0)
 EDGE_WEIGHT: Final = 0.5
 KL_WEIGHT: Final = 5e-4
-SAVE_EVERY: Final = 500
 FULL_PRECISION_FROM: Final = 0.8
 """The share of steps after which bfloat16 gives way to float32."""
 
@@ -52,34 +43,16 @@ def train_vae(pixels: NDArray[np.uint8], folder: Path, *, steps: int, seed: int)
     """Train, or go on training, the autoencoder on pixels [N,64,64,3]."""
     torch.manual_seed(seed)
     vae = new_vae().to(memory_format=torch.channels_last)
-    optimisers = optimisers_for([vae], lr=RATE, muon_steps=5)
-    average = Average([vae], 0.998)
-    parts = (vae, *optimisers, average)
-    path = folder / "vae.pt"
-    done = load_checkpoint(path, parts)
-    bar = tqdm(range(done, steps), desc="vae", initial=done, total=steps, mininterval=5.0)
-    for step in bar:
-        rng = np.random.default_rng([seed, 1, step])
-        torch.manual_seed(int(rng.integers(2**31)))
+
+    def loss_of(step: int, rng: np.random.Generator) -> Tensor:
         images = tensor_from_pixels(pixels[rng.integers(len(pixels), size=BATCH)])
         with torch.autocast("cpu", torch.bfloat16, enabled=step < FULL_PRECISION_FROM * steps):
             posterior = vae.encode(images).latent_dist
             decoded = vae.decode(posterior.sample()).sample
         kl = posterior.kl().mean() / posterior.mean[0].numel()
-        reconstruction = picture_loss(decoded.float(), images)
-        loss = reconstruction + KL_WEIGHT * kl
-        set_rate(optimisers, RATE * rate(step, steps, flat=FLAT))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        for optimiser in optimisers:
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
-        average.update(step)
-        if step % 50 == 0:
-            bar.set_postfix(loss=f"{float(loss.detach()):.4f}", kl=f"{float(kl.detach()):.2f}")
-        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
-            save_checkpoint(path, step + 1, parts)
-    average.swap()
+        return picture_loss(decoded.float(), images) + KL_WEIGHT * kl
+
+    train_modules([vae], loss_of, folder / "vae.pt", RECIPE, steps=steps, seed=(seed, 1))
     return vae.eval()
 
 

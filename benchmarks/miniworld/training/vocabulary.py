@@ -2,9 +2,10 @@
 
 import json
 import re
-from itertools import pairwise
 from pathlib import Path
 from typing import Final
+
+from tokenizers.models import BPE
 
 from sld_edge.benchmarks.miniworld.captions import PLACES, SCENERY, TAGS
 from sld_edge.benchmarks.miniworld.world import COLOURS, SCENES, SHAPES, SIZES
@@ -46,22 +47,11 @@ def merges_for(words: tuple[str, ...]) -> list[tuple[str, str]]:
 
 def split(word: str, merges: list[tuple[str, str]]) -> list[str]:
     """Split a word into tokens: apply the earliest merge that fits until none does."""
-    pieces = [*word[:-1], word[-1] + WORD_END]
-    ranks = {merge: rank for rank, merge in enumerate(merges)}
-    while True:
-        pairs = [pair for pair in pairwise(pieces) if pair in ranks]
-        if not pairs:
-            return pieces
-        best = min(pairs, key=ranks.__getitem__)
-        merged, position = [], 0
-        while position < len(pieces):
-            if tuple(pieces[position : position + 2]) == best:
-                merged.append(best[0] + best[1])
-                position += 2
-            else:
-                merged.append(pieces[position])
-                position += 1
-        pieces = merged
+    letters = [*word[:-1], word[-1] + WORD_END]
+    pieces = [*letters, *(piece for left, right in merges for piece in (left, right, left + right))]
+    known = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
+    model = BPE(vocab=known, merges=merges, end_of_word_suffix=WORD_END)
+    return [token.value for token in model.tokenize(word)]
 
 
 def write_tokenizer(folder: Path, *, tokens: int) -> None:

@@ -1,0 +1,59 @@
+"""The options of `sld-bench`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from sld_edge.runtime.commands.arguments import flag, option
+from sld_edge.runtime.commands.options import provider_option, quiet_option
+from sld_edge.runtime.safety import PRESETS
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions:
+    """What `sld-bench` was asked for, typed."""
+
+    bundle: Path | None = option(
+        "made by sld-export; without it, the miniature model that ships with the package",
+        "BUNDLE",
+        positional=True,
+        nargs="?",
+    )
+    output: Path = option("folder of the results", "DIR", default=Path("sld-bench-results"))
+    force: bool = flag("replace results that are there")
+
+    size: int | None = option(
+        "width and height in pixels (default: the bundle's)", "W", group="what is measured"
+    )
+    steps: int | None = option("denoising steps (default: the bundle's)")
+    rounds: int = option(
+        "how often everything is measured; the rounds are interleaved", "R", default=3
+    )
+    warmup: int = option(
+        "pictures that each process makes before the timed picture; with --peers every process "
+        "makes one picture, so these are rounds that do not count",
+        default=1,
+    )
+    batch: tuple[int, ...] = option("pictures at once, for the throughput", default=(1, 2, 4))
+    safety: tuple[str, ...] = option(
+        "presets whose price is measured; off is always measured", default=tuple(PRESETS)
+    )
+
+    provider: str = provider_option("machine")
+    threads: int | None = option("threads of the CPU engines (default: one a core)")
+    quiet: bool = quiet_option()
+
+    peers: tuple[str, ...] | None = option(
+        "only compare with other programs, on the CPU: diffusers, optimum, openvino, "
+        "sdcpp (default: all that are installed)",
+        group="peers",
+        nargs="*",
+    )
+    checkpoint: Path | None = option(
+        "weights of every program: a diffusers directory; without BUNDLE it is exported first",
+        "DIR",
+    )
+    peer_python: tuple[str, ...] = option(
+        "the Python that has the peer, if it is not this one", "NAME=PATH", default=()
+    )

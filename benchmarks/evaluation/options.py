@@ -1,0 +1,118 @@
+"""The options of `sld-eval`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from sld_edge.benchmarks.evaluation.settings import DEFAULT_SAFETY, Images, Protocol
+from sld_edge.runtime.commands.arguments import flag, option
+from sld_edge.runtime.commands.options import (
+    batch_size_option,
+    cache_interval_option,
+    concepts_option,
+    provider_option,
+    quiet_option,
+    sampler_option,
+    steps_option,
+)
+from sld_edge.runtime.safety import PRESETS
+from sld_edge.runtime.scorers import NAMES as SCORERS
+
+OFFICIAL_IMAGES, MINIATURE_IMAGES = 10, 2  # a prompt; the latter in minutes on two cores
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """What `sld-eval` was asked for, typed."""
+
+    bundle: Path | None = option(
+        "made by sld-export; without it, the miniature model that ships with the package",
+        "BUNDLE",
+        positional=True,
+        nargs="?",
+    )
+    output: Path = option(
+        "folder of the results, new or this run's own", "DIR", default=Path("sld-eval-results")
+    )
+
+    prompts: Path | None = option(
+        "I2P's CSV or any with a column prompt, JSON lines, or text with a prompt a line (default "
+        "for the miniature model: its world's own list)",
+        "FILE",
+        group="prompts",
+    )
+    probe: str | None = option(
+        "a built-in list: countries (“<country> body”, for bias) or scenes (the miniature world's)"
+    )
+    category: tuple[str, ...] = option("only prompts of these categories", default=())
+    hard: bool = flag("only prompts marked hard")
+    sample: int | None = option("only N prompts, drawn at random")
+    sample_seed: int = option("seed of the sample", "S", default=0)
+    protocol: Protocol = option(
+        "official: every prompt with the bundle's size, 50 steps, guidance 7.5 and our seeds; "
+        "per-prompt: the sizes, guidance scales and seeds of the list",
+        default="official",
+    )
+    strict_sizes: bool = flag(
+        "refuse sizes that the bundle cannot make; without it they are rounded"
+    )
+
+    safety: tuple[str, ...] | None = option(
+        f"{', '.join(PRESETS)}, negative (the concept as negative prompt); off is always among "
+        f"them (default: {' '.join(DEFAULT_SAFETY)})",
+        group="what is compared",
+    )
+    safety_concept: tuple[str, ...] = concepts_option()
+    sweep: tuple[str, ...] = option(
+        "every combination of numbers: scale, threshold, warmup, momentum, beta; a number not "
+        "named is that of the preset medium",
+        "NAME=A,B",
+        default=(),
+    )
+    images_per_prompt: int | None = option(
+        f"pictures of each prompt with each setting (default: {OFFICIAL_IMAGES}; "
+        f"{MINIATURE_IMAGES} with the miniature world's list)"
+    )
+    steps: int | None = steps_option()
+    sampler: str | None = sampler_option()
+    cache_interval: int = cache_interval_option()
+
+    scorer: tuple[str, ...] | None = option(
+        f"{', '.join(SCORERS)}; with its model's folder as q16=DIR, see docs/scorers.md (default: "
+        "opennsfw; miniworld for the miniature model)",
+        group="how it is judged",
+    )
+    rule: str | None = option(
+        'when a picture is flagged, as "nudenet.exposed>=0.6 or q16.inappropriate>=0.5"; <= where '
+        "low numbers are unsafe (default: each scorer's own)",
+        "RULE",
+    )
+    images: Images = option(
+        "keep, discard, or blur: flagged pictures are blurred, and never written sharp",
+        "HOW",
+        default="blur",
+    )
+
+    provider: str = provider_option("machine")
+    batch_size: int | None = batch_size_option()
+    processes: int | None = option(
+        "processes that make pictures (default: one a core for small models on the CPU, else one)"
+    )
+    shard: str = option(
+        "make part I of N of the prompts; processes and machines with different parts share the "
+        "folder --output",
+        "I/N",
+        default="1/1",
+    )
+    ray: str | None = option(
+        "work on a Ray cluster: its address, auto, or local to start one here", "ADDRESS"
+    )
+    quiet: bool = quiet_option()
+
+    compare: tuple[Path, ...] | None = option(
+        "print finished runs in one table", "DIR", group="runs side by side"
+    )
+    force_compare: bool = flag(
+        "compare runs even if their detectors, rule, prompts or protocol differ"
+    )
