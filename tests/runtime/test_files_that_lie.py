@@ -239,7 +239,7 @@ def set_dtype(bundle: Path, dtype: str) -> None:
 
 
 def set_path(bundle: Path, path: str) -> None:
-    edit_manifest(bundle, lambda body: body["tokenizer"].update(path=path))
+    edit_manifest(bundle, lambda body: body["texts"]["text_encoder"]["tokenizer"].update(path=path))
 
 
 def huge_npy() -> bytes:
