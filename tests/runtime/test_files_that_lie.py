@@ -128,6 +128,17 @@ class TestWeightsElsewhere:
         with pytest.raises(ValueError, match="operator"):
             list(externals(memoryview(model.SerializeToString())))
 
+    def test_a_normalization_with_a_nameless_input(self, bundle_copy: Path) -> None:
+        """ONNX Runtime's fusions of it end the process (found by the fuzz suite)."""
+
+        def nameless(model: onnx.ModelProto) -> None:
+            node = next(node for node in model.graph.node if node.op_type == "LayerNormalization")
+            node.input[2] = ""
+
+        edit_graph(bundle_copy / "unet.onnx", nameless)
+        rehash(bundle_copy)
+        refused(bundle_copy, "LayerNormalization with an input that has no name")
+
     def test_every_weight_of_the_miniature_is_seen(self) -> None:
         for path in EMBEDDED.glob("*.onnx"):
             model = onnx.load(path, load_external_data=False)
