@@ -1,6 +1,6 @@
 """Stable Diffusion 1.x and 2.x, their smaller copies, and models distilled from them.
 
-Graphs are imported where they are written: naming parts needs no onnx.
+Functions import the graph builders, so that a list of parts needs no onnx.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ GUIDANCE_PART = Part(name="guidance", folder=None, write=_copy_guidance, precisi
 
 
 def guidance_inputs(checkpoint: Checkpoint) -> tuple[dict[str, Condition], GuidanceKind]:
-    """Return the input of a guidance embedding, if the UNet has one, and the kind of guidance.
+    """Return the input of the UNet's guidance embedding, if any, and the kind of guidance.
 
     A UNet distilled from guided predictions (LCM) takes guidance - 1 as an input, and no
     unconditional branch (arXiv 2310.04378, section 4.1).

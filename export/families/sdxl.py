@@ -54,7 +54,7 @@ def _inputs(checkpoint: Checkpoint) -> Inputs:
         },
     )
     embedded, guidance = guidance_inputs(checkpoint)
-    # diffusers' default, for checkpoints whose model_index.json says nothing.
+    # The default is diffusers'.
     zeros = checkpoint.index.get("force_zeros_for_empty_prompt", True)
     if not isinstance(zeros, bool):
         raise CheckpointError(
