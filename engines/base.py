@@ -79,7 +79,7 @@ def check_tensors(
     *,
     kind: Literal["input", "tensor"],
 ) -> None:
-    """Refuse tensors that are not those of `specs`; errors call each a `kind` of `graph`.
+    """Refuse tensors that do not match `specs`; errors call each tensor a `kind` of `graph`.
 
     Raises:
         EngineError: a tensor is missing, unknown, or of another dtype or shape.

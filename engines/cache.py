@@ -154,7 +154,7 @@ def clear() -> tuple[int, int]:
     if root.is_symlink() or not (root.name == "sld-edge" or _is_tagged(root)):
         raise OutputError(
             f"{root} was not made by sld-edge, and is not emptied",
-            do=f"of its folders {', '.join(OURS)} remove by hand those that are not needed",
+            do=f"by hand remove those of its folders {', '.join(OURS)} that are not needed",
         )
     count = freed = 0
     for entry in entries():

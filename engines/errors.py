@@ -1,4 +1,4 @@
-"""The errors a user can cause or meet, each one line and exit code 2.
+"""The errors that a user can cause or meet; each is one line, with exit code 2.
 
 The message says what is wrong, what sld-edge got, what it expected, and what to do about it.
 """

@@ -110,7 +110,7 @@ def choose(planned: Mapping[str, str | None]) -> tuple[str, str]:
 
 def survey_table(statuses: Sequence[ProviderStatus]) -> str:
     """Write statuses as a table of plain text, 100 columns at most."""
-    head = ("provider", "version", "works", "on what, or why not and what to do")
+    head = ("provider", "version", "works", "device, or why not and what to do")
     rows = [(each.name, each.version or "-", "yes" if each.usable else "no") for each in statuses]
     widths = [max(map(len, column)) for column in zip(head[:3], *rows, strict=True)]
     room = _WIDTH - sum(widths) - 2 * len(widths)
@@ -161,7 +161,8 @@ def _why_no_tensorrt(flavour: Flavour, error: Exception) -> str:
         try:  # a separate package holds the bindings and names the missing library
             importlib.import_module(f"{module}_bindings")
         except ModuleNotFoundError:
-            return f"{module} is not installed for Python {_python()} | {_HOW_TO_GET[flavour]}"
+            python = ".".join(platform.python_version_tuple()[:2])
+            return f"{module} is not installed for Python {python} | {_HOW_TO_GET[flavour]}"
         except Exception as broken:
             cause = broken
     return f"{module} is installed without its libraries: {_cause(cause)} | {_HOW_TO_GET[flavour]}"
@@ -273,10 +274,6 @@ def _cause(error: BaseException) -> str:
     """Return an error's message as one short line; a missing library is named alone."""
     text = re.sub(r"^(\S+): cannot open shared object file.*", r"\1 is missing", one_line(error))
     return shortened(text, 160)
-
-
-def _python() -> str:
-    return ".".join(platform.python_version_tuple()[:2])
 
 
 def _lines_of_row(widths: Sequence[int], cells: Sequence[str], texts: Sequence[str]) -> list[str]:

@@ -31,7 +31,7 @@ class ExportSettings:
         attention: "op" is ONNX's Attention (opset 23), "decomposed" plain products (opset 20).
         via: "builder" writes the graphs from the config, "torch" exports diffusers' modules.
         width: default width of a picture in pixels; None: the width of the training.
-        height: likewise.
+        height: default height of a picture in pixels; None: the height of the training.
         safety_concept: default concept that Safe Latent Diffusion steers away from; a tuple holds
             several concepts, each with its own branch and gate.
         preset: default strength of safety.

@@ -228,7 +228,9 @@ def _watch_weights(checkpoint: Checkpoint, watch: Watch) -> None:
 def _write_graphs(
     checkpoint: Checkpoint, writers: Writers, folder: Path, shape: Shape, say: Say
 ) -> dict[str, GraphFacts]:
-    vocab_size = _vocab_size(checkpoint)
+    vocab_size = min(
+        size_from_config(checkpoint.models[name], "vocab_size") for name in checkpoint.tokenizers
+    )
     graphs = {}
     for name, write in writers.items():
         path = folder / f"{name}.onnx"
@@ -241,13 +243,6 @@ def _write_graphs(
         feeds = random_feeds(facts.inputs, vocab_size=vocab_size, downscale=shape.latents.downscale)
         run_checked(path, feeds)
     return graphs
-
-
-def _vocab_size(checkpoint: Checkpoint) -> int:
-    """Return the size of the text encoders' smallest vocabulary."""
-    return min(
-        size_from_config(checkpoint.models[name], "vocab_size") for name in checkpoint.tokenizers
-    )
 
 
 def _writers(checkpoint: Checkpoint, family: Family, settings: ExportSettings) -> Writers:

@@ -44,7 +44,8 @@ def flash_attention(model: bytes) -> bytes:
         EngineError: not an ONNX file.
     """
     changed = _edited(model, _flash_attention)
-    if changed == model or _imports(model, _CONTRIBUTED):
+    imported = [domain for each in values(model, _OPSET) for domain in values(each, _OPSET_DOMAIN)]
+    if changed == model or _CONTRIBUTED in imported:
         return changed
     opset = encoded(_OPSET_DOMAIN, _CONTRIBUTED) + encoded(_OPSET_VERSION, 1)
     return changed + encoded(_OPSET, opset)
@@ -127,7 +128,3 @@ def _multi_head(node: bytes) -> bytes:
 def _renamed(attribute: bytes, name: bytes) -> bytes:
     rest = b"".join(field.whole for field in fields(attribute) if field.number != _NAME)
     return encoded(_NAME, name) + rest
-
-
-def _imports(model: bytes, domain: bytes) -> bool:
-    return any(domain in values(opset, _OPSET_DOMAIN) for opset in values(model, _OPSET))

@@ -127,7 +127,7 @@ def dimensions(
     Args:
         settings: give batch and size.
         width: of the bundle's pictures, in pixels; used where the settings give no size.
-        height: likewise.
+        height: of the bundle's pictures, in pixels.
         downscale: pixels per latent cell in one direction.
         text_length: tokens of a prompt.
         concepts: number of safety concepts of the bundle.

@@ -128,7 +128,7 @@ class TrtEngine:
             else:
                 outputs.append(self._spec(name))
         self.inputs, self.outputs = tuple(inputs), tuple(outputs)
-        self._host_runs: dict[tuple[tuple[int, ...], ...], _HostRun] = {}
+        self._host_runs: dict[tuple[tuple[int, ...], ...], tuple[Arena, TrtBound]] = {}
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run the plan once, from host arrays to new host arrays.
@@ -142,9 +142,13 @@ class TrtEngine:
         key = tuple(feeds[spec.name].shape for spec in self.inputs)
         if key not in self._host_runs:
             if len(self._host_runs) >= _KEPT_SHAPES:
-                self._host_runs.pop(next(iter(self._host_runs))).close()
+                self._host_runs.pop(next(iter(self._host_runs)))[0].close()
             self._host_runs[key] = self._host_run(feeds)
-        return self._host_runs[key](feeds)
+        arena, bound = self._host_runs[key]
+        for spec in self.inputs:
+            self.device.upload(arena[spec.name], feeds[spec.name])
+        bound.enqueue()
+        return {spec.name: self.device.download(arena[spec.name]) for spec in self.outputs}
 
     def bind(self, tensors: Mapping[str, DeviceTensor]) -> TrtBound:
         """Fix the shape and address of every input and output, by name.
@@ -164,8 +168,8 @@ class TrtEngine:
         if self._closed:
             return
         self._closed = True
-        for run in self._host_runs.values():
-            run.close()
+        for arena, _ in self._host_runs.values():
+            arena.close()
         self._host_runs.clear()
         if self._jit is not None:
             self._jit.save()
@@ -279,7 +283,8 @@ class TrtEngine:
         self.device.workspace.require(max(1, context.update_device_memory_size_for_shapes()))
         return TrtBound(self, context)
 
-    def _host_run(self, feeds: Mapping[str, Array]) -> _HostRun:
+    def _host_run(self, feeds: Mapping[str, Array]) -> tuple[Arena, TrtBound]:
+        """Return buffers for all inputs and outputs, and the plan bound to them."""
         context = self._context({spec.name: feeds[spec.name].shape for spec in self.inputs})
         layout = {
             spec.name: (spec.dtype, tuple(context.get_tensor_shape(spec.name)))
@@ -291,7 +296,7 @@ class TrtEngine:
         except EngineError:
             arena.close()
             raise
-        return _HostRun(self, arena, bound)
+        return arena, bound
 
 
 class TrtBound:
@@ -316,23 +321,6 @@ class TrtBound:
             raise EngineError(
                 f"{self._engine.path.name}: TensorRT did not run it", got=self._engine._log.last()
             )
-
-
-class _HostRun:
-    """The buffers and the bound plan for one set of input shapes."""
-
-    def __init__(self, engine: TrtEngine, arena: Arena, bound: TrtBound) -> None:
-        self._engine, self._arena, self._bound = engine, arena, bound
-
-    def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        device = self._engine.device
-        for spec in self._engine.inputs:
-            device.upload(self._arena[spec.name], feeds[spec.name])
-        self._bound.enqueue()
-        return {spec.name: device.download(self._arena[spec.name]) for spec in self._engine.outputs}
-
-    def close(self) -> None:
-        self._arena.close()
 
 
 class _JitCache:

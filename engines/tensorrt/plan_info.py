@@ -1,7 +1,7 @@
 """The description of a plan, in the `.json` file beside it, and whether this machine can run it.
 
 A plan is code for one TensorRT, one operating system and some devices. TensorRT's errors about a
-wrong plan name none of them. So sld-edge compares them before TensorRT reads the plan.
+wrong plan do not name these. So sld-edge compares them before TensorRT reads the plan.
 """
 
 from __future__ import annotations

@@ -86,44 +86,35 @@ def checkpoint_from_directory(
         CheckpointError: another architecture, or a file that is missing, cut short or malformed.
     """
     with refusing(f"cannot read {root}", OSError):
-        return _from_directory(root, id, source, variant, tokenizer, vae)
-
-
-def _from_directory(
-    root: Path,
-    id: str,
-    source: str,
-    variant: str | None,
-    tokenizer: Path | None,
-    vae: Path | None,
-) -> Checkpoint:
-    folders = {name: root / name for name in WEIGHT_STEMS if (root / name).is_dir()}
-    if vae is not None:
-        folders["vae"] = vae
-    encoders = [name for name in TOKENIZERS if name in folders]
-    wanted = [*REQUIRED, "scheduler", *([] if tokenizer else [TOKENIZERS[e] for e in encoders])]
-    missing = [name for name in wanted if name not in folders and not (root / name).is_dir()]
-    if missing:
-        raise CheckpointError(
-            f"{root} is not a whole diffusers directory",
-            got=f"no {', '.join(missing)}",
-            expected="the folders unet, vae, text_encoder, tokenizer, scheduler",
-        )
-    models = {name: model_from_folder(folder, name, variant) for name, folder in folders.items()}
-    index = root / INDEX
-    return Checkpoint(
-        id=id,
-        source=source,
-        models=models,
-        tokenizers={
-            name: tokenizer_json_for(
-                models[name], tokenizer if tokenizer else root / TOKENIZERS[name]
+        folders = {name: root / name for name in WEIGHT_STEMS if (root / name).is_dir()}
+        if vae is not None:
+            folders["vae"] = vae
+        encoders = [name for name in TOKENIZERS if name in folders]
+        wanted = [*REQUIRED, "scheduler", *([] if tokenizer else [TOKENIZERS[e] for e in encoders])]
+        missing = [name for name in wanted if name not in folders and not (root / name).is_dir()]
+        if missing:
+            raise CheckpointError(
+                f"{root} is not a whole diffusers directory",
+                got=f"no {', '.join(missing)}",
+                expected="the folders unet, vae, text_encoder, tokenizer, scheduler",
             )
-            for name in encoders
-        },
-        scheduler=read_json(root / "scheduler" / "scheduler_config.json"),
-        index=read_json(index) if os.path.lexists(index) else {},
-    )
+        models = {
+            name: model_from_folder(folder, name, variant) for name, folder in folders.items()
+        }
+        index = root / INDEX
+        return Checkpoint(
+            id=id,
+            source=source,
+            models=models,
+            tokenizers={
+                name: tokenizer_json_for(
+                    models[name], tokenizer if tokenizer else root / TOKENIZERS[name]
+                )
+                for name in encoders
+            },
+            scheduler=read_json(root / "scheduler" / "scheduler_config.json"),
+            index=read_json(index) if os.path.lexists(index) else {},
+        )
 
 
 def model_from_folder(folder: Path, name: str, variant: str | None = None) -> Model:

@@ -79,14 +79,31 @@ def checkpoint_from_source(
     tokenizer = Path(tokenizer) if tokenizer is not None else None
     if tokenizer is not None and not tokenizer.exists():
         raise InputError(f"no tokenizer at {tokenizer}")
-    for folder in (vae, preview_vae):
-        if folder is not None and not Path(folder).is_dir():
-            raise InputError(f"no folder of a VAE at {folder}")
+    for decoder in (vae, preview_vae):
+        if decoder is not None and not Path(decoder).is_dir():
+            raise InputError(f"no folder of a VAE at {decoder}")
     vae = Path(vae) if vae is not None else None
     path = Path(model)
     refuse_pickle(path)
     with refusing(f"cannot read {path}", *ODD_VALUES, OSError, do="download it again"):
-        checkpoint = _opened(model, path, variant, tokenizer, prediction_type, vae)
+        if path.exists() and not path.is_dir():
+            if variant is not None:
+                raise InputError(f"--variant does not apply to a single file, {path}")
+            checkpoint = checkpoint_from_ldm_file(
+                path, id=path.name, tokenizer=tokenizer, prediction_type=prediction_type
+            )
+            if vae is not None:
+                models = {**checkpoint.models, "vae": model_from_folder(vae, "vae")}
+                checkpoint = replace(checkpoint, models=models)
+        else:
+            if model and path.is_dir():
+                # Its name alone: a bundle must not hold paths of the machine that made it.
+                folder, id, source = path, path.resolve().name, "diffusers-directory"
+            else:
+                (folder, source), id = _snapshot(model, variant), model
+            checkpoint = checkpoint_from_directory(
+                folder, id=id, source=source, variant=variant, tokenizer=tokenizer, vae=vae
+            )
         if preview_vae is not None:
             preview = model_from_folder(Path(preview_vae), "vae")
             checkpoint = replace(checkpoint, models={**checkpoint.models, PREVIEW_VAE: preview})
@@ -94,35 +111,6 @@ def checkpoint_from_source(
         return checkpoint
     return replace(
         checkpoint, scheduler={**checkpoint.scheduler, "prediction_type": prediction_type}
-    )
-
-
-def _opened(
-    model: str,
-    path: Path,
-    variant: str | None,
-    tokenizer: Path | None,
-    prediction_type: str | None,
-    vae: Path | None,
-) -> Checkpoint:
-    if path.exists() and not path.is_dir():
-        if variant is not None:
-            raise InputError(f"--variant does not apply to a single file, {path}")
-        checkpoint = checkpoint_from_ldm_file(
-            path, id=path.name, tokenizer=tokenizer, prediction_type=prediction_type
-        )
-        if vae is None:
-            return checkpoint
-        models = {**checkpoint.models, "vae": model_from_folder(vae, "vae")}
-        return replace(checkpoint, models=models)
-    if model and path.is_dir():
-        # The directory's name alone: a bundle must not hold paths of the machine that made it.
-        return checkpoint_from_directory(
-            path, id=path.resolve().name, variant=variant, tokenizer=tokenizer, vae=vae
-        )
-    root, source = _snapshot(model, variant)
-    return checkpoint_from_directory(
-        root, id=model, source=source, variant=variant, tokenizer=tokenizer, vae=vae
     )
 
 

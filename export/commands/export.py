@@ -163,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(given: Mapping[str, Any]) -> None:
-    """Do what the options ask for; `given` holds those that were given, by name."""
+    """Run the command; `given` holds the options of the command line, by name."""
     options = settings_from_options(ExportOptions, given)
     key = signing_key(options.sign) if options.sign is not None else None
     if options.model is None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sld_edge.export.checkpoints.checkpoint import (
     PREVIEW_VAE,
@@ -18,22 +18,17 @@ from sld_edge.export.checkpoints.checkpoint import (
 )
 from sld_edge.export.families.family import Family, Inputs, Part, require_equal
 from sld_edge.runtime.bundle import own_graph
-from sld_edge.runtime.manifest import (
-    GUIDANCE,
-    PREVIEW_DECODER,
-    SHALLOW,
-    Condition,
-    GuidanceKind,
-)
+from sld_edge.runtime.manifest import GUIDANCE, PREVIEW_DECODER, SHALLOW, Condition, GuidanceKind
 
 if TYPE_CHECKING:
     from sld_edge.export.graphs.builder import GraphOptions
 
 
-def _write_text_encoder(model: Model, options: GraphOptions, path: Path) -> None:
+def write_text_states(model: Model, options: GraphOptions, path: Path, **outputs: Any) -> None:
+    """Write a text encoder; `outputs` are `layer` and `pooled` of `write_text_encoder`."""
     from sld_edge.export.graphs.clip import write_text_encoder
 
-    write_text_encoder(model.config, model.weights, options, path)
+    write_text_encoder(model.config, model.weights, options, path, **outputs)
 
 
 def _write_unet(model: Model, options: GraphOptions, path: Path) -> None:
@@ -97,7 +92,7 @@ SD = Family(
     name="Stable Diffusion 1.x or 2.x",
     folders=("unet", "vae", "text_encoder"),
     parts=(
-        Part(name="text_encoder", folder="text_encoder", write=_write_text_encoder),
+        Part(name="text_encoder", folder="text_encoder", write=write_text_states),
         *UNET,
         DECODER,
         PREVIEW,

@@ -180,11 +180,14 @@ class GraphBuilder:
         **attributes: Any,
     ) -> list[Value]:
         """Add an operation with `count` outputs."""
-        aligned = self._aligned(inputs)
+        is_wide = any(value is not None and value.batch == "wide" for value in inputs)
+        aligned = [
+            self.widen(value) if is_wide and value is not None else value for value in inputs
+        ]
         present = [value for value in aligned if value is not None]
-        batches = {value.batch for value in present}
+        is_narrow = any(value.batch == "narrow" for value in present)
         batch: Literal["none", "narrow", "wide"] = (
-            "wide" if "wide" in batches else "narrow" if "narrow" in batches else "none"
+            "wide" if is_wide else "narrow" if is_narrow else "none"
         )
         if op == "Shape":
             batch = "none"
@@ -321,11 +324,6 @@ class GraphBuilder:
     def like(self, value: Value, other: Value) -> Value:
         """Return `value`, wide if `other` is."""
         return self.widen(value) if other.batch == "wide" else value
-
-    def _aligned(self, inputs: Sequence[Value | None]) -> list[Value | None]:
-        if not any(value is not None and value.batch == "wide" for value in inputs):
-            return list(inputs)
-        return [self.widen(value) if value is not None else None for value in inputs]
 
     # --- files --------------------------------------------------------------------------------
 

@@ -334,7 +334,7 @@ def test_the_table_is_aligned_and_fits() -> None:
     ]
     lines = survey_table(statuses).splitlines()
     assert all(len(line) <= 100 for line in lines)
-    start = lines[0].index("on what")
+    start = lines[0].index("device, or")
     assert {line[start - 1] for line in lines} == {" "}
     assert all(line[start] != " " for line in lines)
     assert [line.split()[0] for line in lines if line[0] != " "] == ["provider", "tensorrt", "cuda"]
