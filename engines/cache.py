@@ -89,10 +89,15 @@ def _note_once(line: str) -> None:
         print(f"note: {line}", file=sys.stderr)
 
 
+def entry_name(*facts: str) -> str:
+    """Return the name of the entry that belongs to these facts, 32 hexadecimal digits."""
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:32]
+
+
 def remembered(kind: str, key: str) -> bool:
     """Whether `remember` recorded a fact; False where the cache is not usable."""
     folder = private_folder(FACTS)
-    return folder is not None and (folder / _fact(kind, key)).is_file()
+    return folder is not None and (folder / f"{kind}-{entry_name(key)}").is_file()
 
 
 def remember(kind: str, key: str) -> None:
@@ -100,11 +105,7 @@ def remember(kind: str, key: str) -> None:
     folder = private_folder(FACTS)
     if folder is not None:
         with suppress(OSError):
-            (folder / _fact(kind, key)).touch()
-
-
-def _fact(kind: str, key: str) -> str:
-    return f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:32]}"
+            (folder / f"{kind}-{entry_name(key)}").touch()
 
 
 def entries() -> list[Entry]:

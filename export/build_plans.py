@@ -133,11 +133,8 @@ class _Job:
             info = plan_info_from_file(info_path(path))
         except EngineError:
             return None
-        if _without_build(info) != _without_build(
-            self._draft(name, component, component.attention)
-        ):
-            return None
-        return info
+        draft = self._draft(name, component, component.attention)
+        return info if _comparable(info) == _comparable(draft) else None
 
     def build(self, name: str, component: Component, folder: Path) -> PlanInfo:
         self._note_other_flavour(name)
@@ -226,7 +223,7 @@ def _sizes(bundle: Bundle, settings: BuildSettings) -> dict[str, Span]:
     )
 
 
-def _without_build(info: PlanInfo) -> PlanInfo:
+def _comparable(info: PlanInfo) -> PlanInfo:
     """Return a plan's description without the entries that differ from build to build."""
     options = {k: v for k, v in info.options.items() if k not in _CHOSEN_BY_TENSORRT}
     return replace(info, sha256="", bytes=0, seconds=0.0, created_by="", options=options)

@@ -19,7 +19,6 @@ the last time. This relies on two facts: only this user can write to the cache, 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import platform
@@ -34,7 +33,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sld_edge.engines.cache import SESSIONS, STAMP, make_room, private_folder, why_not_private
+from sld_edge.engines.cache import (
+    SESSIONS,
+    STAMP,
+    entry_name,
+    make_room,
+    private_folder,
+    why_not_private,
+)
 from sld_edge.engines.errors import EngineError, UserError
 from sld_edge.engines.files import Identity, identity, json_from_file, sha256_of_file, write_whole
 from sld_edge.engines.onnxruntime.edit import flash_attention, weights_first
@@ -98,7 +104,7 @@ def _folder(sha256: str, keep_fp16: bool) -> Path | None:
     if root is None:
         return None
     parts = [_LAYOUT, sha256, keep_fp16, _processor(), onnxruntime().__version__]
-    return root / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+    return root / entry_name(json.dumps(parts))
 
 
 def _loaded(folder: Path) -> OrtEngine | None:

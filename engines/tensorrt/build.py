@@ -21,7 +21,7 @@ from typing import Self, TypeVar, cast
 import numpy as np
 
 from sld_edge.engines.base import TensorSpec
-from sld_edge.engines.cache import TIMING, private_folder
+from sld_edge.engines.cache import TIMING, entry_name, private_folder
 from sld_edge.engines.errors import EngineError, OutputError
 from sld_edge.engines.files import write_whole
 from sld_edge.engines.tensorrt.api import TensorRT
@@ -281,8 +281,8 @@ def timing_cache_path(target: Target) -> Path | None:
     folder = private_folder(TIMING)
     if folder is None:
         return None
-    identity = "\n".join((target.version, *target.devices, *target.compute_capabilities))
-    return folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.cache"
+    name = entry_name(target.version, *target.devices, *target.compute_capabilities)
+    return folder / f"{name}.cache"
 
 
 def _use_timings(config: BuilderConfig, target: Target) -> None:

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib
 import mmap
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from typing import Any, Self, cast
 import numpy as np
 
 from sld_edge.engines.base import Array, TensorSpec, check_tensors
-from sld_edge.engines.cache import JIT, private_folder
+from sld_edge.engines.cache import JIT, entry_name, private_folder
 from sld_edge.engines.cuda.device import ALIGNMENT, Arena, Device, DeviceTensor
 from sld_edge.engines.errors import EngineError, MissingPackageError, OutputError, one_line
 from sld_edge.engines.files import opened, read_limited, write_whole
@@ -337,8 +336,7 @@ class _JitCache:
             self.config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         self._cache = self.config.create_runtime_cache()
         root = private_folder(JIT)
-        identity = "\n".join((info.sha256, trt.__version__, device.name, device.driver))
-        name = hashlib.sha256(identity.encode()).hexdigest()[:32]
+        name = entry_name(info.sha256, trt.__version__, device.name, device.driver)
         self._path = root / f"{name}.cache" if root is not None else None
         self._stored = b""
         if self._path is not None:

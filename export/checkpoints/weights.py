@@ -80,9 +80,6 @@ class Weights:
     def __contains__(self, key: str) -> bool:
         return key in self._entries
 
-    def __len__(self) -> int:
-        return len(self._entries)
-
     def keys(self) -> list[str]:
         """Every tensor's name, in the file's order."""
         return list(self._entries)

@@ -14,9 +14,8 @@ from sld_edge.runtime.manifest import Condition, GuidanceKind
 if TYPE_CHECKING:
     from sld_edge.export.graphs.builder import GraphOptions
 
-Write = Callable[
-    [Any, "GraphOptions", Path], None
-]  # from a Model, or None for a graph without weights
+# Writes a graph to a path; the first argument is a Model, None for a graph without weights.
+Write = Callable[[Any, "GraphOptions", Path], None]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from sld_edge.export.graphs.builder import GraphOptions
 
 
-def write_text_states(model: Model, options: GraphOptions, path: Path, **outputs: Any) -> None:
+def write_text(model: Model, options: GraphOptions, path: Path, **outputs: Any) -> None:
     """Write a text encoder; `outputs` are `layer` and `pooled` of `write_text_encoder`."""
     from sld_edge.export.graphs.clip import write_text_encoder
 
@@ -92,7 +92,7 @@ SD = Family(
     name="Stable Diffusion 1.x or 2.x",
     folders=("unet", "vae", "text_encoder"),
     parts=(
-        Part(name="text_encoder", folder="text_encoder", write=write_text_states),
+        Part(name="text_encoder", folder="text_encoder", write=write_text),
         *UNET,
         DECODER,
         PREVIEW,

@@ -9,13 +9,7 @@ from sld_edge.engines.errors import CheckpointError
 from sld_edge.export.checkpoints.checkpoint import Checkpoint, size_from_config
 from sld_edge.export.families.family import Family, Inputs, Part, require_equal
 from sld_edge.export.families.sd import DECODER as SD_DECODER
-from sld_edge.export.families.sd import (
-    GUIDANCE_PART,
-    PREVIEW,
-    UNET,
-    guidance_inputs,
-    write_text_states,
-)
+from sld_edge.export.families.sd import GUIDANCE_PART, PREVIEW, UNET, guidance_inputs, write_text
 from sld_edge.export.graphs.unet_settings import pooled_width, unet_settings
 from sld_edge.runtime.manifest import SIZE, Absent, Condition
 
@@ -70,12 +64,12 @@ SDXL = Family(
         Part(
             name="text_encoder",
             folder="text_encoder",
-            write=partial(write_text_states, layer="penultimate"),
+            write=partial(write_text, layer="penultimate"),
         ),
         Part(
             name="text_encoder_2",
             folder="text_encoder_2",
-            write=partial(write_text_states, layer="penultimate", pooled=True),
+            write=partial(write_text, layer="penultimate", pooled=True),
         ),
         *UNET,
         replace(SD_DECODER, precision="fp32"),  # it overflows in FP16
