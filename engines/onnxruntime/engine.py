@@ -52,7 +52,7 @@ def provider_options(provider: OrtProvider, device: Device | None) -> dict[str, 
     options = {"user_compute_stream": str(device.stream)}
     root = private_folder(provider) if provider.startswith("ort-") else None
     if provider == "cuda":
-        # Trying all convolutions would take minutes; TF32 would lose digits.
+        # A search for the fastest convolutions would take minutes; TF32 would lose digits.
         options |= {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"}
     elif provider == "ort-tensorrt" and root is not None:
         folder = str(root)

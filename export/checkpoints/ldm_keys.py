@@ -8,9 +8,8 @@ from collections.abc import Iterable, Mapping
 from sld_edge.engines.errors import CheckpointError
 from sld_edge.export.checkpoints.weights import Entry
 
-HEAD_WIDTH = (
-    64  # channels; all text encoders, and the UNets of 2.x and XL; the UNets of 1.x have 8 heads
-)
+# Channels of a head in all text encoders and in the UNets of 2.x and XL; those of 1.x have 8 heads.
+HEAD_WIDTH = 64
 
 
 def under(entries: Mapping[str, Entry], prefix: str) -> dict[str, Entry]:

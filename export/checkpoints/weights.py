@@ -73,9 +73,7 @@ class Weights:
         self.name = name
         self._entries = dict(entries)
         self._unused = set(self._entries)
-        self.watch: Callable[[int], None] | None = (
-            None  # called with the bytes of every tensor read
-        )
+        self.watch: Callable[[int], None] | None = None  # called with the bytes of each tensor
 
     def __contains__(self, key: str) -> bool:
         return key in self._entries

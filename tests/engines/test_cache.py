@@ -212,13 +212,16 @@ def test_stored_embeddings_are_checked_once(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checked: list[str] = []
-    monkeypatch.setattr(
-        "sld_edge.runtime.pipeline.check_constants", lambda bundle, _: checked.append(bundle.sha256)
-    )
+
+    def remember(kind: str, key: str) -> None:
+        checked.append(kind)
+        cache.remember(kind, key)
+
+    monkeypatch.setattr("sld_edge.runtime.conditioning.remember", remember)
     for _ in range(3):
         with Pipeline.load(provider="cpu") as pipeline:
             pipeline("a star", steps=2)
-    assert len(checked) == 1
+    assert checked == ["embeddings"]
 
 
 def test_a_long_preparation_is_announced(
