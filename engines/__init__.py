@@ -1,1 +1,1 @@
-"""One interface to run a graph, and what implements it. Imports nothing else of ours."""
+"""One interface to run a graph, and the engines behind it. Imports no other folder of sld-edge."""

@@ -1,10 +1,10 @@
-"""What an engine is: a loaded graph that can run."""
+"""The interface of an engine: a loaded graph that can run."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,18 @@ from numpy.typing import NDArray
 from sld_edge.engines.errors import EngineError
 
 Array = NDArray[Any]
+
+
+class Tensor(Protocol):
+    """An array, or a tensor on a device."""
+
+    @property
+    def dtype(self) -> Any:
+        """NumPy's dtype or its name."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The size of every dimension."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,20 +38,16 @@ class TensorSpec:
     dtype: str
     shape: tuple[int | str, ...]
 
-    def takes(self, dtype: str, shape: tuple[int, ...]) -> bool:
-        """Whether a tensor of this dtype and shape fits: rank and every fixed size alike."""
+    def accepts(self, tensor: Tensor) -> bool:
+        """Whether `tensor` has this dtype, this rank and every fixed size."""
         return (
-            np.dtype(dtype) == np.dtype(self.dtype)
-            and len(shape) == len(self.shape)
+            np.dtype(tensor.dtype) == np.dtype(self.dtype)
+            and len(tensor.shape) == len(self.shape)
             and all(
                 isinstance(want, str) or want == got
-                for want, got in zip(self.shape, shape, strict=True)
+                for want, got in zip(self.shape, tensor.shape, strict=True)
             )
         )
-
-    def accepts(self, array: Array) -> bool:
-        """Whether `array` has this dtype, rank and every fixed size."""
-        return self.takes(array.dtype.name, array.shape)
 
 
 class Engine(Protocol):
@@ -47,37 +55,43 @@ class Engine(Protocol):
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
-        """What the graph itself says it takes."""
+        """The inputs that the graph itself declares."""
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
-        """What the graph itself says it gives."""
+        """The outputs that the graph itself declares."""
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run the graph once; every input by name in, every output by name out."""
 
     def close(self) -> None:
-        """Give back what the engine holds; it is not used again."""
+        """Free the memory that the engine holds; do not use the engine again."""
 
     def __enter__(self) -> Self: ...
 
     def __exit__(self, *exc: object) -> None: ...
 
 
-def check_feeds(graph: str, inputs: tuple[TensorSpec, ...], feeds: Mapping[str, Array]) -> None:
-    """Refuse feeds that are not a graph's inputs.
+def check_tensors(
+    graph: str,
+    specs: tuple[TensorSpec, ...],
+    tensors: Mapping[str, Tensor],
+    *,
+    kind: Literal["input", "tensor"],
+) -> None:
+    """Refuse tensors that do not match `specs`; errors call each tensor a `kind` of `graph`.
 
     Raises:
-        EngineError: an input is missing, unknown, or of another dtype or shape.
+        EngineError: a tensor is missing, unknown, or of another dtype or shape.
     """
-    for spec in inputs:
-        array = feeds.get(spec.name)
-        if array is None or not spec.accepts(array):
+    for spec in specs:
+        tensor = tensors.get(spec.name)
+        if tensor is None or not spec.accepts(tensor):
             raise EngineError(
-                f"{graph}: input {spec.name}",
-                got="nothing" if array is None else f"{array.dtype} {list(array.shape)}",
+                f"{graph}: {kind} {spec.name}",
+                got="nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}",
                 expected=f"{spec.dtype} {list(spec.shape)}",
             )
-    if len(feeds) != len(inputs):
-        unknown = sorted(set(feeds) - {spec.name for spec in inputs})
-        raise EngineError(f"{graph}: no such input", got=", ".join(unknown))
+    unknown = sorted(set(tensors) - {spec.name for spec in specs})
+    if unknown:
+        raise EngineError(f"{graph}: no such {kind}", got=", ".join(unknown))

@@ -1,7 +1,7 @@
-"""The cache: a folder of this user's alone, its entries, and how much of it there may be.
+"""The cache: a private folder of this user, its entries, and its limit.
 
-What lies in it runs with the user's rights and decides what pictures look like. So it is used only
-where it belongs to this user and no one else can write to it.
+Files of the cache run with the user's rights and decide how pictures look. So the cache is used
+only where it belongs to this user and no other user can write to it.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from sld_edge.engines.files import json_from_file
 from sld_edge.engines.settings import cache_folder, cache_limit
 from sld_edge.engines.staging import locked, sweep
 
-STAMP = "prepared.json"  # in an entry of `sessions`: what it is, and the hash of each of its files
+STAMP = "prepared.json"  # in an entry of `sessions`: the graph's name, and its files' hashes
 SESSIONS, JIT, FACTS, SELF_TEST = "sessions", "jit", "checked", "self-test"
 TIMING = "timing"
 OURS = (SESSIONS, JIT, FACTS, SELF_TEST, TIMING, "ort-tensorrt", "ort-tensorrt-rtx")
-# Marks a folder that was ours from the beginning, for backups and for `clear`: bford.info/cachedir
+# Marks a folder that sld-edge made, for backups and for `clear`: bford.info/cachedir
 _TAG = "CACHEDIR.TAG"
 _TAG_TEXT = "Signature: 8a477f597d28d172789f06886806bc55\n# made by sld-edge\n"
-_told: set[str] = set()
+_noted: set[str] = set()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One thing in the cache: its path, what it is, bytes, and when it was last used."""
+    """An entry of the cache: path, description, size, and time of last use (seconds since 1970)."""
 
     path: Path
     what: str
@@ -43,10 +43,10 @@ class Entry:
 
 
 def private_folder(name: str) -> Path | None:
-    """Return a folder of the cache, made if need be, or None where the cache cannot be trusted.
+    """Return a folder of the cache, made if need be, or None where the cache is not usable.
 
-    A cache that is switched off, or cannot be made, is None in silence. One that others could write
-    to is None, too, and that is said once on standard error.
+    The cache is not usable where it is switched off, cannot be made, or is not private. Where it is
+    not private, a note on standard error says so, once.
     """
     root = cache_folder()
     if root is None:
@@ -56,7 +56,7 @@ def private_folder(name: str) -> Path | None:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             why = why_not_private(folder)
             if why is not None:
-                _say_once(f"the cache is not used: {folder} {why}")
+                _note_once(f"the cache is not used: {folder} {why}")
                 return None
             if folder == root and not os.listdir(root):
                 (root / _TAG).write_text(_TAG_TEXT, encoding="ascii")
@@ -66,16 +66,16 @@ def private_folder(name: str) -> Path | None:
 
 
 def why_not_private(folder: Path) -> str | None:
-    """Return why a folder is not this user's alone; None where it is.
+    """Return why a folder is not private to this user; None where it is.
 
     Raises:
-        OSError: there is no such folder.
+        OSError: no such folder.
     """
     status = folder.lstat()
     if not stat.S_ISDIR(status.st_mode):
         return "is not a folder"
     if sys.platform == "win32":
-        return None  # a profile's folder is private by Windows' own rules
+        return None  # Windows keeps a profile's folder private
     if status.st_uid != os.geteuid():
         return "belongs to another user"
     if status.st_mode & 0o022:
@@ -83,48 +83,47 @@ def why_not_private(folder: Path) -> str | None:
     return None
 
 
-def _say_once(line: str) -> None:
-    if line not in _told:
-        _told.add(line)
+def _note_once(line: str) -> None:
+    if line not in _noted:
+        _noted.add(line)
         print(f"note: {line}", file=sys.stderr)
 
 
+def entry_name(*facts: str) -> str:
+    """Return the name of the entry that belongs to these facts, 32 hexadecimal digits."""
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:32]
+
+
 def remembered(kind: str, key: str) -> bool:
-    """Whether a fact was written down by `remember`; never where the cache is not private."""
+    """Whether `remember` recorded a fact; False where the cache is not usable."""
     folder = private_folder(FACTS)
-    return folder is not None and (folder / _fact(kind, key)).is_file()
+    return folder is not None and (folder / f"{kind}-{entry_name(key)}").is_file()
 
 
 def remember(kind: str, key: str) -> None:
-    """Write down a fact that took time to find out."""
+    """Record a fact that took time to find out."""
     folder = private_folder(FACTS)
     if folder is not None:
         with suppress(OSError):
-            (folder / _fact(kind, key)).touch()
-
-
-def _fact(kind: str, key: str) -> str:
-    return f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:32]}"
+            (folder / f"{kind}-{entry_name(key)}").touch()
 
 
 def entries() -> list[Entry]:
-    """Return what is in the cache, the least recently used first."""
+    """Return the entries of the cache, the least recently used first."""
     root = cache_folder()
     if root is None:
         return []
-    found = [
-        _entry(path) for kind in OURS for path in _listed(root / kind) if not path.is_symlink()
-    ]
-    return sorted(found, key=lambda entry: entry.used)
+    paths = (path for kind in OURS for path in _listed(root / kind) if not path.is_symlink())
+    return sorted(map(_entry, paths), key=lambda entry: entry.used)
 
 
 def make_room(needed: int) -> bool:
-    """Drop the least recently used prepared graphs until `needed` more bytes fit into the limit.
+    """Remove the least recently used prepared graphs until `needed` more bytes fit into the limit.
 
     A graph that a process has loaded stays.
 
     Returns:
-        Whether they fit; where they do not, that is said once.
+        Whether the bytes fit; where they do not, a note says so, once.
     """
     limit = cache_limit()
     everything = entries()
@@ -135,7 +134,7 @@ def make_room(needed: int) -> bool:
         if entry.path.parent.name == SESSIONS and _drop_unused(entry.path):
             total -= entry.bytes
     if limit and total > limit:
-        _say_once(
+        _note_once(
             f"a prepared graph of {needed / 1e9:.2g} GB does not fit into the cache's "
             f"{limit / 1e9:.2g} GB (SLD_EDGE_CACHE_LIMIT), and loads slowly at every start"
         )
@@ -143,12 +142,12 @@ def make_room(needed: int) -> bool:
 
 
 def clear() -> tuple[int, int]:
-    """Empty the cache; return how many entries and bytes went.
+    """Empty the cache; return the number of removed entries and bytes.
 
-    Other files there are left alone, and so are graphs that a process has loaded.
+    Files of other programs stay, and so do graphs that a process has loaded.
 
     Raises:
-        OutputError: the folder was not made as our cache, so what lies in it may be anyone's.
+        OutputError: sld-edge did not make the folder, so its files may be another program's.
     """
     root = cache_folder()
     if root is None or not root.exists():
@@ -156,7 +155,7 @@ def clear() -> tuple[int, int]:
     if root.is_symlink() or not (root.name == "sld-edge" or _is_tagged(root)):
         raise OutputError(
             f"{root} was not made by sld-edge, and is not emptied",
-            do=f"remove by hand, of {', '.join(OURS)}, whatever is not needed",
+            do=f"by hand remove those of its folders {', '.join(OURS)} that are not needed",
         )
     count = freed = 0
     for entry in entries():
@@ -176,19 +175,19 @@ def clear() -> tuple[int, int]:
 
 
 def text() -> str:
-    """Return where the cache is and what is in it, as lines for a person."""
+    """Return the place and the entries of the cache, as lines for a person."""
     root = cache_folder()
     if root is None:
         return "no cache: SLD_EDGE_CACHE is off, or there is no home folder"
-    found = entries()
-    facts = [entry for entry in found if entry.path.parent.name == FACTS]
+    everything = entries()
+    facts = [entry for entry in everything if entry.path.parent.name == FACTS]
     lines = [f"cache: {root}"]
     lines += [
         f"  {entry.bytes / 1e6:9.1f} MB  last used {_day(entry.used)}  {entry.what}"
-        for entry in reversed(found)
+        for entry in reversed(everything)
         if entry not in facts
     ]
-    total, limit = sum(entry.bytes for entry in found), cache_limit()
+    total, limit = sum(entry.bytes for entry in everything), cache_limit()
     most = f"at most {limit / 1e9:g} GB (SLD_EDGE_CACHE_LIMIT)" if limit else "no limit"
     lines.append(f"in all {total / 1e6:.1f} MB; {most}; {len(facts)} checks are remembered")
     return "\n".join(lines)
@@ -231,11 +230,11 @@ def _bytes(path: Path) -> int:
 
 
 def _drop_unused(entry: Path) -> bool:
-    """Remove a prepared graph unless a process holds its stamp (see `sessions`)."""
+    """Remove a prepared graph unless a process has locked its stamp (see `sessions`)."""
     try:
         with locked(entry / STAMP, shared=False):
             shutil.rmtree(entry, ignore_errors=True)
-    except FileNotFoundError:  # without its stamp no one can use it
+    except FileNotFoundError:  # no process can use it without its stamp
         shutil.rmtree(entry, ignore_errors=True)
     except OSError:
         return False

@@ -1,7 +1,7 @@
-"""Numbers and texts from a caller, checked: exact Python values come out, or one clear error.
+"""Checks of numbers and texts from a caller.
 
-The values that come out are of the exact built-in types. A subclass that compares or converts
-itself in its own way cannot change its mind after the check.
+The functions return values of the exact built-in types. So a subclass with its own comparisons or
+conversions cannot give another value after the check.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def finite_number(name: str, value: object, least: float, most: float) -> float:
             number = float(value)
         except OverflowError:
             number = math.inf
-    if not least <= number <= most:  # NaN neither
+    if not least <= number <= most:  # NaN is outside, too
         raise InputError(name, got=shown(value), expected=expected)
     return number
 
@@ -58,7 +58,7 @@ def exact_text(name: str, value: object) -> str:
     """
     if not isinstance(value, str):
         raise InputError(name, got=type(value).__name__, expected="text")
-    text = str.__getitem__(value, slice(None))  # a subclass gives no other text later
+    text = str.__getitem__(value, slice(None))  # not the subclass
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -67,7 +67,7 @@ def exact_text(name: str, value: object) -> str:
 
 
 def shown(value: object) -> str:
-    """Return a value as Python writes it, or its type where it cannot be written."""
+    """Return a value as Python writes it, or the name of its type where that fails."""
     try:
         return repr(value)
     except Exception:  # an int of thousands of digits inside, or a class of the caller's own
@@ -75,5 +75,5 @@ def shown(value: object) -> str:
 
 
 def _digits(number: int) -> str:
-    """A whole number as text; Python refuses to print one of thousands of digits."""
+    """Return a whole number as text; Python refuses to print thousands of digits."""
     return str(number) if number.bit_length() < 128 else f"a number of {number.bit_length()} bits"

@@ -1,17 +1,17 @@
-"""The errors a user can cause or meet, each one line and exit code 2.
+"""The errors that a user can cause or meet; each is one line, with exit code 2.
 
-The message says what is wrong, what was got, what was expected, and what to do about it.
+The message says what is wrong, what sld-edge got, what it expected, and what to do about it.
 """
 
 from __future__ import annotations
 
-LINE = 300  # characters that an error's line should fit in
-_LEAST = 80  # of them, at least, for each part that is cut
+LINE = 300  # characters of an error's line
+_LEAST = 80  # characters that a shortened part keeps
 _PART = " | "
 
 
 class UserError(Exception):
-    """Something the user can put right; printed as one line, exit code 2."""
+    """An error that the user can put right; printed as one line, exit code 2."""
 
     def __init__(
         self,
@@ -23,8 +23,8 @@ class UserError(Exception):
     ) -> None:
         """`what` names the thing; `got`, `expected` and `do` are added where they help.
 
-        What comes from outside stands in `what` and `got`; both are cut so that the line fits in
-        `LINE` characters: `got` first, down to `_LEAST`, then `what`.
+        Only `what` and `got` hold text from outside. Both are shortened so that the line fits in
+        `LINE` characters: first `got`, down to `_LEAST`, then `what`.
         """
         tail = [] if expected is None else [f"expected {expected}"]
         tail += [] if do is None else [do]
@@ -44,11 +44,11 @@ class InputError(UserError):
 
 
 class PolicyError(UserError):
-    """Something that this device's policy does not allow, or a policy that cannot be used."""
+    """A request that this device's policy does not allow, or a policy that cannot be used."""
 
 
 class BundleError(UserError):
-    """A bundle that is missing, cut short, altered, from the future, or not what it says."""
+    """A bundle that is missing, cut short, altered, too new, or not as its manifest says."""
 
 
 class CheckpointError(UserError):
@@ -59,7 +59,7 @@ class MissingPackageError(UserError):
     """An optional package that is not installed."""
 
     def __init__(self, package: str, *, extra: str, why: str) -> None:
-        """Name the package, what it is for, and the pip command that brings it."""
+        """Name the package, its use (`why`), and the pip command that installs it."""
         super().__init__(
             f"{why} needs the package {package}", do=f'pip install "sld-edge[{extra}]"'
         )
@@ -70,7 +70,7 @@ class EngineError(UserError):
 
 
 class NumericsError(UserError):
-    """NaN or infinity in what a component gave."""
+    """NaN or infinity in a component's output."""
 
 
 class OutputError(UserError):
@@ -78,13 +78,13 @@ class OutputError(UserError):
 
 
 def one_line(complaint: object) -> str:
-    """Return what another library complains of as one short line."""
+    """Return another library's error message as one short line."""
     text = " ".join(str(complaint).split())
     return shortened(text if text else type(complaint).__name__, LINE)
 
 
 def shortened(text: object, most: int) -> str:
-    """Return a text of at most `most` characters, its middle left out where it is longer."""
+    """Return a text of at most `most` characters; the middle of a longer text is left out."""
     whole = str(text)
     if len(whole) <= most:
         return whole

@@ -1,4 +1,4 @@
-"""Files: what comes from outside is read with care, what is written appears whole or not at all."""
+"""Files: input from outside is checked as it is read; output appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _NPY_HEADER = re.compile(
 
 
 class Identity(NamedTuple):
-    """What tells whether a file is still the one that was looked at.
+    """Values of a file that show whether it has changed since it was read.
 
-    A change of content, a rename over it and a change of its times all change `changed`, the time
-    that only the system sets.
+    Only the system sets `changed`. It changes when the file's content or times change, and when
+    another file takes its name.
     """
 
     device: int
@@ -49,14 +49,14 @@ def identity(status: os.stat_result) -> Identity:
 
 @contextmanager
 def opened(path: Path) -> Iterator[BufferedReader]:
-    """Open a regular file for reading; never waits for a pipe or reads a device.
+    """Open a regular file for reading; never wait for a pipe or read a device.
 
     Raises:
-        OSError: it cannot be opened, or is not a regular file.
+        OSError: the file cannot be opened, or is not a regular file.
     """
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # not even opened
+        if not stat.S_ISREG(path.stat().st_mode):  # asked first: opening a device can act on it
             raise OSError(0, "not a regular file")
         handle = os.open(path, flags | getattr(os, "O_CLOEXEC", 0))
     except ValueError as error:  # a NUL in the name
@@ -72,12 +72,12 @@ def read_limited(path: Path, limit: int, *, error: type[UserError], do: str | No
 
     Args:
         path: the file.
-        limit: most bytes that such a file may have.
+        limit: the most bytes that the file may have.
         error: the class to raise.
         do: advice that the error ends with.
 
     Raises:
-        UserError: of the class `error`: no such file, not a regular one, or too large.
+        UserError: of the class `error`: no such file, not a regular file, or too large.
     """
     try:
         with opened(path) as stream:
@@ -103,13 +103,13 @@ def json_from_bytes(
 ) -> dict[str, Any]:
     """Return the JSON object that `data` holds.
 
-    Refused beside what is no JSON: other than an object, a key given twice, NaN, numbers too large
-    or of thousands of digits, nesting beyond Python's depth, text that is not Unicode. Infinity by
-    name is taken: diffusers writes it into scheduler configurations.
+    Besides invalid JSON it refuses every value but an object, a key given twice, NaN, numbers that
+    are too large or have thousands of digits, nesting beyond Python's depth, and text that is not
+    Unicode. The name Infinity is allowed: diffusers writes it into scheduler configurations.
 
     Args:
         data: UTF-8 text.
-        origin: what error messages call it, a path for example.
+        origin: its name in error messages, for example a path.
         error: the class to raise.
         do: advice that the error ends with.
 
@@ -138,7 +138,7 @@ def floats_from_npy(data: bytes) -> NDArray[np.float32]:
     without limit, so the header is read here, exactly as NumPy writes it.
 
     Raises:
-        ValueError: another kind of file, dtype or order, or one that is cut short.
+        ValueError: another kind of file, dtype or order, or the file is cut short.
     """
     if data[:6] != b"\x93NUMPY" or data[6:8] != b"\x01\x00":
         raise ValueError("not an .npy file of version 1.0")
@@ -153,10 +153,10 @@ def floats_from_npy(data: bytes) -> NDArray[np.float32]:
 
 
 def sha256_of_file(path: Path) -> tuple[str, Identity]:
-    """Return a regular file's SHA-256 and its identity, which did not change meanwhile.
+    """Return a regular file's SHA-256 and its identity.
 
     Raises:
-        OSError: it cannot be read, is not a regular file, or changed while it was read.
+        OSError: the file cannot be read, is not a regular file, or changed while it was read.
     """
     with opened(path) as stream:
         before = identity(os.fstat(stream.fileno()))
@@ -169,10 +169,10 @@ def sha256_of_file(path: Path) -> tuple[str, Identity]:
 def require_unchanged(
     seen: Mapping[Path, Identity], *, error: type[UserError], do: str | None = None
 ) -> None:
-    """Look at files again, after a library has read them.
+    """Check that files did not change while a library read them.
 
     Raises:
-        UserError: of the class `error`: one of them was changed or exchanged since.
+        UserError: of the class `error`: a file was changed or replaced since it was `seen`.
     """
     for path, before in seen.items():
         try:
@@ -184,21 +184,22 @@ def require_unchanged(
 
 
 def check_writable(path: Path, *, force: bool) -> None:
-    """Refuse, before any work is done, an output that could not be written in the end.
+    """Refuse an output file that cannot be written, before any work is done.
 
     Raises:
         OutputError: the file exists (without `force`), is a directory, its name is too long, or its
             folder is missing or not writable.
     """
     try:
-        there = path.lstat()
+        path.lstat()
+        exists = True
     except FileNotFoundError:
-        there = None
+        exists = False
     except (OSError, ValueError) as error:
         raise OutputError(f"cannot write {path}", got=one_line(error), do="name a file") from error
     if path.is_dir():
         raise OutputError(f"{path} is a directory", do="name a file")
-    if there is not None and not force:
+    if exists and not force:
         raise OutputError(f"{path} exists", do="choose another name, or add --force")
     folder = path.parent
     if not folder.is_dir():
@@ -211,14 +212,14 @@ def write_whole(path: Path, data: bytes, *, replace: bool = True) -> None:
     """Write a file beside its place and move it there, so that it appears whole.
 
     Args:
-        path: where to.
+        path: the file's place.
         data: its content.
-        replace: whether a file of this name may be there; without it another process that makes
-            the same name at the same time is refused, never overwritten.
+        replace: whether to replace an existing file. If not, an existing file is an error, even
+            where another process makes it at the same time.
 
     Raises:
-        OutputError: it cannot be written, the disk being full for example, or is there already;
-            nothing is left.
+        OutputError: the file cannot be written, for example because the disk is full, or it exists
+            already; no part of it is left.
     """
     try:
         with part_file(path) as (part, stream):
@@ -241,10 +242,10 @@ def write_whole(path: Path, data: bytes, *, replace: bool = True) -> None:
 
 
 def _place_new(part: Path, path: Path) -> None:
-    """Give a file its name unless that is taken.
+    """Move a finished file to `path`.
 
     Raises:
-        FileExistsError: it is.
+        FileExistsError: a file of this name exists.
     """
     try:
         os.link(part, path)
@@ -256,7 +257,7 @@ def _place_new(part: Path, path: Path) -> None:
 
 
 def umask() -> int:
-    """Return the rights that this process takes from new files."""
+    """Return the permissions that this process withholds from new files."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -1,8 +1,9 @@
-"""What an ONNX file names outside itself, read without running it and without the package onnx.
+"""The other files that an ONNX file names, read without running it and without the package onnx.
 
-ONNX Runtime before 1.24.1 opens whatever path a graph gives for its weights. So every place where a
-graph can hold a tensor is looked at before any runtime sees the file. Field numbers are those of
-onnx.proto.
+ONNX Runtime before 1.24.1 opens any path that a graph gives for its weights. So every place where a
+graph can hold a tensor is checked before a runtime sees the file.
+
+Field numbers are from onnx.proto.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _READS_FILES = frozenset({"EPContext"})  # operators that open files by themselv
 
 @dataclass(frozen=True, kw_only=True)
 class External:
-    """Bytes of another file that a tensor says it consists of; `length` None is to its end."""
+    """The bytes of another file that hold a tensor; `length` None: to the end of that file."""
 
     location: str
     offset: int
@@ -44,18 +45,18 @@ class External:
 
 
 def externals(model: memoryview) -> Iterator[External]:
-    """Yield what every tensor of an ONNX file names outside the file.
+    """Yield the external data that the tensors of an ONNX file name.
 
     Raises:
-        ValueError: not a whole ONNX file, an entry that is none, or a node whose operator opens
-            files or comes from a library.
+        ValueError: not a whole ONNX file, a wrong entry of external data, or a node whose operator
+            opens files or comes from a library.
     """
     functions = {
         _text(value)
         for number, value in spans(model)
         if number == 25
         for inner, value in spans(_message(value))
-        if inner == 10  # FunctionProto's domain, given as a model's own
+        if inner == 10  # FunctionProto's domain: the model defines it
     }
     yield from _externals("model", model, _DEPTH, _DOMAINS | functions)
 
@@ -89,15 +90,15 @@ def _externals(
 
 
 def _external(entries: list[tuple[str, str]]) -> External:
-    found = dict(entries)
-    if len(found) < len(entries) or not found.keys() >= {"location"}:
+    data = dict(entries)
+    if len(data) < len(entries) or not data.keys() >= {"location"}:
         raise ValueError("a tensor that names its file twice, or none")
-    if not found.keys() <= {"location", "offset", "length", "checksum"}:
-        raise ValueError(f"external data with {', '.join(sorted(found))}")
-    length = found.get("length")
+    if not data.keys() <= {"location", "offset", "length", "checksum"}:
+        raise ValueError(f"external data with {', '.join(sorted(data))}")
+    length = data.get("length")
     return External(
-        location=found["location"],
-        offset=_number(found.get("offset", "0")),
+        location=data["location"],
+        offset=_number(data.get("offset", "0")),
         length=None if length is None else _number(length),
     )
 

@@ -1,4 +1,4 @@
-"""Protobuf messages taken apart and put together, without a package: what a few edits need.
+"""Protobuf messages read and written without a package, as far as ONNX files need it.
 
 Source: protobuf's encoding, https://protobuf.dev/programming-guides/encoding.
 """
@@ -6,20 +6,19 @@ Source: protobuf's encoding, https://protobuf.dev/programming-guides/encoding.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 _VARINT, _BYTES = 0, 2  # wire types
 _FIXED = {1: 8, 5: 4}  # bytes of a value, by wire type
 
 
-@dataclass(frozen=True, kw_only=True)
-class Field:
+class Field(NamedTuple):
     """One field of a message.
 
     Attributes:
         number: its number in the message's definition.
-        value: what it holds: the bytes of a string or message, or of a number as it is encoded.
-        whole: as it stands in the message, its tag included.
+        value: the bytes of a string or message, or of a number as it is encoded.
+        whole: the field as it stands in the message, its tag included.
     """
 
     number: int
@@ -31,58 +30,26 @@ def fields(message: bytes) -> Iterator[Field]:
     """Yield a message's fields in their order.
 
     Raises:
-        IndexError, ValueError: not a whole message.
+        ValueError: not a whole message.
     """
-    at = 0
-    while at < len(message):
-        start = at
-        tag, at = _varint(message, at)
-        number, kind = tag >> 3, tag & 7
-        if kind == _VARINT:
-            _, end = _varint(message, at)
-        elif kind == _BYTES:
-            size, at = _varint(message, at)
-            end = at + size
-        elif kind in _FIXED:
-            end = at + _FIXED[kind]
-        else:
-            raise ValueError(f"wire type {kind}")
-        if end > len(message):
-            raise ValueError("cut short")
-        yield Field(number=number, value=message[at:end], whole=message[start:end])
-        at = end
+    for number, _, start, begin, end in _walk(message):
+        yield Field(number, message[begin:end], message[start:end])
 
 
 def spans(message: memoryview) -> Iterator[tuple[int, memoryview | int]]:
-    """Yield number and value of a message's fields, without a copy; bytes as a view.
+    """Yield number and value of a message's fields: bytes as a view, without a copy.
 
-    A value of fixed size is given as a view, too. Groups, which ONNX has none of, are refused.
+    A value of fixed size is a view, too.
 
     Raises:
         ValueError: not a whole message.
     """
-    at, end = 0, len(message)
-    while at < end:
-        tag, at = _number(message, at)
-        number, kind = tag >> 3, tag & 7
-        if kind == _VARINT:
-            value, at = _number(message, at)
-            yield number, value
-            continue
-        if kind == _BYTES:
-            size, at = _number(message, at)
-        elif kind in _FIXED:
-            size = _FIXED[kind]
-        else:
-            raise ValueError(f"wire type {kind}")
-        if number == 0 or size > end - at:
-            raise ValueError("cut short")
-        yield number, message[at : at + size]
-        at += size
+    for number, kind, _, begin, end in _walk(message):
+        yield number, _number(message, begin)[0] if kind == _VARINT else message[begin:end]
 
 
 def values(message: bytes, number: int) -> list[bytes]:
-    """Return what all fields of one number hold."""
+    """Return the values of all fields of one number."""
     return [field.value for field in fields(message) if field.number == number]
 
 
@@ -93,19 +60,31 @@ def encoded(number: int, value: bytes | int) -> bytes:
     return _as_varint(number << 3 | _BYTES) + _as_varint(len(value)) + value
 
 
-def _varint(message: bytes, at: int) -> tuple[int, int]:
-    """Return a number and where it ends."""
-    number = shift = 0
-    while True:
-        byte = message[at]
-        number |= (byte & 127) << shift
-        at += 1
-        if byte < 128:
-            return number, at
-        shift += 7
+def _walk(message: bytes | memoryview) -> Iterator[tuple[int, int, int, int, int]]:
+    """Yield each field's number and wire type, and where field, value and next field start.
+
+    Groups are refused: ONNX has none.
+    """
+    start, end = 0, len(message)
+    while start < end:
+        tag, begin = _number(message, start)
+        number, kind = tag >> 3, tag & 7
+        if kind == _VARINT:
+            _, after = _number(message, begin)
+        elif kind == _BYTES:
+            size, begin = _number(message, begin)
+            after = begin + size
+        elif kind in _FIXED:
+            after = begin + _FIXED[kind]
+        else:
+            raise ValueError(f"wire type {kind}")
+        if number == 0 or after > end:
+            raise ValueError("cut short")
+        yield number, kind, start, begin, after
+        start = after
 
 
-def _number(message: memoryview, at: int) -> tuple[int, int]:
+def _number(message: bytes | memoryview, at: int) -> tuple[int, int]:
     """Return a number of at most 64 bits and where it ends."""
     number = 0
     for shift in range(0, 70, 7):

@@ -13,12 +13,12 @@ from typing import Any
 
 from sld_edge.engines.cuda.api import CudaRuntime
 from sld_edge.engines.cuda.device import Device, cuda_runtime
-from sld_edge.engines.errors import InputError, UserError
+from sld_edge.engines.errors import InputError, UserError, one_line, shortened
 from sld_edge.engines.onnxruntime.engine import PROVIDERS, onnxruntime
 from sld_edge.engines.tensorrt.engine import tensorrt_module
 from sld_edge.engines.tensorrt.plan_info import FLAVOURS, Flavour
 
-# In order of preference; the CPU is what always remains.
+# In order of preference; the CPU comes last.
 NAMES: tuple[str, ...] = (*FLAVOURS, *(name for name in PROVIDERS if name != "cpu"), "cpu")
 
 _WIDTH = 100  # columns of the table
@@ -45,9 +45,9 @@ class ProviderStatus:
     Attributes:
         name: one of `NAMES`.
         usable: whether it works.
-        reason: why not, and what to do, parted by " | "; empty where it is usable.
-        version: of its package; empty where that does not load.
-        devices: what it would run on; empty where it is not usable.
+        reason: why not, and advice, separated by " | "; empty where it is usable.
+        version: of its package; empty where the package does not load.
+        devices: its devices; empty where it is not usable.
     """
 
     name: str
@@ -67,13 +67,13 @@ class _Gpus:
 
 
 def survey() -> tuple[ProviderStatus, ...]:
-    """Look at every provider, the best first; what is broken is a reason, never an exception."""
+    """Check every provider, the best first; a failure becomes a `reason`, never an exception."""
     gpus = _gpus()
     return tuple(_status(name, lambda: gpus) for name in NAMES)
 
 
 def status(name: str) -> ProviderStatus:
-    """Look at one provider.
+    """Check one provider.
 
     Raises:
         InputError: no provider of that name.
@@ -86,39 +86,42 @@ def status(name: str) -> ProviderStatus:
 
 
 def choose(planned: Mapping[str, str | None]) -> tuple[str, str]:
-    """Return the best provider for a bundle on this machine, and why, in one short line.
+    """Return the best provider for a bundle on this machine, and one short line that says why.
 
     Args:
         planned: for each TensorRT flavour None where the bundle's plans fit this machine, otherwise
-            why they do not.
+            the reason why they do not.
     """
-    against: dict[str, str] = {}
+    obstacles: dict[str, str] = {}
     for flavour in FLAVOURS:
-        missing = planned.get(flavour, "")
-        if missing is None:
-            found = _status(flavour, _gpus)
-            if found.usable:
-                return flavour, f"{flavour}: the plans of this bundle fit {_first_name(found)}"
-            missing = _short(found)
-        against[flavour] = missing
-    found = _status("cuda", _gpus)
-    if found.usable:
-        return "cuda", f"cuda: it works on {_first_name(found)}" + _against(against, start="; ")
-    return "cpu", "cpu" + _against({**against, "cuda": _short(found)}, start=": ")
+        obstacle = planned.get(flavour, "")
+        if obstacle is None:
+            checked = _status(flavour, _gpus)
+            if checked.usable:
+                return flavour, f"{flavour}: the plans of this bundle fit {_first_device(checked)}"
+            obstacle = _short(checked)
+        obstacles[flavour] = obstacle
+    cuda = _status("cuda", _gpus)
+    if cuda.usable:
+        why = f"cuda: it works on {_first_device(cuda)}"
+        return "cuda", why + _listed(obstacles, start="; ")
+    return "cpu", "cpu" + _listed({**obstacles, "cuda": _short(cuda)}, start=": ")
 
 
 def survey_table(statuses: Sequence[ProviderStatus]) -> str:
     """Write statuses as a table of plain text, 100 columns at most."""
-    head = ("provider", "version", "works", "on what, or why not and what to do")
-    rows = [
-        (found.name, found.version or "-", "yes" if found.usable else "no") for found in statuses
-    ]
+    head = ("provider", "version", "works", "device, or why not and what to do")
+    rows = [(each.name, each.version or "-", "yes" if each.usable else "no") for each in statuses]
     widths = [max(map(len, column)) for column in zip(head[:3], *rows, strict=True)]
     room = _WIDTH - sum(widths) - 2 * len(widths)
     lines = _lines_of_row(widths, head[:3], [head[3]])
-    for found, row in zip(statuses, rows, strict=True):
-        texts = found.devices if found.usable else found.reason.split(" | ")
-        wrapped = [line for text in texts for line in _wrap(text, room)]
+    for each, row in zip(statuses, rows, strict=True):
+        texts = each.devices if each.usable else each.reason.split(" | ")
+        wrapped = [
+            line
+            for text in texts
+            for line in textwrap.wrap(text, room, break_on_hyphens=False) or [""]
+        ]
         lines += _lines_of_row(widths, row, wrapped)
     return "\n".join(lines)
 
@@ -129,7 +132,7 @@ def _status(name: str, gpus: Callable[[], _Gpus]) -> ProviderStatus:
         version, reason, devices = (
             _tensorrt(name, gpus) if name in FLAVOURS else _onnxruntime(name, gpus)
         )
-    except Exception as error:  # whatever a broken package does, the others are still looked at
+    except Exception as error:  # one broken package must not hide the other providers
         reason, devices = _line(error), ()
     return ProviderStatus(
         name=name,
@@ -147,32 +150,34 @@ def _tensorrt(name: str, gpus: Callable[[], _Gpus]) -> tuple[str, str, tuple[str
         trt = tensorrt_module(flavour)
     except Exception as error:
         return "", _why_no_tensorrt(flavour, error), ()
-    found = gpus()
-    return str(trt.__version__), found.reason or _refusal(trt, found.capability), found.devices
+    gpu = gpus()
+    return str(trt.__version__), gpu.reason or _refusal(trt, gpu.capability), gpu.devices
 
 
 def _why_no_tensorrt(flavour: Flavour, error: Exception) -> str:
     module = flavour.replace("-", "_")
     cause = error.__cause__ or error
     if isinstance(cause, ModuleNotFoundError) and cause.name == module:
-        try:  # the bindings are a package of their own, and say which library they miss
+        try:  # a separate package holds the bindings and names the missing library
             importlib.import_module(f"{module}_bindings")
         except ModuleNotFoundError:
-            return f"{module} is not installed for Python {_python()} | {_HOW_TO_GET[flavour]}"
+            python = ".".join(platform.python_version_tuple()[:2])
+            return f"{module} is not installed for Python {python} | {_HOW_TO_GET[flavour]}"
         except Exception as broken:
             cause = broken
     return f"{module} is installed without its libraries: {_cause(cause)} | {_HOW_TO_GET[flavour]}"
 
 
 def _refusal(trt: object, capability: str) -> str:
-    """Say why a TensorRT does not take a device; only TensorRT-RTX has a list of what it takes."""
+    """Return why TensorRT-RTX does not take a device, "" where it does; only it lists devices."""
     known = getattr(trt, "ComputeCapability", None)
     takes = [key[2:] for key in getattr(known, "__members__", ()) if key.startswith("SM")]
     if not takes or capability.replace(".", "") in takes:
         return ""
     names = ", ".join(f"{int(number) / 10:.1f}" for number in sorted(takes, key=int))
     return (
-        f"the device has compute capability {capability}; it takes {names} | use tensorrt or cuda"
+        f"the device has compute capability {capability}; TensorRT-RTX takes {names} | "
+        "use tensorrt or cuda"
     )
 
 
@@ -190,14 +195,14 @@ def _onnxruntime(name: str, gpus: Callable[[], _Gpus]) -> tuple[str, str, tuple[
         return version, "", (f"{platform.machine()}, {os.cpu_count()} threads",)
     if PROVIDERS[name] not in ort.get_available_providers():
         return version, f"not in the installed ONNX Runtime | {_HOW_TO_GET[name]}", ()
-    found = gpus()
-    return version, found.reason or _start(ort, PROVIDERS[name]), found.devices
+    gpu = gpus()
+    return version, gpu.reason or _start(ort, PROVIDERS[name]), gpu.devices
 
 
 def _start(ort: Any, provider: str) -> str:
-    """Start a provider on the smallest graph; return why it did not start, "" where it did."""
+    """Start a provider on a tiny graph; return why it did not start, "" where it did."""
     options = ort.SessionOptions()
-    options.log_severity_level = 4  # what is returned is all that the user needs to read
+    options.log_severity_level = 4  # the returned reason is enough for the user
     chain = [provider, PROVIDERS["cpu"]]
     try:
         session = ort.InferenceSession(_IDENTITY, options, providers=chain, enable_fallback=0)
@@ -206,13 +211,13 @@ def _start(ort: Any, provider: str) -> str:
     else:
         if provider in session.get_providers():
             return ""
-        # ONNX Runtime has gone on without it in silence.
+        # ONNX Runtime went on without the provider, in silence.
         why = "a library of CUDA, cuDNN or TensorRT is missing or of another version"
     return f"{provider} does not start: {why} | see onnxruntime.ai/docs/execution-providers"
 
 
 def _gpus() -> _Gpus:
-    """Open the first CUDA device and describe it; name the others."""
+    """Open and describe the first CUDA device; list the others, which are not used."""
     try:
         cuda = cuda_runtime()
         device = Device()
@@ -237,28 +242,28 @@ def _description(device: Device) -> str:
 
 
 def _others(cuda: CudaRuntime) -> tuple[str, ...]:
-    """Name the devices that are not used, without waking them."""
+    """List the devices that are not used, without opening them."""
     _, count = cuda.cudaGetDeviceCount()
     return tuple(f"not used: device {index}, see CUDA_VISIBLE_DEVICES" for index in range(1, count))
 
 
-def _against(reasons: Mapping[str, str], *, start: str) -> str:
-    """Tell what spoke against other providers; what several share is said once, of none."""
-    told = list(reasons.values())
+def _listed(reasons: Mapping[str, str], *, start: str) -> str:
+    """List reasons by provider; a reason of several providers appears once, without a name."""
+    texts = list(reasons.values())
     parts = dict.fromkeys(
-        reason if told.count(reason) > 1 else f"{name}: {reason}"
+        reason if texts.count(reason) > 1 else f"{name}: {reason}"
         for name, reason in reasons.items()
         if reason
     )
     return start + "; ".join(parts) if parts else ""
 
 
-def _first_name(found: ProviderStatus) -> str:
-    return f"the {found.devices[0].split(',')[0]} here"
+def _first_device(provider: ProviderStatus) -> str:
+    return f"the {provider.devices[0].split(',')[0]} here"
 
 
-def _short(found: ProviderStatus) -> str:
-    return found.reason.split(" | ")[0]
+def _short(provider: ProviderStatus) -> str:
+    return provider.reason.split(" | ")[0]
 
 
 def _line(error: BaseException) -> str:
@@ -266,18 +271,9 @@ def _line(error: BaseException) -> str:
 
 
 def _cause(error: BaseException) -> str:
-    """An import's or a call's complaint, short."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    text = re.sub(r"^(\S+): cannot open shared object file.*", r"\1 is missing", text)
-    return text if len(text) <= 160 else text[:157] + "..."
-
-
-def _python() -> str:
-    return ".".join(platform.python_version_tuple()[:2])
-
-
-def _wrap(text: str, width: int) -> list[str]:
-    return textwrap.wrap(text, width, break_on_hyphens=False) or [""]
+    """Return an error's message as one short line; a missing library is named alone."""
+    text = re.sub(r"^(\S+): cannot open shared object file.*", r"\1 is missing", one_line(error))
+    return shortened(text, 160)
 
 
 def _lines_of_row(widths: Sequence[int], cells: Sequence[str], texts: Sequence[str]) -> list[str]:

@@ -1,8 +1,8 @@
-"""Unfinished files and folders: locked while their process lives, swept when it is dead.
+"""Unfinished files and folders: locked by their process, removed after its death.
 
-What is not whole yet lies under `.NAME.XXXXXXXX.sld-part`, beside its place. Its process holds a
-lock on it (flock), which ends with the process however that dies. So whoever writes to a folder
-next can tell what is left over, and removes it.
+An unfinished file or folder, a part, is called `.NAME.XXXXXXXX.sld-part` and lies beside its final
+place. Its process holds a lock (flock) on it, which ends with the process, however it dies. So the
+next process that writes to the folder can tell which parts are left over, and removes them.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 _PART = re.compile(r"\..+\.[0-9a-f]{8}\.sld-part")
-_OLD_ENOUGH = 24 * 3600.0  # seconds; where there are no locks, what is older is left over
+_OLD_ENOUGH = 24 * 3600.0  # seconds; where there are no locks, an older part is left over
 _swept: set[str] = set()
 _LONGEST = 200  # characters of a name that are kept in the part's name
 
 
 @contextmanager
 def part_file(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
-    """Give a new, locked, empty file beside `path`; what is still there in the end is removed.
+    """Give a new, locked, empty file beside `path`; unless moved, it is removed in the end.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: the file cannot be made.
     """
     folder = os.path.abspath(path.parent)
     if folder not in _swept:  # once a process: a folder may hold thousands of pictures
         _swept.add(folder)
         sweep(path.parent)
-    part, handle = _locked(path, lambda part: part.touch(mode=0o600, exist_ok=False), os.O_RDWR)
+    part, handle = _new_part(path, lambda part: part.touch(mode=0o600, exist_ok=False), os.O_RDWR)
     assert handle is not None
     try:
         with os.fdopen(handle, "wb") as stream:
@@ -53,13 +53,13 @@ def part_file(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
 def part_folder(path: Path) -> Iterator[Path]:
     """Give a new, locked, empty folder beside `path`, for this user alone; removed in the end.
 
-    Move it to its place (`rename`) to keep it.
+    Rename it to keep it.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: the folder cannot be made.
     """
     sweep(path.parent)
-    part, handle = _locked(path, lambda part: part.mkdir(mode=0o700), os.O_RDONLY)
+    part, handle = _new_part(path, lambda part: part.mkdir(mode=0o700), os.O_RDONLY)
     try:
         yield part
     finally:
@@ -69,7 +69,7 @@ def part_folder(path: Path) -> Iterator[Path]:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what dead processes left unfinished in a folder; what cannot be removed stays."""
+    """Remove the parts that dead processes left in a folder, as far as they can be removed."""
     with suppress(OSError):
         for name in os.listdir(folder):
             if _PART.fullmatch(name):
@@ -78,10 +78,10 @@ def sweep(folder: Path) -> None:
 
 @contextmanager
 def locked(path: Path, *, shared: bool) -> Iterator[None]:
-    """Hold a lock on a file, with others (`shared`) or alone.
+    """Hold a lock on a file, shared with other processes or alone.
 
     Raises:
-        OSError: the file is not there, or another process holds a lock that excludes this one.
+        OSError: the file does not exist, or another process holds a lock that excludes this one.
     """
     handle = hold(path, shared=shared)
     try:
@@ -91,7 +91,7 @@ def locked(path: Path, *, shared: bool) -> Iterator[None]:
 
 
 def hold(path: Path, *, shared: bool) -> int:
-    """Lock a file until the handle that is returned is closed; see `locked`."""
+    """Lock a file until the returned handle is closed; see `locked`."""
     handle = os.open(path, os.O_RDONLY)
     try:
         _lock(handle, shared=shared)
@@ -101,8 +101,8 @@ def hold(path: Path, *, shared: bool) -> int:
     return handle
 
 
-def _locked(path: Path, make: Callable[[Path], object], flags: int) -> tuple[Path, int | None]:
-    """Make a part and lock it; a sweep may come between the two, so look again and retry."""
+def _new_part(path: Path, make: Callable[[Path], object], flags: int) -> tuple[Path, int | None]:
+    """Make a part and lock it; retry where a sweep removed it before it was locked."""
     name = path.name.encode()[:_LONGEST].decode(errors="ignore")
     while True:
         part = path.with_name(f".{name}.{secrets.token_hex(4)}.sld-part")
@@ -115,7 +115,7 @@ def _locked(path: Path, make: Callable[[Path], object], flags: int) -> tuple[Pat
             _lock(handle, shared=False)
             if os.path.samestat(os.stat(part), os.fstat(handle)):
                 return part, handle
-        except (BlockingIOError, FileNotFoundError):  # a sweep was there first
+        except (BlockingIOError, FileNotFoundError):  # a sweep was faster
             pass
         except BaseException:
             _remove(part)
@@ -125,7 +125,7 @@ def _locked(path: Path, make: Callable[[Path], object], flags: int) -> tuple[Pat
 
 
 def _lock(handle: int, *, shared: bool) -> None:
-    """Take a lock; on a file system without locks the file is used all the same.
+    """Take a lock; on a file system without locks the file is used unlocked.
 
     Raises:
         BlockingIOError: another process holds a lock that excludes this one.
@@ -141,8 +141,8 @@ def _lock(handle: int, *, shared: bool) -> None:
 
 
 def _sweep_one(part: Path) -> None:
-    """Remove a part that no living process holds; its maker's lock fails while ours is held."""
-    with suppress(OSError):  # at work, gone, not ours, or a file system that has no locks
+    """Remove a part that no living process holds; its maker cannot lock it meanwhile."""
+    with suppress(OSError):  # in use, gone, of another user, or no locks here
         status = part.lstat()
         if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
             return

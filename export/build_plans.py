@@ -1,4 +1,4 @@
-"""TensorRT plans for the components of a bundle. Needs no torch, and onnx only to decompose."""
+"""TensorRT plans for the components of a bundle, without torch; only decomposing needs onnx."""
 
 from __future__ import annotations
 
@@ -8,13 +8,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sld_edge.engines.base import TensorSpec
-from sld_edge.engines.errors import (
-    EngineError,
-    InputError,
-    MissingPackageError,
-    OutputError,
-)
+from sld_edge.engines.errors import EngineError, InputError, MissingPackageError, OutputError
 from sld_edge.engines.files import write_whole
 from sld_edge.engines.staging import locked, part_folder
 from sld_edge.engines.tensorrt.build import AttentionError, build_plan
@@ -44,42 +38,40 @@ from sld_edge.runtime.plans import plan_name, source_digest
 
 Say = Callable[[str], None]
 Watch = Callable[[str, str], None]
-_CHOSEN_BY_TENSORRT = ("form", "refit_from")  # options that follow from the others
+_CHOSEN_BY_TENSORRT = ("form", "refit_from")  # options that follow from other options
 
 
 def build_plans(
     bundle_path: Path,
     settings: BuildSettings,
     *,
-    say: Say | None = None,
-    watch: Watch | None = None,
+    say: Say = lambda line: None,
+    watch: Watch = lambda component, stage: None,
     force: bool = False,
 ) -> list[PlanInfo]:
-    """Build `NAME.plan` and `NAME.plan.json` for a bundle's components and record them in it.
+    """Build `NAME.plan` and `NAME.plan.json` for a bundle's components and put them into it.
 
-    All plans move into the bundle when the last is built, and then `plans.json`, which lists them;
-    before that it stays as it was. `bundle.json` is never changed. A plan that was built before
-    with the same answers is kept.
+    When the last plan is built, all plans move into the bundle, and then `plans.json`, which lists
+    them; until then the bundle does not change. `bundle.json` never changes. An existing plan of
+    the same settings is kept.
 
     Args:
         bundle_path: the bundle.
         settings: what to build, and how.
-        say: is told what is worth knowing, a line each.
-        watch: is told component and stage: "parsing", "building", "done".
-        force: build also what is there already.
+        say: called with each note, a line.
+        watch: called with component and stage: "parsing", "building", "done".
+        force: build existing plans again.
 
     Returns:
-        The plans that the settings ask for, those kept included, in the bundle's order.
+        The plans that the settings ask for, built or kept, in the bundle's order.
 
     Raises:
-        BundleError: not a bundle, or a damaged one.
+        BundleError: not a bundle, or a damaged bundle.
         InputError: a component, size or device that cannot be honoured.
-        EngineError: TensorRT cannot build one of them.
-        MissingPackageError: no TensorRT, or no onnx where a graph has to be decomposed.
+        EngineError: TensorRT cannot build a plan.
+        MissingPackageError: no TensorRT, or no onnx where a graph must be decomposed.
         OutputError: the bundle cannot be written.
     """
-    say = say if say is not None else _silence
-    watch = watch if watch is not None else _unwatched
     recover(bundle_path.resolve(), BUNDLE)
     bundle = Bundle.open(bundle_path)
     components = _chosen(bundle, settings)
@@ -94,9 +86,9 @@ def build_plans(
     plans, built = [], {}
     with _staged(bundle.path) as folder:
         for name, component in components.items():
-            kept = None if force else job.kept(name, component)
+            kept = None if force else job.existing(name, component)
             if kept is not None:
-                say(f"{name}: the plan is there and nothing has changed; --force builds it anew")
+                say(f"{name}: the plan exists and nothing has changed; --force builds it again")
                 plans.append(kept)
                 continue
             built[name] = job.build(name, component, folder)
@@ -107,7 +99,7 @@ def build_plans(
 
 
 def require_buildable(settings: BuildSettings) -> None:
-    """Refuse early, before a checkpoint is exported, what could not be built in the end.
+    """Refuse settings that cannot be built, before a checkpoint is exported.
 
     Raises:
         InputError: a compute capability that TensorRT does not take.
@@ -119,7 +111,7 @@ def require_buildable(settings: BuildSettings) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class _Job:
-    """What all components of one call share."""
+    """The arguments of `build_plans`, resolved; all components share them."""
 
     bundle: Bundle
     settings: BuildSettings
@@ -128,22 +120,21 @@ class _Job:
     say: Say
     watch: Watch
 
-    def kept(self, name: str, component: Component) -> PlanInfo | None:
-        """Return the plan that is there, if building anew would give the same."""
+    def existing(self, name: str, component: Component) -> PlanInfo | None:
+        """Return the existing plan where these settings would build the same plan again."""
         path = self.bundle.path / plan_name(name)
         files = _listed(self.bundle).get(name)
         if files is None:
             return None
         try:
-            # A plan is code: only one that the bundle's list vouches for is kept.
+            # A plan is code: it is kept only where the bundle's list has its hash.
             for file in files:
                 require_listed(path.with_name(file.path), file)
             info = plan_info_from_file(info_path(path))
         except EngineError:
             return None
-        if _answers(info) != _answers(self._draft(name, component, component.attention)):
-            return None
-        return info
+        draft = self._draft(name, component, component.attention)
+        return info if _comparable(info) == _comparable(draft) else None
 
     def build(self, name: str, component: Component, folder: Path) -> PlanInfo:
         self._note_other_flavour(name)
@@ -162,11 +153,11 @@ class _Job:
 
     def _build(self, name: str, component: Component, form: str, folder: Path) -> PlanInfo:
         graph = self.bundle.graph(component).path
-        other = form != component.attention
-        keep = f"{name}.decomposed.onnx" if other and self.settings.strip_weights else None
+        rewritten = form != component.attention
+        keep = f"{name}.decomposed.onnx" if rewritten and self.settings.strip_weights else None
         return build_plan(
             self._draft(name, component, form),
-            _decomposed(name, graph, folder, keep) if other else nullcontext(graph),
+            _decomposed(name, graph, folder, keep) if rewritten else nullcontext(graph),
             folder / plan_name(name),
             settings=self.settings,
             target=self.target,
@@ -177,8 +168,8 @@ class _Job:
         target, options = self.target, {"form": form, **self.settings.options()}
         if self.settings.strip_weights:
             graph = Path(component.files[0].path).name
-            other = form != component.attention
-            options["refit_from"] = f"{name}.decomposed.onnx" if other else graph
+            rewritten = form != component.attention
+            options["refit_from"] = f"{name}.decomposed.onnx" if rewritten else graph
         return PlanInfo(
             component=name,
             sha256="",
@@ -190,34 +181,34 @@ class _Job:
             devices=target.devices,
             compute_capabilities=target.compute_capabilities,
             precision=component.precision,
-            inputs=tuple(self._input(spec) for spec in component.inputs),
+            inputs=tuple(
+                PlanTensor(spec=spec, profile=profile(spec, self.sizes))
+                for spec in component.inputs
+            ),
             outputs=tuple(PlanTensor(spec=spec) for spec in component.outputs),
             options=options,
             seconds=0.0,
             created_by=created_by(),
         )
 
-    def _input(self, spec: TensorSpec) -> PlanTensor:
-        return PlanTensor(spec=spec, profile=profile(spec, self.sizes))
-
     def _note_other_flavour(self, name: str) -> None:
         path = info_path(self.bundle.path / plan_name(name))
         try:
             engine = plan_info_from_file(path).engine
         except EngineError:
-            return  # none, or one that nobody can use
+            return  # no plan, or an unusable plan
         if engine != self.target.engine:
             self.say(f"note: {name}: its plan for {engine} is replaced")
 
 
 def _chosen(bundle: Bundle, settings: BuildSettings) -> dict[str, Component]:
     """Return the components to build, in the bundle's order."""
-    there = bundle.manifest.components
+    components = bundle.manifest.components
     for name in settings.components:
-        if name not in there:
-            raise InputError("component", got=repr(name), expected=", ".join(there))
-    asked = settings.components or tuple(there)
-    return {name: component for name, component in there.items() if name in asked}
+        if name not in components:
+            raise InputError("component", got=repr(name), expected=", ".join(components))
+    names = settings.components or tuple(components)
+    return {name: component for name, component in components.items() if name in names}
 
 
 def _sizes(bundle: Bundle, settings: BuildSettings) -> dict[str, Span]:
@@ -232,18 +223,17 @@ def _sizes(bundle: Bundle, settings: BuildSettings) -> dict[str, Span]:
     )
 
 
-def _answers(info: PlanInfo) -> PlanInfo:
-    """Return what a plan is, without what differs from one build of it to the next."""
+def _comparable(info: PlanInfo) -> PlanInfo:
+    """Return a plan's description without the entries that differ from build to build."""
     options = {k: v for k, v in info.options.items() if k not in _CHOSEN_BY_TENSORRT}
     return replace(info, sha256="", bytes=0, seconds=0.0, created_by="", options=options)
 
 
 @contextmanager
 def _decomposed(name: str, graph: Path, folder: Path, keep: str | None) -> Iterator[Path]:
-    """Give the graph's other form, written to `folder`, and take it away again.
+    """Give the graph's decomposed form, written to `folder`, and remove it in the end.
 
-    With `keep` the graph stays under that name: its weights are those in the bundle, whose file it
-    names.
+    With `keep` the graph stays, under that name; it reads the bundle's file of weights.
     """
     try:
         from sld_edge.export.graphs.decompose import decomposed_graph
@@ -268,14 +258,14 @@ def _decomposed(name: str, graph: Path, folder: Path, keep: str | None) -> Itera
 
 @contextmanager
 def _staged(bundle: Path) -> Iterator[Path]:
-    """Give an empty folder for what is not whole yet, and keep other builds away meanwhile."""
+    """Give an empty folder for unfinished plans, and lock the bundle against other builds."""
     bundle = bundle.resolve()
     try:
         if not os.access(bundle, os.W_OK):
             raise PermissionError(13, "Permission denied")
         beside = bundle.parent.stat().st_dev == bundle.stat().st_dev
         beside = beside and os.access(bundle.parent, os.W_OK)
-        # Inside where the bundle is a disk of its own, as in a container.
+        # Inside the bundle where the bundle is a mounted disk, as in a container.
         place = bundle.parent / f"{bundle.name}.plans" if beside else bundle / "plans"
         with locked(bundle / MANIFEST, shared=False), part_folder(place) as folder:
             yield folder
@@ -290,7 +280,7 @@ def _staged(bundle: Path) -> Iterator[Path]:
 
 
 def _move_in(bundle: Bundle, folder: Path, built: Mapping[str, PlanInfo], say: Say) -> None:
-    """Move what was built into the bundle, and then the list that vouches for it."""
+    """Move the new plans into the bundle, and then the list with their hashes."""
     path = bundle.path
     plans = {}
     for name, info in built.items():
@@ -311,7 +301,7 @@ def _move_in(bundle: Bundle, folder: Path, built: Mapping[str, PlanInfo], say: S
 
 
 def _listed(bundle: Bundle) -> dict[str, PlanFiles]:
-    """Return the plans that are there; a damaged list counts as none."""
+    """Return the plans in the bundle's list; a damaged list counts as empty."""
     try:
         return plan_list(bundle.path, bundle.sha256)
     except EngineError:
@@ -320,11 +310,3 @@ def _listed(bundle: Bundle) -> dict[str, PlanFiles]:
 
 def _count(built: Mapping[str, PlanInfo]) -> str:
     return "1 plan" if len(built) == 1 else f"{len(built)} plans"
-
-
-def _silence(line: str) -> None:
-    pass
-
-
-def _unwatched(component: str, stage: str) -> None:
-    pass

@@ -1,8 +1,9 @@
-"""Where an exported folder goes: it appears whole, and replaces only an older one of its kind.
+"""The place of an exported folder: it appears whole, and replaces only a folder of its kind.
 
-While a folder is replaced, the old one lies beside it under `.NAME.XXXXXXXX.sld-old`. The new one
-takes the name; then files that the old manifest does not list move over; then the rest is removed.
-A command that was killed in between is completed by the next one that writes there.
+While a folder is replaced, the old folder is called `.NAME.XXXXXXXX.sld-old`. First the new folder
+takes the name. Then files that the old manifest does not list move to the new folder. Then the old
+folder is removed. If a command is killed meanwhile, the next command that writes there completes
+these steps.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ class Kind:
 
     Attributes:
         name: "bundle" or "scorer".
-        manifest: name of the file that lists the others.
-        listed: gives the paths of a folder's own files, the manifest's included; raises a UserError
-            where the manifest is not a valid one.
+        manifest: name of the file that lists the other files.
+        listed: returns the paths of all files of such a folder, with the manifest's; raises a
+            UserError where the manifest is not valid.
         written: names that an export may write.
     """
 
@@ -39,31 +40,31 @@ class Kind:
 
 
 def check_output(output: Path, *, force: bool, kind: Kind) -> None:
-    """Refuse, before any work is done, what could not be written in the end.
+    """Refuse an output folder that cannot be written, before any work is done.
 
     Raises:
-        OutputError: the folder exists (without `force`), is not of this kind, or holds a file of
-            someone else under a name that the export writes.
+        OutputError: the folder exists (without `force`), is not of this kind, or holds an unlisted
+            file under a name that the export writes.
     """
     recover(output, kind)
     if os.path.lexists(output):
         if not force:
             raise OutputError(f"{output} exists", do="choose another name, or add --force")
-        _refuse_clashes(output, _others(output, kind), kind.written)
+        _refuse_clashes(output, _unlisted_of(output, kind), kind.written)
 
 
 @contextmanager
 def staged(output: Path, *, force: bool, kind: Kind) -> Iterator[Path]:
-    """Give a folder beside `output` that takes its place if all goes well, and else is removed.
+    """Give a folder beside `output` that takes its place in the end; after an error it is removed.
 
     Raises:
-        OutputError: it cannot be written, or `check_output` refuses what is there by now.
+        OutputError: the folder cannot be written, or `check_output` refuses `output` at the end.
     """
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with part_folder(output) as part:
             yield part
-            check_output(output, force=force, kind=kind)  # as it is now: an export takes long
+            check_output(output, force=force, kind=kind)  # again: an export takes long
             part.chmod(0o777 & ~umask())
             _replace(part, output, kind)
     except OSError as error:
@@ -73,7 +74,7 @@ def staged(output: Path, *, force: bool, kind: Kind) -> Iterator[Path]:
 
 
 def recover(output: Path, kind: Kind) -> None:
-    """Complete what a killed command began: put the old folder back, or clear it away.
+    """Complete the replacement that a killed command began: restore or remove the old folder.
 
     Raises:
         OutputError: the old folder cannot get its name back.
@@ -91,7 +92,7 @@ def recover(output: Path, kind: Kind) -> None:
 
 
 def _replace(part: Path, output: Path, kind: Kind) -> None:
-    """Give a folder its name; the one that has it moves aside until then."""
+    """Move a folder to its place; a folder that is there moves aside first."""
     old = output.with_name(f".{output.name}.{secrets.token_hex(4)}.sld-old")
     try:
         if output.exists():
@@ -106,26 +107,26 @@ def _replace(part: Path, output: Path, kind: Kind) -> None:
 
 
 def _retire(old: Path, output: Path, kind: Kind) -> None:
-    """Move the files of others out of an old folder into the new one, then remove the old.
+    """Move the unlisted files of an old folder into the new folder, then remove the old folder.
 
-    A file of others whose name is taken stays where it is.
+    An unlisted file stays in the old folder where the new folder has a file of its name.
     """
     with suppress(UserError, OSError):
-        own = kind.listed(old) if os.path.lexists(old / kind.manifest) else frozenset()
-        for path in list(_foreign(old, own)) if own else ():
+        listed = kind.listed(old) if os.path.lexists(old / kind.manifest) else frozenset()
+        for path in list(_unlisted(old, listed)) if listed else ():
             place = output / path
             if not os.path.lexists(place):
                 place.parent.mkdir(parents=True, exist_ok=True)
                 (old / path).rename(place)
         root = old.resolve()
-        for path in sorted(own, key=lambda path: path == kind.manifest):  # the manifest last
+        for path in sorted(listed, key=lambda path: path == kind.manifest):  # the manifest last
             if (old / path).parent.resolve().is_relative_to(root):
                 (old / path).unlink(missing_ok=True)
         for folder, _, _ in os.walk(old, topdown=False):
             os.rmdir(folder)
 
 
-def _others(output: Path, kind: Kind) -> list[str]:
+def _unlisted_of(output: Path, kind: Kind) -> list[str]:
     """Return the paths in a folder that its manifest does not list.
 
     Raises:
@@ -136,34 +137,34 @@ def _others(output: Path, kind: Kind) -> list[str]:
             return []
         if not os.path.lexists(output / kind.manifest):
             raise OutputError(f"{output} is not a {kind.name}, so --force does not replace it")
-        return list(_foreign(output, kind.listed(output)))
+        return list(_unlisted(output, kind.listed(output)))
     except OutputError:
         raise
     except (UserError, OSError) as error:
         raise OutputError(
             f"{output} is not a whole {kind.name}, so --force does not replace it",
             got=error,
-            do="choose another name, or remove it yourself",
+            do="choose another name, or remove it by hand",
         ) from error
 
 
-def _foreign(root: Path, own: Set[str], below: PurePosixPath | None = None) -> Iterator[str]:
+def _unlisted(root: Path, listed: Set[str], below: PurePosixPath | None = None) -> Iterator[str]:
     for entry in os.scandir(root if below is None else root / below):
         path = PurePosixPath(entry.name) if below is None else below / entry.name
         if not entry.is_dir(follow_symlinks=False):
-            if str(path) not in own:
+            if str(path) not in listed:
                 yield str(path)
-        elif any(PurePosixPath(mine).is_relative_to(path) for mine in own):
-            yield from _foreign(root, own, path)
+        elif any(PurePosixPath(file).is_relative_to(path) for file in listed):
+            yield from _unlisted(root, listed, path)
         else:
             yield str(path)
 
 
-def _refuse_clashes(output: Path, others: list[str], written: Set[str]) -> None:
-    for path in others:
+def _refuse_clashes(output: Path, unlisted: list[str], written: Set[str]) -> None:
+    for path in unlisted:
         if PurePosixPath(path).parts[0] in written:
             raise OutputError(
-                f"{output} holds a file of the same name as a new one, which it does not list",
+                f"{output} holds a file of the same name as a new file, and does not list it",
                 got=path,
                 do="move that file away",
             )

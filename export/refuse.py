@@ -1,4 +1,4 @@
-"""One error for whatever a file of a checkpoint makes Python or a library raise."""
+"""One error for all exceptions of Python or a library about a checkpoint's file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from sld_edge.engines.errors import CheckpointError, UserError, one_line
 
 NOT_BUILT = "config.json does not describe a model that can be built"
-# What code raises that meets a value of another kind or size than it was written for.
+# The exceptions of code that reads a value of the wrong kind or size.
 ODD_VALUES = (
     KeyError,
     IndexError,
@@ -28,13 +28,13 @@ def refusing(
     """Turn exceptions inside the `with` block into a CheckpointError.
 
     Args:
-        what: begins the message.
-        kinds: which exceptions; of UserErrors, only the very classes named here.
-        panics: also those of Rust code, which are no `Exception`.
+        what: the beginning of the message.
+        kinds: the exceptions; a UserError only where its own class, not a base class, is listed.
+        panics: also panics of Rust code, which are not an `Exception`.
         do: advice that the error ends with.
 
     Raises:
-        CheckpointError: one of them was raised.
+        CheckpointError: one of these exceptions was raised.
     """
     try:
         yield
@@ -43,11 +43,8 @@ def refusing(
             raise
         raise CheckpointError(what, got=error, do=do) from error
     except BaseException as error:
-        if not isinstance(error, kinds) and not (panics and _is_panic(error)):
+        panic = panics and type(error).__name__ == "PanicException"
+        if not isinstance(error, kinds) and not panic:
             raise
         complaint = f"{type(error).__name__}: {one_line(error)}"
         raise CheckpointError(what, got=complaint, do=do) from error
-
-
-def _is_panic(error: BaseException) -> bool:
-    return type(error).__name__ == "PanicException"

@@ -1,4 +1,4 @@
-"""`sld-export --scorer`: CLIP's graphs and a small head, from weights that the user has."""
+"""`sld-export --scorer`: CLIP's graphs and a small head, from the user's weights."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from sld_edge.runtime.scorers.preprocess import CLIP_MEAN, CLIP_STD
 
 SCORERS = ("q16", "sd-checker", "clip-score")
 Q16_PROMPTS = "prompts.npy"
-_Q16_BYTES = 2**20  # most of a prompt file; 2 vectors of 768 numbers have 6 thousand
+_Q16_BYTES = 2**20  # the most bytes of a prompt file; 2 vectors of 768 numbers take 6 thousand
 _CONVERT = (  # also shown to users
     "convert Q16's prompts.p where you trust it, since a pickle can run any code: "
     "np.save('prompts.npy', np.array(np.load('prompts.p', allow_pickle=True), 'f4', order='C'))"
@@ -49,7 +49,7 @@ _CONVERT = (  # also shown to users
 _IMAGE_PREFIXES = ("vision_model.vision_model.", "vision_model.")
 _TEXT_PREFIXES = ("text_model.text_model.", "text_model.")
 _PROJECTIONS = ("visual_projection.weight", "text_projection.weight")
-# Vectors of the checker, and what no score depends on: CLIP's temperature, buffers.
+# The checker's vectors, and CLIP's temperature, which no score depends on.
 _CHECKER = (
     "concept_embeds",
     "concept_embeds_weights",
@@ -61,15 +61,15 @@ _UNUSED = ("logit_scale",)
 
 @dataclass(frozen=True, kw_only=True)
 class ScorerSettings:
-    """Which scorer to make, and from what.
+    """The settings of a scorer's export.
 
     Attributes:
         scorer: "q16", "sd-checker" or "clip-score".
-        model: directory of a CLIP model, of a safety checker, or of a diffusers checkpoint with
-            one in its folder `safety_checker`.
-        output: the scorer's directory, which must not exist yet (but see `force`).
-        q16_prompts: Q16's prompts as `.npy`; None is `prompts.npy` in the model's directory.
-        storage: of the weights on disk; arithmetic is always FP32. None is "fp32".
+        model: directory of a CLIP model, of a safety checker, or of a diffusers checkpoint with a
+            folder `safety_checker`.
+        output: the scorer's directory; it must not exist yet, except with `force`.
+        q16_prompts: Q16's prompts as `.npy`; None: `prompts.npy` in the model's directory.
+        storage: type of the weights on disk; None: "fp32". Arithmetic is always FP32.
         attention: "op" is ONNX's Attention (opset 23), "decomposed" plain products (opset 20).
         force: replace an existing scorer.
     """
@@ -95,15 +95,14 @@ class ScorerSettings:
             raise InputError("attention", got=repr(self.attention), expected="op, decomposed")
 
 
-def export_scorer(settings: ScorerSettings, *, say: Say | None = None) -> Path:
+def export_scorer(settings: ScorerSettings, *, say: Say = lambda line: None) -> Path:
     """Write a scorer's folder and return its path; it appears whole or not at all.
 
     Raises:
-        CheckpointError: no such model, one that is not known, or weights that are missing or bad.
+        CheckpointError: no such model, an unknown model, or weights that are missing or bad.
         InputError: a setting that cannot be honoured.
         OutputError: the output exists or cannot be written.
     """
-    say = say if say is not None else lambda line: None
     output = settings.output.resolve()
     kind = _kind(settings.scorer)
     check_output(output, force=settings.force, kind=kind)
@@ -133,7 +132,7 @@ def export_scorer(settings: ScorerSettings, *, say: Say | None = None) -> Path:
 
 
 def _kind(scorer: str) -> Kind:
-    """Return what --force may replace: the folder of the same scorer."""
+    """Return the kind of folder that --force may replace: the same scorer's."""
     models = (IMAGE_ENCODER, TEXT_ENCODER, HEAD)
     return Kind(
         name="scorer",
@@ -148,7 +147,7 @@ def _kind(scorer: str) -> Kind:
 
 @dataclass(frozen=True, kw_only=True)
 class _Clip:
-    """A CLIP model: settings of its image tower, its whole config, and its tensors by part."""
+    """A CLIP model: its folder, width, image tower's settings, config, and tensors by part."""
 
     folder: Path
     name: str
@@ -160,7 +159,7 @@ class _Clip:
     checker: dict[str, Entry]
 
     def vector(self, key: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
-        """Read one of the checker's tensors."""
+        """Read a tensor of the checker."""
         if key not in self.checker:
             raise CheckpointError(
                 f"{self.name}: the checkpoint lacks tensor {key}",
@@ -228,7 +227,7 @@ def _clip(model: Path, *, checker: bool) -> _Clip:
 
 
 def _part(config: Mapping[str, Any], key: str, name: str) -> dict[str, Any]:
-    """One tower's config; old files have a second one beside it, which goes before it."""
+    """Return a tower's config; old files have a second config of it, which takes precedence."""
     merged: dict[str, Any] = {}
     for part in (config.get(key), config.get(f"{key}_dict")):
         if part is not None and not isinstance(part, dict):
@@ -238,7 +237,7 @@ def _part(config: Mapping[str, Any], key: str, name: str) -> dict[str, Any]:
 
 
 def _place(key: str, name: str) -> tuple[str, str]:
-    """Return which part a tensor belongs to, and its name there."""
+    """Return the part that a tensor belongs to, and its name there."""
     for part, prefixes in (("image", _IMAGE_PREFIXES), ("text", _TEXT_PREFIXES)):
         for prefix in prefixes:
             if key.startswith(prefix):
@@ -265,24 +264,23 @@ def _entries(folder: Path) -> dict[str, Entry]:
 
 
 def _check_preprocessing(model: Path, folder: Path) -> None:
-    """Refuse a model that wants its pictures otherwise than CLIP."""
+    """Refuse a model whose pictures are prepared in another way than CLIP's."""
     for file in (
         folder / "preprocessor_config.json",
         model / "feature_extractor" / "preprocessor_config.json",
     ):
         if not os.path.lexists(file):
             continue
-        said = read_json(file)
-        wanted = {"image_mean": CLIP_MEAN, "image_std": CLIP_STD}
-        for key, numbers in wanted.items():
-            value = said.get(key)
-            if value is not None and not _alike(value, numbers):
+        preprocessing = read_json(file)
+        for key, numbers in {"image_mean": CLIP_MEAN, "image_std": CLIP_STD}.items():
+            value = preprocessing.get(key)
+            if value is not None and not _equal(value, numbers):
                 raise CheckpointError(f"{file}: {key}", got=value, expected=list(numbers))
 
 
-def _alike(given: Any, wanted: tuple[float, ...]) -> bool:
+def _equal(value: Any, numbers: tuple[float, ...]) -> bool:
     try:
-        return bool(np.allclose(given, wanted, rtol=0, atol=1e-6))
+        return bool(np.allclose(value, numbers, rtol=0, atol=1e-6))
     except ODD_VALUES:
         return False
 
@@ -293,7 +291,7 @@ def _alike(given: Any, wanted: tuple[float, ...]) -> bool:
 def _write_image(
     clip: _Clip, settings: ScorerSettings, path: Path, say: Say
 ) -> NDArray[np.float32]:
-    """Write the image encoder, and return what it gives for two pictures of noise."""
+    """Write the image encoder; return its embeddings of two pictures of noise."""
     from sld_edge.export.graphs.clip_towers import write_image_encoder
 
     say("image encoder: writing")
@@ -307,7 +305,7 @@ def _write_image(
 
 
 def _write_text(clip: _Clip, settings: ScorerSettings, folder: Path, say: Say) -> int:
-    """Write the prompt encoder and its tokenizer, and return the length they take."""
+    """Write the prompt encoder and its tokenizer; return the tokens of a prompt."""
     from sld_edge.export.graphs.clip_towers import text_settings, write_prompt_encoder
 
     if not clip.text_tensors:
@@ -330,13 +328,13 @@ def _write_text(clip: _Clip, settings: ScorerSettings, folder: Path, say: Say) -
 
 
 def _head(settings: ScorerSettings, clip: _Clip) -> Callable[[Path], None] | None:
-    """Read what a head is made of, before anything is written; return what writes it."""
+    """Read a head's vectors, before anything is written; return a function that writes it."""
     from sld_edge.export.graphs.scorer_heads import write_checker_head, write_q16_head
 
     if settings.scorer == "q16":
-        named = settings.q16_prompts
+        path = settings.q16_prompts
         prompts = read_q16_prompts(
-            named if named is not None else settings.model / Q16_PROMPTS, clip.dim
+            path if path is not None else settings.model / Q16_PROMPTS, clip.dim
         )
         return lambda path: write_q16_head(prompts, path)
     if settings.scorer == "sd-checker":
@@ -364,7 +362,7 @@ def read_q16_prompts(path: Path, width: int) -> NDArray[np.float32]:
         prompts = floats_from_npy(data)
     except ValueError as error:
         raise CheckpointError(
-            f"{path} is no .npy file of floats",
+            f"{path} is not an .npy file of floats",
             got=str(error),
             expected=f"float32 [2,{width}]",
             do=_CONVERT,
@@ -385,6 +383,6 @@ def _options(settings: ScorerSettings) -> Any:
 
 
 def _try(path: Path, feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    """Check a graph's structure and run it once."""
+    """Check a graph's structure, run it once, and return its outputs."""
     graph_facts(path)
     return run_checked(path, feeds)

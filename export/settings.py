@@ -20,34 +20,33 @@ Precision = Literal["fp16", "fp32"]
 
 @dataclass(frozen=True, kw_only=True)
 class ExportSettings:
-    """What to export, and how.
+    """The settings of an export.
 
     Attributes:
         model: alias, Hub id, diffusers directory or `.safetensors` file.
-        output: the bundle's directory, which must not exist yet (but see `force`).
-        precision: arithmetic of the graphs; guidance and the boundary are always FP32.
-        fp32_components: those whose arithmetic is FP32 all the same, as where FP16 overflows.
-        storage: of the weights on disk; None is as each component's precision.
+        output: the bundle's directory; it must not exist yet, except with `force`.
+        precision: arithmetic of the graphs; guidance, inputs and outputs are always FP32.
+        fp32_components: components with FP32 arithmetic in any case, because FP16 overflows.
+        storage: type of the weights on disk; None: as each component's precision.
         attention: "op" is ONNX's Attention (opset 23), "decomposed" plain products (opset 20).
         via: "builder" writes the graphs from the config, "torch" exports diffusers' modules.
-        width: default picture width in pixels; None is what the model was trained for.
-        height: likewise.
-        safety_concept: what Safe Latent Diffusion steers away from where a run does not say; a
-            tuple is several concepts, each with a branch and a gate of its own.
-        preset: its strength where a run does not say.
-        name: what the bundle calls the model; None is the checkpoint's own name.
+        width: default width of a picture in pixels; None: the width of the training.
+        height: default height of a picture in pixels; None: the height of the training.
+        safety_concept: default concept that Safe Latent Diffusion steers away from; a tuple holds
+            several concepts, each with its own branch and gate.
+        preset: default strength of safety.
+        name: the model's name in the bundle; None: the checkpoint's name.
         verify: compare every graph with diffusers' module (needs torch).
         force: replace an existing bundle.
         variant: "fp16" reads the half-size weight files of the checkpoint.
-        tokenizer: directory or tokenizer.json, instead of the checkpoint's own.
-        prediction_type: of the UNet, instead of the checkpoint's own.
-        vae: the folder of another VAE, as AutoencoderTiny's, instead of the checkpoint's own.
-        preview_vae: likewise, as a second decoder for pictures of a run that goes on.
-        sampler: where a run does not say; None is the checkpoint's.
-        steps: likewise; None is 50, or 4 for a model distilled with a guidance embedding.
-        guidance_scale: likewise; None is 7.5, or the distilled model's own.
-        timestep_spacing: of the scheduler, instead of the checkpoint's own: "leading", "trailing"
-            or "linspace".
+        tokenizer: directory or tokenizer.json, instead of the checkpoint's tokenizer.
+        prediction_type: of the UNet, instead of the checkpoint's type.
+        vae: the folder of another VAE, for example AutoencoderTiny's, instead of the checkpoint's.
+        preview_vae: the folder of a VAE as a second decoder, for previews during a run.
+        sampler: default sampler; None: the checkpoint's.
+        steps: default steps; None: 50, or 4 for LCM.
+        guidance_scale: default guidance; None: 7.5, or the value of the distilled model.
+        timestep_spacing: "leading", "trailing" or "linspace", instead of the scheduler's spacing.
     """
 
     model: str
@@ -110,19 +109,20 @@ class ExportSettings:
                 raise InputError("fp32 component", got=repr(name), expected=", ".join(known))
         if self.fp32_components and self.precision == "fp32":
             raise InputError(
-                "fp32 components with precision fp32, where all are", do="leave fp32 components out"
+                "fp32 components with precision fp32, where all are in fp32",
+                do="leave fp32 components out",
             )
 
     @property
     def safety_concepts(self) -> tuple[str, ...]:
         """The safety concepts, each once."""
-        own = self.safety_concept
-        return (own,) if isinstance(own, str) else tuple(dict.fromkeys(own))
+        concepts = self.safety_concept
+        return (concepts,) if isinstance(concepts, str) else tuple(dict.fromkeys(concepts))
 
     def precision_of(self, part: Part) -> Precision:
         """Return the arithmetic of one graph."""
-        own = part.precision == "fp32" or (part.weights_of or part.name) in self.fp32_components
-        return "fp32" if own else self.precision
+        fp32 = part.precision == "fp32" or (part.weights_of or part.name) in self.fp32_components
+        return "fp32" if fp32 else self.precision
 
     def storage_of(self, part: Part) -> Precision:
         """Return the type of one graph's weights on disk."""

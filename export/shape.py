@@ -1,4 +1,4 @@
-"""A checkpoint's sizes and defaults: checked before gigabytes are written."""
+"""A checkpoint's sizes and defaults, checked before gigabytes are written."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from sld_edge.runtime.manifest import Defaults, LatentInfo, PredictionType, Size
 from sld_edge.runtime.samplers import SAMPLERS, sampler_table
 
 Say = Callable[[str], None]
-_MOST_CELLS = 4096  # of the latents' height or width
+_MOST_CELLS = 4096  # height or width of latents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ def shape_of(checkpoint: Checkpoint, family: Family, settings: ExportSettings, s
 
     Raises:
         CheckpointError: models that do not fit together, or a config that no run can use.
-        InputError: a size that the model cannot make.
+        InputError: a picture size that the model cannot make.
     """
     models = checkpoint.models
     latents = _latents(models["vae"])
@@ -72,7 +72,7 @@ def shape_of(checkpoint: Checkpoint, family: Family, settings: ExportSettings, s
         )
     if PREVIEW_VAE in models:
         sides = {"vae": latents, "preview vae": _latents(models[PREVIEW_VAE])}
-        require_equal("pixels a latent cell", {k: v.downscale for k, v in sides.items()})
+        require_equal("pixels per latent cell", {k: v.downscale for k, v in sides.items()})
         require_equal("latent channels", {k: v.channels for k, v in sides.items()})
     downscale = latents.downscale
     pixels = _pixels(checkpoint, settings, downscale)
@@ -97,7 +97,7 @@ def shape_of(checkpoint: Checkpoint, family: Family, settings: ExportSettings, s
 
 
 def _latents(vae: Model) -> LatentInfo:
-    """Return what a VAE's config says of latents."""
+    """Return the facts about latents in a VAE's config."""
     tiny = is_tiny(vae)
     key = "num_decoder_blocks" if tiny else "block_out_channels"
     levels = vae.config.get(key)
@@ -118,30 +118,29 @@ def _latents(vae: Model) -> LatentInfo:
 
 
 def _pixels(checkpoint: Checkpoint, settings: ExportSettings, downscale: int) -> dict[str, int]:
-    """Return height and width of a picture: as asked for, else what the model was trained for."""
-    asked = {"height": settings.height, "width": settings.width}
+    """Return height and width of a picture, from the settings or else from the training."""
+    height, width = settings.height, settings.width
+    if height is not None and width is not None:
+        return {"height": height, "width": width}
     native = checkpoint.models["unet"].config.get("sample_size", 64)
     cells = native if isinstance(native, list) else [native, native]
     try:
         rows, columns = (whole_number("size", each, 1, _MOST_CELLS) for each in cells)
     except (InputError, ValueError) as error:
-        if None not in asked.values():
-            rows = columns = 0  # of no use then
-        else:
-            raise CheckpointError(
-                "unet: config key sample_size",
-                got=repr(native),
-                expected=f"one or two whole numbers, 1 to {_MOST_CELLS}",
-                do="give width and height",
-            ) from error
+        raise CheckpointError(
+            "unet: config key sample_size",
+            got=repr(native),
+            expected=f"one or two whole numbers, 1 to {_MOST_CELLS}",
+            do="give width and height",
+        ) from error
     return {
-        name: value if value is not None else side * downscale
-        for (name, value), side in zip(asked.items(), (rows, columns), strict=True)
+        "height": height if height is not None else rows * downscale,
+        "width": width if width is not None else columns * downscale,
     }
 
 
 def _check_scheduler(scheduler: Mapping[str, Any], defaults: Defaults, say: Say) -> None:
-    """Refuse a scheduler that no sampler can run; say so where only the default one cannot."""
+    """Refuse a scheduler that no sampler can run; note where only the default sampler cannot."""
     names = (defaults.sampler, *(name for name in SAMPLERS if name != defaults.sampler))
     problems = [_problem(name, scheduler, defaults.steps) for name in names]
     if problems[0] is None:
@@ -164,8 +163,8 @@ def _defaults(
 ) -> Defaults:
     """Return the defaults of a run; a distilled model needs few steps.
 
-    A UNet with a guidance embedding follows the guidance that it was distilled with, 8.5 in its
-    own pipeline; other LCMs have theirs baked in.
+    A UNet with a guidance embedding takes the guidance as an input, 8.5 in diffusers' pipeline;
+    other LCMs contain a fixed guidance.
     """
     if settings.sampler is None:
         sampler, notes = sampler_from_scheduler(checkpoint.scheduler)

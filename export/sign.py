@@ -1,4 +1,4 @@
-"""Signing a bundle with an Ed25519 key, as `openssl genpkey -algorithm ed25519` makes one."""
+"""Signing a bundle with an Ed25519 key, made with `openssl genpkey -algorithm ed25519`."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _KEY_LIMIT = 1 << 16
 
 
 def signing_key(path: Path) -> object:
-    """Read a private key, so that a wrong one is told before any work.
+    """Read a private key, so that a wrong key is refused before any work is done.
 
     Raises:
-        InputError: no Ed25519 key in PEM, or an encrypted one.
+        InputError: no Ed25519 key in PEM, or an encrypted key.
         MissingPackageError: the package that signs is not installed.
     """
     try:
@@ -42,14 +42,14 @@ def signing_key(path: Path) -> object:
 
 
 def sign_bundle(root: Path, key: object) -> str:
-    """Write the signature of a bundle that is whole, and return its signer as policies name it.
+    """Write the signature of a whole bundle; return its signer as policies name it.
 
     Args:
         root: the bundle.
         key: from `signing_key`.
 
     Raises:
-        BundleError: no bundle there, or a file of it is not what its manifest says.
+        BundleError: no bundle there, or one of its files does not match its manifest.
     """
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 

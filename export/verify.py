@@ -1,4 +1,4 @@
-"""Checks of what was written: always its structure and a run; on request, diffusers' numbers."""
+"""Checks of a written graph: always its structure and a run; on request, diffusers' numbers."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 # Relative L2 distance to diffusers in FP32. FP16: weights and sums are rounded to 11 bits.
 TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2}
-# The decoder gives whole levels: an error far below one level still flips a few roundings.
+# The decoder gives whole levels: a tiny error still changes how a few numbers round.
 _LEVELS_TOLERANCE = 1e-3
-_CELLS = 8  # height and width of the latents that graphs are tried with
+_CELLS = 8  # height and width of the latents of a trial run
 
 
 @dataclass(frozen=True, kw_only=True)
 class GraphFacts:
-    """What a graph says of itself."""
+    """The opset, inputs and outputs that a graph declares."""
 
     opset: int
     inputs: tuple[TensorSpec, ...]
@@ -37,7 +37,7 @@ def graph_facts(path: Path) -> GraphFacts:
     """Check a graph's structure and shapes with ONNX's checker and read its tensors.
 
     Raises:
-        CheckpointError: the graph is malformed, which is a bug of ours.
+        CheckpointError: the graph is malformed, which is a bug in sld-edge.
     """
     onnx = require_onnx()
     try:
@@ -60,7 +60,7 @@ def graph_facts(path: Path) -> GraphFacts:
 def random_feeds(
     inputs: tuple[TensorSpec, ...], *, vocab_size: int, downscale: int, branches: int = 2
 ) -> dict[str, Array]:
-    """Return small random inputs for a graph: B = 2 images, K = `branches`, the same each time."""
+    """Return small random inputs for a graph, always the same: B = 2 images, K = `branches`."""
     rng = np.random.default_rng(0)
     images = 2
     sizes = {
@@ -74,7 +74,7 @@ def random_feeds(
     }
     feeds: dict[str, Array] = {}
     for spec in inputs:
-        # Only the context's length may be open besides; any will do.
+        # Only the context's length may be open, too; any length will do.
         shape = [size if isinstance(size, int) else sizes.get(size, 77) for size in spec.shape]
         if spec.name == "input_ids":
             values: NDArray[Any] = rng.integers(0, vocab_size, shape)
@@ -89,9 +89,10 @@ def random_feeds(
 
 
 def run_checked(path: Path, feeds: Mapping[str, Array]) -> dict[str, Array]:
-    """Run a graph once on the CPU, where ONNX Runtime computes much of FP16 in FP32.
+    """Run a graph once on the CPU.
 
-    So what overflows only in FP16 on a GPU is not seen here; the runtime looks at every run.
+    There ONNX Runtime computes much of FP16 in FP32. So this check misses numbers that overflow
+    only in FP16 on a GPU; the runtime checks every run.
 
     Raises:
         NumericsError: NaN or infinity in an output.
@@ -99,7 +100,7 @@ def run_checked(path: Path, feeds: Mapping[str, Array]) -> dict[str, Array]:
     with OrtEngine(path, as_is=True) as engine:
         outputs = engine.run(feeds)
     for name, array in outputs.items():
-        # Whole levels cannot say NaN; there the graph says itself whether all was finite.
+        # Whole levels cannot hold NaN; the output `finite` shows it.
         if not np.isfinite(array).all() or (name == "finite" and not (array > 0).all()):
             raise NumericsError(
                 f"{path.name}: {name} is not finite on random input",
@@ -111,10 +112,10 @@ def run_checked(path: Path, feeds: Mapping[str, Array]) -> dict[str, Array]:
 def errors_against_diffusers(
     checkpoint: Checkpoint, folder: Path, graphs: Mapping[str, GraphFacts], *, downscale: int
 ) -> dict[str, float]:
-    """Run every graph that has a module in diffusers beside it, on the same random input.
+    """Compare every graph that diffusers has a module for, on the same random input.
 
     Returns:
-        Relative L2 distance to the module in FP32, by component.
+        Relative L2 distance of graph and module in FP32, by component.
 
     Raises:
         MissingPackageError: no torch, diffusers or transformers.

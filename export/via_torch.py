@@ -1,7 +1,7 @@
 """The fallback: torch.onnx.export of diffusers' modules, behind the same graph interfaces.
 
-Slow and large (FACTS: minutes and 5 GiB for SD 1.5), but it knows whatever diffusers knows. Also
-the reference that `--verify` compares with. The only module of export that imports torch.
+It is slow and large (minutes and 5 GiB for SD 1.5), but it knows every architecture of diffusers.
+`--verify` compares with these modules, too. No other module of export imports torch.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import onnx
 from sld_edge.engines.base import Array
 from sld_edge.engines.errors import CheckpointError, MissingPackageError
 from sld_edge.export.checkpoints.checkpoint import Checkpoint, Model
+from sld_edge.export.graphs.vae import OLD_NAMES
 
 try:
     import torch
@@ -34,9 +35,6 @@ except ImportError as error:
 Precision = Literal["fp16", "fp32"]
 _OPSETS = {"op": 23, "decomposed": 20}
 _STEP = 8  # a UNet of four levels halves the latents three times
-
-# AutoencoderKL's attention in files from before diffusers 0.17.
-_OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 class TextEncoder(torch.nn.Module):
@@ -65,7 +63,7 @@ class UNet(torch.nn.Module):
         self, latents: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor
     ) -> torch.Tensor:
         """Predict for every branch of every image; row i of the context belongs to image i % B."""
-        # As a tensor: the exporter cannot divide by a size.
+        # A tensor, because the exporter cannot divide by a size.
         images = torch.ones(latents.shape[0], dtype=torch.int64).sum()
         image = torch.arange(context.shape[0]) % images
         return self.inner(
@@ -86,13 +84,13 @@ class VaeDecoder(torch.nn.Module):
         shift = config.shift_factor if config.shift_factor is not None else 0.0
         scaled = latents / config.scaling_factor + shift
         pictures = self.inner.decode(scaled.to(self.dtype)).sample.float()
-        # TensorRT takes uint8 only at the boundary: converted last here, and first in the encoder.
+        # TensorRT takes uint8 only at the boundary, so this conversion comes last.
         levels = ((pictures / 2 + 0.5).clamp(0, 1) * 255).round().permute(0, 2, 3, 1)
         finite = (pictures.abs() <= torch.finfo(torch.float32).max).float().amin(dim=(1, 2, 3))
         return levels.to(torch.uint8), finite
 
 
-# Keys of a UNet that mean inputs which the interface above has not; diffusers runs without some of
+# A UNet with these keys has inputs that the interface above lacks; diffusers runs without some of
 # them, and makes another picture.
 _DROPPED = (
     "addition_embed_type",
@@ -104,7 +102,7 @@ _DROPPED = (
 
 
 def require_plain(checkpoint: Checkpoint) -> None:
-    """Refuse models that these modules do not stand for: they know SD 1.x and 2.x alone.
+    """Refuse models that these modules do not cover: all but SD 1.x and 2.x.
 
     Raises:
         CheckpointError: an input of the UNet that torch's export would drop, or another model.
@@ -153,7 +151,7 @@ def run_module(module: torch.nn.Module, inputs: Sequence[Array]) -> Array:
 def torch_writers(
     checkpoint: Checkpoint, *, precision: Precision, attention: Literal["op", "decomposed"]
 ) -> dict[str, Callable[[Path], None]]:
-    """Return what writes each component with torch.onnx.export, by component."""
+    """Return functions that write each component with torch.onnx.export, by component."""
     modules = graph_modules(checkpoint, precision=precision)
     return {
         name: partial(_write, name, module, checkpoint, _OPSETS[attention])
@@ -164,7 +162,7 @@ def torch_writers(
 def _from_config(kind: Any, model: Model) -> torch.nn.Module:
     try:
         module: torch.nn.Module = kind.from_config(model.config)
-    except Exception as error:  # whatever a constructor of diffusers raises
+    except Exception as error:  # a constructor of diffusers can raise any exception
         raise CheckpointError(
             f"{model.weights.name}: diffusers refuses the config", got=error
         ) from error
@@ -172,7 +170,7 @@ def _from_config(kind: Any, model: Model) -> torch.nn.Module:
 
 
 def _loaded(module: torch.nn.Module, model: Model, dtype: torch.dtype) -> torch.nn.Module:
-    """Fill a module with the checkpoint's tensors, under today's names and shapes."""
+    """Fill a module with the checkpoint's tensors, under diffusers' present names and shapes."""
     wanted = module.state_dict()
     tensors = {}
     for key in model.weights.keys():  # noqa: SIM118 -- no mapping
@@ -183,11 +181,11 @@ def _loaded(module: torch.nn.Module, model: Model, dtype: torch.dtype) -> torch.
                 tensors[name] = tensor.reshape(wanted[name].shape).to(dtype)
         elif not key.endswith("position_ids"):
             raise CheckpointError(f"{model.weights.name}: diffusers has no place for tensor {key}")
-    lacking = sorted(set(wanted) - set(tensors))
-    if lacking:
+    missing = sorted(set(wanted) - set(tensors))
+    if missing:
         raise CheckpointError(
             f"{model.weights.name}: missing, or of another shape than the config says",
-            got=", ".join(lacking[:3]),
+            got=", ".join(missing[:3]),
         )
     module.load_state_dict(tensors, assign=True)
     return module.eval().requires_grad_(False)
@@ -199,9 +197,7 @@ def _new_name(key: str, wanted: Mapping[str, Any]) -> str:
     for name in (key.removeprefix("text_model."), f"text_model.{key}"):
         if name in wanted:
             return name
-    return re.sub(
-        r"\.(query|key|value|proj_attn)\.", lambda match: f".{_OLD_NAMES[match[1]]}.", key
-    )
+    return re.sub(r"\.(query|key|value|proj_attn)\.", lambda match: f".{OLD_NAMES[match[1]]}.", key)
 
 
 def _write(
@@ -211,7 +207,7 @@ def _write(
     text = checkpoint.models["text_encoder"].config
     length, width = text["max_position_embeddings"], text["hidden_size"]
     channels, images = checkpoint.models["unet"].config["in_channels"], 2
-    # Sizes are multiples of what the network halves, else torch.export finds guards.
+    # The network halves sizes; without these multiples torch.export would add guards.
     cells = {axis: _STEP * Dim(f"{axis}_{_STEP}", min=1, max=64) for axis in "hw"}
     batch = Dim("B", min=1, max=64)
     latents = torch.zeros(images, channels, 2 * _STEP, 3 * _STEP)  # a size of 1 would become fixed
@@ -254,7 +250,7 @@ def _write(
 
 
 def _strip(model: Any) -> None:
-    """Remove the stack traces of this machine that the exporter leaves on everything."""
+    """Remove the exporter's stack traces, which hold paths of this machine."""
     model.metadata_props.clear()
     model.producer_name, model.doc_string = "sld-edge", None
     for graph in (model.graph, *model.functions.values()):
@@ -292,5 +288,5 @@ def _name_sizes(name: str, path: Path) -> None:
         for dim, size in zip(dims, _SIZES[name][value.name], strict=True):
             if size is not None:
                 dim.dim_param = size
-    del model.graph.value_info[:]  # they speak of the exporter's own symbols
+    del model.graph.value_info[:]  # these use the exporter's own symbols
     path.write_bytes(model.SerializeToString(deterministic=True))

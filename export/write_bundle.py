@@ -1,4 +1,4 @@
-"""Writing a bundle: graphs, tokenizers, constant embeddings and the manifest that names them."""
+"""Writing a bundle: graphs, tokenizers, constant embeddings and their manifest."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ Writers = Mapping[str, Callable[[Path], None]]
 _PARTS = {part.name: part for family in FAMILIES for part in family.parts}
 
 
-def _own_files(root: Path) -> Set[str]:
-    """Return the paths of a bundle's own files, plans that were built for it included.
+def _bundle_files(root: Path) -> Set[str]:
+    """Return the paths of a bundle's files, with the plans that were built for it.
 
     Raises:
         BundleError: not a valid bundle.
@@ -81,7 +81,7 @@ def _own_files(root: Path) -> Set[str]:
 BUNDLE = Kind(
     name="bundle",
     manifest=MANIFEST,
-    listed=_own_files,
+    listed=_bundle_files,
     written={
         MANIFEST,
         *(f"{name}.json" for name in TOKENIZERS.values()),
@@ -93,22 +93,21 @@ BUNDLE = Kind(
 
 
 def export_bundle(
-    settings: ExportSettings, *, say: Say | None = None, watch: Watch | None = None
+    settings: ExportSettings, *, say: Say = lambda line: None, watch: Watch | None = None
 ) -> Path:
     """Write a bundle and return its path; it appears whole or not at all.
 
     Args:
-        settings: what and how.
-        say: takes what is going on and what is worth knowing, a line each.
-        watch: takes the bytes of weights read so far, and of all.
+        settings: what to export, and how.
+        say: called with each line of progress and each note.
+        watch: called with the bytes of weights that were read so far, and with their total.
 
     Raises:
-        CheckpointError: no such checkpoint, or one that cannot be exported.
+        CheckpointError: no such checkpoint, or a checkpoint that cannot be exported.
         InputError: an option that cannot be honoured.
         NumericsError: a graph gives NaN or infinity.
         OutputError: the output exists or cannot be written.
     """
-    say = say if say is not None else _silence
     output = Path(settings.output).resolve()
     check_output(output, force=settings.force, kind=BUNDLE)
     require_onnx()  # before gigabytes are downloaded
@@ -181,10 +180,10 @@ def _tokenizers(checkpoint: Checkpoint, shape: Shape) -> dict[str, Tokenizer]:
 
 
 def _check_safety(settings: ExportSettings, tokenizers: Mapping[str, Tokenizer], say: Say) -> None:
-    """Refuse defaults with which a run could not be safe.
+    """Refuse defaults that make a run unsafe.
 
     Raises:
-        InputError: a safety concept that says nothing to the model.
+        InputError: a safety concept without any word that the model knows.
         PolicyError: a preset below this device's minimum.
     """
     for concept in settings.safety_concepts:
@@ -203,7 +202,7 @@ def _check_safety(settings: ExportSettings, tokenizers: Mapping[str, Tokenizer],
 
 
 def _checked_json(manifest: Manifest) -> bytes:
-    """Return the bytes of `bundle.json`, which a run will take."""
+    """Return the bytes of `bundle.json`, read back with the checks of a run."""
     with refusing("the checkpoint gives no valid bundle", *ODD_VALUES, BundleError):
         data = manifest.to_json().encode()
         manifest_from_json(data, origin=MANIFEST)
@@ -229,7 +228,9 @@ def _watch_weights(checkpoint: Checkpoint, watch: Watch) -> None:
 def _write_graphs(
     checkpoint: Checkpoint, writers: Writers, folder: Path, shape: Shape, say: Say
 ) -> dict[str, GraphFacts]:
-    vocab_size = _vocab_size(checkpoint)
+    vocab_size = min(
+        size_from_config(checkpoint.models[name], "vocab_size") for name in checkpoint.tokenizers
+    )
     graphs = {}
     for name, write in writers.items():
         path = folder / f"{name}.onnx"
@@ -238,21 +239,14 @@ def _write_graphs(
             write(path)
         graphs[name] = facts = graph_facts(path)
         if name in checkpoint.tokenizers:
-            continue  # the constant texts try it
+            continue  # `_write_embeddings` runs it
         feeds = random_feeds(facts.inputs, vocab_size=vocab_size, downscale=shape.latents.downscale)
         run_checked(path, feeds)
     return graphs
 
 
-def _vocab_size(checkpoint: Checkpoint) -> int:
-    """Return the fewest words that a text encoder knows."""
-    return min(
-        size_from_config(checkpoint.models[name], "vocab_size") for name in checkpoint.tokenizers
-    )
-
-
 def _writers(checkpoint: Checkpoint, family: Family, settings: ExportSettings) -> Writers:
-    """Return what writes each component, in the bundle's order.
+    """Return a function that writes each component, in the bundle's order.
 
     Raises:
         CheckpointError: an input of the UNet that torch's export would drop.
@@ -278,22 +272,22 @@ def _options(part: Part, settings: ExportSettings) -> GraphOptions:
 
 
 def _torch_writers(checkpoint: Checkpoint, family: Family, settings: ExportSettings) -> Writers:
-    """Return what exports diffusers' modules, loaded once for each precision asked for."""
+    """Return functions that export diffusers' modules, loaded once for each precision."""
     from sld_edge.export.via_torch import require_plain, torch_writers
 
     require_plain(checkpoint)
     writers: dict[str, Callable[[Path], None]] = {}
-    made: dict[str, Writers] = {}
+    loaded: dict[str, Writers] = {}
     for part in family.parts_of(checkpoint):
         if part.folder is None:
             writers[part.name] = partial(part.write, None, _options(part, settings))
         elif part.weights_of is None:
             precision = settings.precision_of(part)
-            if precision not in made:
-                made[precision] = torch_writers(
+            if precision not in loaded:
+                loaded[precision] = torch_writers(
                     checkpoint, precision=precision, attention=settings.attention
                 )
-            writers[part.name] = made[precision][part.name]
+            writers[part.name] = loaded[precision][part.name]
     return writers
 
 
@@ -361,12 +355,8 @@ def _write(path: Path, data: bytes) -> File:
 
 
 def created_by() -> str:
-    """Return what wrote a file: "sld-edge" and its version."""
+    """Return the entry `created_by` of a file: "sld-edge" and its version."""
     try:
         return f"sld-edge {version('sld-edge')}"
     except PackageNotFoundError:  # run from a checkout
         return "sld-edge"
-
-
-def _silence(line: str) -> None:
-    pass

@@ -1,6 +1,6 @@
-"""Every CUDA call that is made here, typed: the part of `cuda.bindings.runtime` we use.
+"""The types of every CUDA call that sld-edge makes: its part of `cuda.bindings.runtime`.
 
-Each call returns (error, results...); error 0 is success. A test holds this page against the
+Each call returns (error, results...); error 0 is success. A test compares this page with the
 installed package.
 """
 

@@ -1,8 +1,8 @@
 """A CUDA device: memory, one stream, graphs and events, through `cuda.bindings.runtime` alone.
 
 Everything is queued on the device's one stream and runs in order; the host waits only in
-`download`, `synchronize` and `Event.wait`. The CUDA calls come in as an argument: a stand-in for
-them runs the same code where there is no GPU.
+`download`, `synchronize` and `Event.wait`. The CUDA calls are an argument, so that tests can run
+the same code without a GPU.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from sld_edge.engines.base import Array, Engine
 from sld_edge.engines.cuda.api import CudaRuntime
 from sld_edge.engines.errors import EngineError, MissingPackageError
 
-ALIGNMENT = 256  # bytes; what TensorRT asks of every tensor's address
+ALIGNMENT = 256  # bytes; TensorRT needs every tensor's address to be a multiple
 
 
 @dataclass(frozen=True)
 class DeviceTensor:
-    """Where a tensor lies on the device: contiguous, `address` a multiple of `ALIGNMENT`."""
+    """A contiguous tensor on the device; `address` is a multiple of `ALIGNMENT`."""
 
     address: int
     dtype: str
@@ -42,7 +42,7 @@ class DeviceTensor:
 
 
 class Bound(Protocol):
-    """A graph with every tensor's place fixed: running it is one call."""
+    """A graph whose tensors have fixed addresses: running it is one call."""
 
     def enqueue(self) -> None:
         """Queue one run on the device's stream."""
@@ -56,13 +56,13 @@ class DeviceEngine(Engine, Protocol):
 
     @property
     def device(self) -> Device:
-        """Where it runs."""
+        """The device that runs the engine."""
 
     def bind(self, tensors: dict[str, DeviceTensor]) -> Bound:
-        """Fix shape and place of every input and output, by name.
+        """Fix the shape and address of every input and output, by name.
 
         Raises:
-            EngineError: a tensor is missing, of another dtype, or outside what the engine takes.
+            EngineError: a tensor is missing, or of a dtype or shape that the engine does not take.
         """
 
 
@@ -111,7 +111,7 @@ class Device:
         return int(free), int(total)
 
     def allocate(self, nbytes: int) -> int:
-        """Return the address of new memory; `free` gives it back.
+        """Return the address of new memory, to be freed with `free`.
 
         Raises:
             EngineError: out of memory.
@@ -120,7 +120,7 @@ class Device:
         return int(address)
 
     def free(self, address: int) -> None:
-        """Give memory back, once what is queued is done."""
+        """Free memory, after all queued work is done."""
         self.synchronize()
         self._call("cudaFree", address)
 
@@ -130,11 +130,11 @@ class Device:
             raise ValueError(f"{array.dtype} {array.shape} for {tensor}")
         array = np.ascontiguousarray(array)
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
-        # From pageable memory CUDA has read all of it before the call returns.
+        # CUDA has read all of pageable memory before this call returns.
         self._copy(tensor.address, array.ctypes.data, array.nbytes, kind)
 
     def download(self, tensor: DeviceTensor) -> Array:
-        """Wait for what is queued and return a copy on the host."""
+        """Wait for all queued work and return a copy on the host."""
         array = np.empty(tensor.shape, tensor.dtype)
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self._copy(array.ctypes.data, tensor.address, array.nbytes, kind)
@@ -147,11 +147,11 @@ class Device:
         self._copy(target, source, nbytes, kind)
 
     def clear(self, tensor: DeviceTensor) -> None:
-        """Queue filling with zeros."""
+        """Queue a fill with zeros."""
         self._call("cudaMemsetAsync", tensor.address, 0, tensor.nbytes, self.stream)
 
     def synchronize(self) -> None:
-        """Wait for everything that is queued."""
+        """Wait for all queued work."""
         self._call("cudaStreamSynchronize", self.stream)
 
     def event(self) -> Event:
@@ -160,12 +160,12 @@ class Device:
         return Event(handle, self._call, self.stream)
 
     def capture(self, queue: Callable[[], None]) -> Graph:
-        """Record what `queue` queues, without running it, as one graph."""
+        """Record the work that `queue` queues as one graph, without running it."""
         mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._call("cudaStreamBeginCapture", self.stream, mode)
         try:
             queue()
-        except BaseException:  # the first error is the one to tell
+        except BaseException:  # report this error, not a later one
             error, graph = self._cuda.cudaStreamEndCapture(self.stream)
             if int(error) == 0:
                 self._cuda.cudaGraphDestroy(graph)
@@ -178,7 +178,7 @@ class Device:
         return Graph(executable, self._call, self.stream)
 
     def close(self) -> None:
-        """Give back stream and workspace."""
+        """Free the stream and the workspace."""
         self.workspace.close()
         self._call("cudaStreamDestroy", self.stream)
 
@@ -190,8 +190,8 @@ class Device:
         error, *results = getattr(self._cuda, name)(*arguments)
         if int(error) != 0:
             _, text = self._cuda.cudaGetErrorString(error)
-            what = text.decode() if isinstance(text, bytes) else str(text)
-            raise EngineError(f"CUDA: {name} failed", got=what, do=_advice(int(error)))
+            reason = text.decode() if isinstance(text, bytes) else str(text)
+            raise EngineError(f"CUDA: {name} failed", got=reason, do=_advice(int(error)))
         return tuple(results)
 
 
@@ -203,11 +203,11 @@ class Event:
         self._handle, self._call, self._stream = handle, call, stream
 
     def record(self) -> None:
-        """Set the mark behind all that is queued."""
+        """Set the mark behind all queued work."""
         self._call("cudaEventRecord", self._handle, self._stream)
 
     def wait(self) -> None:
-        """Wait until the device has come this far, without spinning."""
+        """Wait until the device has reached the mark, without spinning."""
         self._call("cudaEventSynchronize", self._handle)
 
     def seconds_since(self, earlier: Event) -> float:
@@ -216,28 +216,28 @@ class Event:
         return float(milliseconds) / 1000
 
     def close(self) -> None:
-        """Give the mark back."""
+        """Free the mark."""
         self._call("cudaEventDestroy", self._handle)
 
 
 class Graph:
-    """A recorded piece of work."""
+    """Recorded work."""
 
     def __init__(self, handle: Any, call: Callable[..., tuple[Any, ...]], stream: int) -> None:
         """Use `Device.capture`."""
         self._handle, self._call, self._stream = handle, call, stream
 
     def launch(self) -> None:
-        """Queue all of it at once."""
+        """Queue all the recorded work at once."""
         self._call("cudaGraphLaunch", self._handle, self._stream)
 
     def close(self) -> None:
-        """Give the graph back."""
+        """Free the graph."""
         self._call("cudaGraphExecDestroy", self._handle)
 
 
 class Workspace:
-    """Activation memory that all plans on a device take turns in."""
+    """Activation memory that all plans on a device share, one after another."""
 
     def __init__(self, device: Device) -> None:
         """Use `Device.workspace`; it starts empty."""
@@ -255,14 +255,14 @@ class Workspace:
             self.generation += 1
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         if self.address:
             self._device.free(self.address)
         self.address = self.nbytes = 0
 
 
 class Arena:
-    """Tensors in one piece of device memory, every one aligned; `close` frees them together."""
+    """Aligned tensors in one block of device memory; `close` frees all of them."""
 
     def __init__(self, device: Device, tensors: dict[str, tuple[str, tuple[int, ...]]]) -> None:
         """Lay out `tensors`, dtype and shape by name, in their order."""
@@ -283,18 +283,18 @@ class Arena:
         return self._tensors[name]
 
     def span(self, first: str, last: str) -> DeviceTensor:
-        """Return the memory from one tensor to another, both included, as bytes."""
+        """Return the memory from tensor `first` to tensor `last`, both included, as bytes."""
         begin, end = self._tensors[first], self._tensors[last]
         nbytes = end.address + end.nbytes - begin.address
         return DeviceTensor(begin.address, "uint8", (nbytes,))
 
     def holds(self, tensors: dict[str, tuple[str, tuple[int, ...]]]) -> bool:
-        """Whether it was laid out for exactly these tensors."""
-        own = {name: (tensor.dtype, tensor.shape) for name, tensor in self._tensors.items()}
-        return own == tensors
+        """Whether the arena was laid out for exactly these tensors."""
+        layout = {name: (tensor.dtype, tensor.shape) for name, tensor in self._tensors.items()}
+        return layout == tensors
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self.device.free(self.address)
 
 

@@ -1,6 +1,6 @@
-"""ONNX files changed without the package onnx, which devices lack, for ONNX Runtime on the CPU.
+"""Edits of ONNX files for ONNX Runtime on the CPU, without the package onnx, which devices lack.
 
-Field numbers are those of onnx.proto.
+Field numbers are from onnx.proto.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _CONTRIBUTED = b"com.microsoft"
 
 
 def weights_first(model: bytes) -> bytes:
-    """Return an ONNX file's bytes with the nodes that read weights alone before all others.
+    """Return an ONNX file's bytes with the nodes that read only weights before all other nodes.
 
-    ONNX Runtime sorts nodes depth first, and of a node's inputs it computes the one that stands
-    last in the file first. A weight's cast that stands after what its consumer waits for is
-    therefore computed long before it is needed, and a whole model's casts are held at once. One
-    that stands first in the file is computed just before its consumer: memory holds one at a time.
+    ONNX Runtime orders nodes depth first. Of a node's inputs it first computes the input whose node
+    stands last in the file. So the cast of a weight that stands late in the file is computed long
+    before it is needed, and memory holds the casts of a whole model at once. A cast that stands
+    first in the file is computed just before its consumer, and memory holds one cast at a time.
 
     Raises:
         EngineError: not an ONNX file.
@@ -34,24 +34,25 @@ def weights_first(model: bytes) -> bytes:
 
 
 def flash_attention(model: bytes) -> bytes:
-    """Return an ONNX file's bytes with Attention as MultiHeadAttention of ONNX Runtime's own.
+    """Return an ONNX file's bytes with Attention replaced by ONNX Runtime's MultiHeadAttention.
 
-    Both say the same. On the CPU ONNX Runtime computes the standard's operator with all scores in
-    memory, 0.5 GiB at 512 px, and its own one block by block, which takes 0.82 s of a UNet call
-    where the other takes 2.97 (docs/memory.md). What is causal, masked or of grouped heads stays.
+    Both operators compute the same. On the CPU ONNX Runtime holds all scores of Attention in
+    memory, 0.5 GiB at 512 px, and takes 2.97 s of a UNet call. It computes MultiHeadAttention block
+    by block, in 0.82 s (docs/memory.md). Causal or masked Attention and grouped heads stay.
 
     Raises:
         EngineError: not an ONNX file.
     """
     changed = _edited(model, _flash_attention)
-    if changed == model or _imports(model, _CONTRIBUTED):
+    imported = [domain for each in values(model, _OPSET) for domain in values(each, _OPSET_DOMAIN)]
+    if changed == model or _CONTRIBUTED in imported:
         return changed
     opset = encoded(_OPSET_DOMAIN, _CONTRIBUTED) + encoded(_OPSET_VERSION, 1)
     return changed + encoded(_OPSET, opset)
 
 
 def _edited(model: bytes, edit: Callable[[list[Field]], list[bytes]]) -> bytes:
-    """Return a model whose graph's fields were changed."""
+    """Return a model with its graph's fields edited."""
     try:
         return b"".join(
             encoded(_GRAPH, b"".join(edit(list(fields(field.value)))))
@@ -89,7 +90,7 @@ def _flash_attention(graph: list[Field]) -> list[bytes]:
 
 
 def _is_plain_attention(node: bytes) -> bool:
-    """Whether a node is Attention of three packed inputs that MultiHeadAttention can do."""
+    """Whether a node is Attention of three packed inputs that MultiHeadAttention can compute."""
     if values(node, _OP_TYPE) != [b"Attention"] or values(node, _DOMAIN) not in ([], [b""]):
         return False
     numbers = {
@@ -127,7 +128,3 @@ def _multi_head(node: bytes) -> bytes:
 def _renamed(attribute: bytes, name: bytes) -> bytes:
     rest = b"".join(field.whole for field in fields(attribute) if field.number != _NAME)
     return encoded(_NAME, name) + rest
-
-
-def _imports(model: bytes, domain: bytes) -> bool:
-    return any(domain in values(opset, _OPSET_DOMAIN) for opset in values(model, _OPSET))

@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 
 import numpy as np
 
-from sld_edge.engines.base import Array, TensorSpec, check_feeds
+from sld_edge.engines.base import Array, TensorSpec, check_tensors
 from sld_edge.engines.cache import private_folder
 from sld_edge.engines.cuda.device import Device
 from sld_edge.engines.errors import EngineError, MissingPackageError, one_line
@@ -46,13 +46,13 @@ def onnxruntime() -> ModuleType:
 
 
 def provider_options(provider: OrtProvider, device: Device | None) -> dict[str, str]:
-    """Return what a provider is told: its stream, and where it keeps what it compiled."""
+    """Return a provider's options: its stream, and the folder for the kernels it compiles."""
     if device is None:
         return {}
     options = {"user_compute_stream": str(device.stream)}
     root = private_folder(provider) if provider.startswith("ort-") else None
     if provider == "cuda":
-        # Convolutions are chosen by rule, not by minutes of trying; TF32 would cost digits.
+        # A search for the fastest convolutions would take minutes; TF32 would lose digits.
         options |= {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"}
     elif provider == "ort-tensorrt" and root is not None:
         folder = str(root)
@@ -74,15 +74,19 @@ class OrtEngine:
         as_is: bool = False,
         prepared: bool = False,
         device: Device | None = None,
-        held: int | None = None,
+        lock: int | None = None,
     ) -> None:
-        """Load the graph at `path`, for a provider other than the CPU on `device`.
+        """Load a graph.
 
-        With `as_is` nothing is optimized and the weights stay mapped from the file: ready at once,
-        in little memory. It is for graphs that run only once. `prepared` is for those that
-        `sessions` optimized before, and stays readable: such an engine costs nothing to close and
-        load again. `held` is a handle that keeps others from removing the files; the engine closes
-        it in its own end, once it is loaded.
+        Args:
+            path: the ONNX file.
+            provider: runs the graph.
+            as_is: do not optimize the graph; its weights stay mapped from the file. It loads at
+                once and in little memory, for graphs that run only once.
+            prepared: `sessions` optimized the graph before; closing and loading it again is cheap.
+            device: for a provider other than the CPU.
+            lock: a handle that keeps other processes from removing the files; once loaded, the
+                engine closes it when it is closed itself.
 
         Raises:
             EngineError: ONNX Runtime cannot load the graph here.
@@ -91,12 +95,12 @@ class OrtEngine:
         options = session_options()
         if as_is or prepared:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-            # Prepacked weights would be copies in memory of what is mapped from the file.
+            # Prepacking would copy the mapped weights into memory.
             options.add_session_config_entry("session.disable_prepacking", "1")
         if as_is:
             # FP16 weights are cast just before their use, not all of them first.
             options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
-        # Without it every call takes its memory from the system anew, a fifth of a step's time.
+        # Without the arena every call asks the system for memory again, a fifth of a step's time.
         options.enable_cpu_mem_arena = prepared
         self.path = path
         self.prepared = prepared
@@ -104,17 +108,17 @@ class OrtEngine:
         self.inputs = tuple(map(_spec, self.session.get_inputs()))
         self.outputs = tuple(map(_spec, self.session.get_outputs()))
         self._output_names = [spec.name for spec in self.outputs]
-        # Last: where loading fails, the handle is still the caller's to close.
-        self._hold = weakref.finalize(self, os.close, held) if held is not None else _nothing
+        # Last: where loading fails, the caller closes the handle.
+        self._unlock = weakref.finalize(self, os.close, lock) if lock is not None else None
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run the graph once.
 
         Raises:
             EngineError: an input is missing, unknown or of another dtype or shape; or the run
-                failed, out of memory for example.
+                failed, for example out of memory.
         """
-        check_feeds(self.path.name, self.inputs, feeds)
+        check_tensors(self.path.name, self.inputs, feeds, kind="input")
         if self.session is None:
             raise EngineError(f"{self.path.name} was closed")
         try:
@@ -124,9 +128,10 @@ class OrtEngine:
         return dict(zip(self._output_names, values, strict=True))
 
     def close(self) -> None:
-        """Give back the session's memory."""
+        """Free the session's memory."""
         self.session = None
-        self._hold()
+        if self._unlock is not None:
+            self._unlock()
 
     def __enter__(self) -> Self:
         return self
@@ -135,17 +140,13 @@ class OrtEngine:
         self.close()
 
 
-def _nothing() -> None:
-    pass
-
-
 def session_options() -> Any:
-    """Return the session options that every session here shares."""
+    """Return the options that all sessions share."""
     ort = onnxruntime()
     options = ort.SessionOptions()
     options.log_severity_level = 4  # errors reach the user as EngineError, in one line
     options.intra_op_num_threads = thread_count()
-    # With arena and pattern a session keeps the gigabytes that attention's scores needed once.
+    # With arena and pattern a session would keep the gigabytes of attention's scores.
     options.enable_cpu_mem_arena = False
     options.enable_mem_pattern = False
     return options
@@ -154,10 +155,14 @@ def session_options() -> Any:
 def create_session(
     path: Path, options: Any, provider: OrtProvider, device: Device | None = None
 ) -> Any:
-    """Create a session; whatever stops it becomes one line."""
+    """Create a session.
+
+    Raises:
+        EngineError: ONNX Runtime cannot load the graph, or cannot start the provider.
+    """
     ort = onnxruntime()
     if provider != "cpu" and hasattr(ort, "preload_dlls"):
-        ort.preload_dlls()  # CUDA and cuDNN that pip installed
+        ort.preload_dlls()  # CUDA and cuDNN from pip
     providers: list[Any] = [(PROVIDERS[provider], provider_options(provider, device))]
     if provider.startswith("ort-"):
         providers.append((PROVIDERS["cuda"], provider_options("cuda", device)))
@@ -174,7 +179,7 @@ def create_session(
             do="export the bundle again, or update onnxruntime",
         ) from error
     if PROVIDERS[provider] not in session.get_providers():
-        # ONNX Runtime goes on without it in silence.
+        # ONNX Runtime goes on without the provider, in silence.
         raise EngineError(
             f"ONNX Runtime {ort.__version__} could not start {PROVIDERS[provider]} here",
             got="a package, driver or library that it needs is missing or too old",

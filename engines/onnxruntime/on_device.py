@@ -1,4 +1,4 @@
-"""ONNX Runtime on a device, its tensors staying there: I/O binding by address, on our stream."""
+"""ONNX Runtime on a device: its tensors stay there, bound by address, on the device's stream."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from sld_edge.engines.base import Array, TensorSpec
+from sld_edge.engines.base import Array, TensorSpec, check_tensors
 from sld_edge.engines.cuda.device import Device, DeviceTensor
 from sld_edge.engines.errors import EngineError, one_line
 from sld_edge.engines.onnxruntime.engine import OrtEngine, OrtProvider, onnxruntime
@@ -36,40 +36,25 @@ class OrtDeviceEngine:
         return self._engine.run(feeds)
 
     def bind(self, tensors: Mapping[str, DeviceTensor]) -> OrtBound:
-        """Fix shape and place of every input and output, by name.
+        """Fix the shape and address of every input and output, by name.
 
         Raises:
             EngineError: a tensor is missing or unknown, or of another dtype or shape.
         """
-        specs = {spec.name: spec for spec in (*self.inputs, *self.outputs)}
-        for name in specs.keys() ^ tensors.keys():
-            raise EngineError(
-                f"{self.path.name}: tensor {name}",
-                got="nothing" if name in specs else "no such one",
-            )
-        for name, spec in specs.items():
-            tensor = tensors[name]
-            if not spec.takes(tensor.dtype, tensor.shape):
-                raise EngineError(
-                    f"{self.path.name}: tensor {name}",
-                    got=f"{tensor.dtype} {list(tensor.shape)}",
-                    expected=f"{spec.dtype} {list(spec.shape)}",
-                )
+        check_tensors(self.path.name, (*self.inputs, *self.outputs), tensors, kind="tensor")
         session = self._engine.session
         binding = session.io_binding()
-        for specs_of, bind in (
+        for specs, bind in (
             (self.inputs, binding.bind_input),
             (self.outputs, binding.bind_output),
         ):
-            for spec in specs_of:
-                tensor = tensors[spec.name]
-                bind(
-                    spec.name, "cuda", 0, np.dtype(tensor.dtype), list(tensor.shape), tensor.address
-                )
+            for name in (spec.name for spec in specs):
+                tensor = tensors[name]
+                bind(name, "cuda", 0, np.dtype(tensor.dtype), list(tensor.shape), tensor.address)
         return OrtBound(self.path.name, session, binding)
 
     def close(self) -> None:
-        """Give back the session's memory."""
+        """Free the session's memory."""
         self._engine.close()
 
     def __enter__(self) -> Self:
@@ -86,14 +71,14 @@ class OrtBound:
         """Use `OrtDeviceEngine.bind`."""
         self._name, self._session, self._binding = name, session, binding
         self._options = onnxruntime().RunOptions()
-        # Everything is on one stream, so nothing has to wait here.
+        # Everything runs in order on one stream, so no wait is needed.
         self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
     def enqueue(self) -> None:
         """Queue one run on the device's stream.
 
         Raises:
-            EngineError: it failed, out of memory for example.
+            EngineError: the run failed, for example out of memory.
         """
         try:
             self._session.run_with_iobinding(self._binding, self._options)

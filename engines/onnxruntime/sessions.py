@@ -1,26 +1,24 @@
-"""Graphs prepared for this processor: optimized once, then loaded at once with mapped weights.
+"""Graphs prepared for this processor: optimized once, later loaded at once with mapped weights.
 
-Attention is computed block by block there, and memory is used again from call to call:
-docs/memory.md says what that brings.
+A prepared graph computes attention block by block and keeps its memory from call to call
+(docs/memory.md has the gains).
 
-Weights that are stored in FP16 under FP32 arithmetic may stay so: mapped as they are, each cast
-where it is used and dropped after. That is half the memory and costs some time (docs/memory.md).
+FP16 weights of an FP32 graph may stay FP16: they stay mapped, and each weight is cast where it is
+used and dropped after. That halves the memory and costs some time (docs/memory.md).
 
-A prepared file holds weight layouts for one processor and one ONNX Runtime, so its place in the
-cache is named by both, and by the hash of the graph and weights it was made from. It is made on the
-machine that runs it and never travels with a bundle.
+A prepared file holds weight layouts for one processor and one ONNX Runtime. So both are part of its
+name in the cache, and so is the hash of its source graph and weights. It is made on the machine
+that runs it, and is never part of a bundle.
 
 Every prepared file is checked by SHA-256 before it runs. Hashing gigabytes takes seconds, so a
-large file is hashed again only where its identity (device, inode, size, times) is not the one that
-it had when it was last hashed. That trusts two things: that only this user can write to the cache,
-which `cache.private_folder` sees to, and that the system sets a file's time of change at every
-write.
+large file is hashed again only where its identity (device, inode, size, times) has changed since
+the last time. This relies on two facts: only this user can write to the cache, which
+`cache.private_folder` checks, and the system sets a file's time of change at every write.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import platform
@@ -35,7 +33,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sld_edge.engines.cache import SESSIONS, STAMP, make_room, private_folder, why_not_private
+from sld_edge.engines.cache import (
+    SESSIONS,
+    STAMP,
+    entry_name,
+    make_room,
+    private_folder,
+    why_not_private,
+)
 from sld_edge.engines.errors import EngineError, UserError
 from sld_edge.engines.files import Identity, identity, json_from_file, sha256_of_file, write_whole
 from sld_edge.engines.onnxruntime.edit import flash_attention, weights_first
@@ -47,11 +52,11 @@ from sld_edge.engines.onnxruntime.engine import (
 )
 from sld_edge.engines.staging import hold, part_folder
 
-_LAYOUT = 4  # raise when what is prepared, or how, changes
+_LAYOUT = 4  # raise when the preparation changes
 _GRAPH, _WEIGHTS = "model.onnx", "model.onnx.data"
-_SMALL = 64_000_000  # bytes that are hashed at every load, in 40 ms
-_LARGE = 256_000_000  # bytes whose preparation takes long enough to be announced
-# What computes casts of weights beforehand.
+_SMALL = 64_000_000  # bytes; graphs up to this size are hashed at every load, in 40 ms
+_LARGE = 256_000_000  # bytes; from this size on preparation takes long and is announced
+# The optimizers that compute casts of weights beforehand.
 _FOLDING = "ConstantFolding;FuseFp16InitializerToFp32NodeTransformer"
 
 
@@ -66,17 +71,17 @@ def prepared_engine(
 ) -> OrtEngine:
     """Return the CPU engine of a graph, from the cache, or prepared and cached now.
 
-    Args:
-        sha256: hash of the graph's files together; what the cache is keyed by.
-        source: checks the graph's files and gives the graph's path; called only where needed.
-        keep_fp16: leave FP16 weights as they are, to be cast at every use.
-        confirm: raises where the files changed since `source` checked them; called after they were
-            read, before anything made from them is kept.
-        what: the graph's name, for people.
-        quiet: do not say on standard error that a large graph is being prepared.
+    Without a usable cache (switched off, not private, read-only, disk full) the graph is loaded
+    unprepared, its weights in the arithmetic's precision.
 
-    Without a usable cache (switched off, not private, read-only, disk full) the graph is loaded as
-    it is, its weights in the arithmetic's precision.
+    Args:
+        sha256: hash of the graph's files together, the key of the cache.
+        source: checks the graph's files and returns the graph's path; called only where needed.
+        keep_fp16: keep FP16 weights and cast them at every use.
+        confirm: raises where the files changed since `source` checked them; called after the files
+            were read and before the result is kept.
+        what: the graph's name, for people.
+        quiet: do not announce on standard error that a large graph is being prepared.
     """
     folder = _folder(sha256, keep_fp16)
     if folder is not None:
@@ -99,38 +104,38 @@ def _folder(sha256: str, keep_fp16: bool) -> Path | None:
     if root is None:
         return None
     parts = [_LAYOUT, sha256, keep_fp16, _processor(), onnxruntime().__version__]
-    return root / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+    return root / entry_name(json.dumps(parts))
 
 
 def _loaded(folder: Path) -> OrtEngine | None:
-    """Return the engine of a prepared graph that is whole and unchanged; None otherwise."""
+    """Return the engine of a prepared graph; None where it is not whole or was changed."""
     try:
         if why_not_private(folder) is not None:
-            return None  # prepared anew, over it
-        held = hold(folder / STAMP, shared=True)
-    except OSError:  # not there, or being removed
+            return None  # it is prepared again and replaced
+        lock = hold(folder / STAMP, shared=True)
+    except OSError:  # it does not exist, or is being removed
         return None
     try:
         seen = _checked(folder)
-        engine = OrtEngine(folder / _GRAPH, prepared=True, held=held)
-        held = -1  # the engine's now
+        engine = OrtEngine(folder / _GRAPH, prepared=True, lock=lock)
+        lock = -1  # the engine closes it
         if any(identity((folder / name).stat()) != known for name, known in seen.items()):
             raise EngineError(f"{folder} was changed while it was loaded")
         with contextlib.suppress(OSError):  # read-only
             os.utime(folder / STAMP)
     except (UserError, OSError, ValueError, TypeError, KeyError, AttributeError):
-        return None  # forged, rotten or half there: prepared anew, over it
+        return None  # forged, damaged or incomplete: it is prepared again and replaced
     finally:
-        if held >= 0:
-            os.close(held)
+        if lock >= 0:
+            os.close(lock)
     return engine
 
 
 def _checked(folder: Path) -> dict[str, Identity]:
-    """Compare a prepared graph's files with what was written down of them.
+    """Compare a prepared graph's files with its stamp; return their identities.
 
     Raises:
-        UserError, OSError, ValueError, TypeError, KeyError: one differs, or nothing was written.
+        UserError, OSError, ValueError, TypeError, KeyError: a file differs, or the stamp is wrong.
     """
     stamp = json_from_file(folder / STAMP, error=EngineError)
     files: dict[str, Any] = stamp["files"]
@@ -151,7 +156,7 @@ def _checked(folder: Path) -> dict[str, Identity]:
             changed = changed or now != known
             entry["identity"] = list(now)
         seen[name] = now
-    if changed:  # copied or restored, its content the same: known by its new identity
+    if changed:  # copied or restored, with the same content: record the new identity
         with contextlib.suppress(UserError):
             write_whole(folder / STAMP, json.dumps(stamp).encode())
     return seen
@@ -159,14 +164,14 @@ def _checked(folder: Path) -> dict[str, Identity]:
 
 @cache
 def _processor() -> str:
-    """Return what tells processors apart: architecture, name and instruction sets."""
+    """Describe the processor: architecture, name and instruction sets."""
     lines = []
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith(("model name", "flags", "Features", "CPU part")):
                 lines.append(line)
             elif not line and lines:
-                break  # the first processor is described; the others are alike
+                break  # all cores are alike, so the first is enough
     return "\n".join([platform.system(), platform.machine(), platform.processor(), *lines])
 
 
@@ -179,10 +184,10 @@ def _prepare(
     *,
     quiet: bool,
 ) -> bool:
-    """Optimize the graph into `folder`; whole or not at all. Say whether it may be there now.
+    """Optimize the graph into `folder`, whole or not at all; return whether `folder` may exist.
 
     Raises:
-        UserError: the source files changed meanwhile.
+        UserError: `confirm` found the source files changed.
     """
     beside = (path, path.with_name(f"{path.name}.data"))
     size = sum(file.stat().st_size for file in beside if file.exists())
@@ -199,10 +204,12 @@ def _prepare(
                 files[file.name] = {"sha256": digest, "identity": list(seen)}
             write_whole(part / STAMP, json.dumps({"what": what, "files": files}).encode())
             _move(part, folder)
-    except EngineError:  # ONNX Runtime does not take it: the caller's own load says why
+    except (
+        EngineError
+    ):  # ONNX Runtime cannot load the graph: the caller loads it next and reports why
         return False
     except OSError:
-        return folder.exists()  # another process may have been first
+        return folder.exists()  # another process may have been faster
     return True
 
 
@@ -214,7 +221,7 @@ def _optimize(path: Path, part: Path, keep_fp16: bool) -> None:
     options.add_session_config_entry(
         "session.optimized_model_external_initializers_file_name", _WEIGHTS
     )
-    # The prepared session keeps the weights as they lie in the file, so none is packed here.
+    # The prepared session maps the weights from the file, so they are not packed here.
     options.add_session_config_entry("session.disable_prepacking", "1")
     if keep_fp16:
         options.add_session_config_entry("optimization.disable_specified_optimizers", _FOLDING)
@@ -225,13 +232,13 @@ def _optimize(path: Path, part: Path, keep_fp16: bool) -> None:
 
 
 def _move(part: Path, folder: Path) -> None:
-    """Give a prepared graph its place unless a good one of another process is there."""
+    """Move a prepared graph to its place unless another process has put a good one there."""
     if folder.exists():
         engine = _loaded(folder)
         if engine is not None:
             engine.close()
             return
-        with part_folder(folder) as aside:  # and away with it, in the end
+        with part_folder(folder) as aside:  # removed in the end, with the old graph
             folder.rename(aside / "old")
             part.rename(folder)
         return
@@ -240,7 +247,7 @@ def _move(part: Path, folder: Path) -> None:
 
 @contextmanager
 def _announced(what: str, size: int, part: Path, *, quiet: bool) -> Iterator[None]:
-    """Say what takes so long, where it does, and show the bytes written so far."""
+    """Announce the preparation of a large graph and show the bytes written so far."""
     if size < _LARGE or quiet:
         yield
         return

@@ -1,9 +1,8 @@
-"""Every TensorRT call that running a plan takes, typed: what both flavours share, and what one has.
+"""The types of every TensorRT call that runs a plan, for both flavours.
 
-TensorRT and TensorRT-RTX give Python the same classes under two module names and ship no types, so
-this page is what mypy checks our code against, and a test holds it against the installed
-`tensorrt_rtx` and against the table of names of the other versions. Building is in
-`trt_builder_api`.
+TensorRT and TensorRT-RTX have the same classes in two modules, and neither ships types. So mypy
+checks our code against this page, and a test compares the page with the installed `tensorrt_rtx`
+and with the table of names of other versions. `builder_api` has the calls that build a plan.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ class CudaEngine(Protocol):
 
 
 class RtxCudaEngine(CudaEngine, Protocol):
-    """What only TensorRT-RTX's `ICudaEngine` has."""
+    """The part of `ICudaEngine` that only TensorRT-RTX has."""
 
     def create_runtime_config(self) -> RuntimeConfig: ...
 
@@ -72,7 +71,7 @@ class Runtime(Protocol):
 
 
 class Refitter(Protocol):
-    """`Refitter`: puts weights into an engine that was built without (classic TensorRT)."""
+    """`Refitter`: puts weights into an engine that was built without weights (classic TensorRT)."""
 
     def refit_cuda_engine(self) -> bool: ...
     def get_missing_weights(self) -> Sequence[str]: ...
@@ -94,7 +93,7 @@ class TensorRT(Protocol):
     DataType: Any
     ExecutionContextAllocationStrategy: Any
     CudaGraphStrategy: Any  # TensorRT-RTX
-    Refitter: Any  # where a plan was stripped
+    Refitter: Any  # for stripped plans
     OnnxParserRefitter: Any
 
     def nptype(self, trt_type: Any) -> type: ...

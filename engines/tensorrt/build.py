@@ -1,6 +1,6 @@
-"""Building a plan from an ONNX graph, with both flavours of TensorRT. Loads neither torch nor onnx.
+"""Building a plan from an ONNX graph, with both flavours of TensorRT, without torch or onnx.
 
-TensorRT-RTX builds for any devices on any machine, classic TensorRT for the device it runs on.
+TensorRT-RTX builds for any device on any machine; classic TensorRT builds for the device here.
 """
 
 from __future__ import annotations
@@ -14,17 +14,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Self, TypeVar, cast
 
 import numpy as np
 
 from sld_edge.engines.base import TensorSpec
-from sld_edge.engines.cache import TIMING, private_folder
-from sld_edge.engines.errors import (
-    EngineError,
-    OutputError,
-)
+from sld_edge.engines.cache import TIMING, entry_name, private_folder
+from sld_edge.engines.errors import EngineError, OutputError
 from sld_edge.engines.files import write_whole
 from sld_edge.engines.tensorrt.api import TensorRT
 from sld_edge.engines.tensorrt.build_settings import BuildSettings
@@ -37,12 +35,12 @@ from sld_edge.engines.tensorrt.builder_api import (
     TensorRTBuilder,
 )
 from sld_edge.engines.tensorrt.engine import Log
-from sld_edge.engines.tensorrt.plan_info import PlanInfo, PlanTensor, info_path
-from sld_edge.engines.tensorrt.target import Target, capabilities_taken, refused
+from sld_edge.engines.tensorrt.plan_info import PlanInfo, PlanTensor, info_path, named_shape
+from sld_edge.engines.tensorrt.target import Target, supported_capabilities, unsupported_capability
 
 Stage = Callable[[str], None]
 T = TypeVar("T")
-# What TensorRT says when a head is of a size that its Attention has no kernel for.
+# TensorRT's words where its Attention has no kernel for the size of a head.
 _NO_ATTENTION = ("is_decomposable", "not supported by a dedicated kernel")
 _OUT_OF_MEMORY = re.compile(
     r"out of memory|outofmemory|memory allocation|bad_alloc|alloc\w* fail|insufficient\w* memory"
@@ -57,7 +55,7 @@ _SMALLER = (
 
 
 class AttentionError(EngineError):
-    """TensorRT has no kernel for an Attention of this kind; the decomposed form builds."""
+    """TensorRT has no kernel for a graph's Attention; the decomposed form builds."""
 
 
 def build_plan(
@@ -67,17 +65,17 @@ def build_plan(
     *,
     settings: BuildSettings,
     target: Target,
-    stage: Stage | None = None,
+    stage: Stage = lambda name: None,
 ) -> PlanInfo:
     """Build one plan, write it to `path` and its description beside it, each whole.
 
     Args:
-        draft: the description but for hash, size and time; its inputs hold the profiles.
-        graph: gives the ONNX file; it is left when TensorRT has read it.
-        path: where the plan goes; what lies there is replaced.
+        draft: the description without hash, size and time; its inputs hold the profiles.
+        graph: gives the ONNX file, and ends when TensorRT has read the file.
+        path: the plan's place; an existing plan is replaced.
         settings: how to build.
         target: from `build_target`.
-        stage: is told "parsing" and "building".
+        stage: called with "parsing" and "building".
 
     Raises:
         AttentionError: TensorRT has no kernel for the graph's Attention.
@@ -85,7 +83,6 @@ def build_plan(
         OutputError: the plan cannot be written.
     """
     start = time.perf_counter()
-    stage = stage if stage is not None else _silence
     with _Work(draft, target) as work:
         stage("parsing")
         with graph as source:
@@ -93,23 +90,23 @@ def build_plan(
         stage("building")
         content = memoryview(work.build(settings))
         info = replace(
-            work.draft,
+            draft,
             sha256=hashlib.sha256(content).hexdigest(),
             bytes=content.nbytes,
             seconds=round(time.perf_counter() - start, 2),
         )
-    write_whole(path, cast(bytes, content))  # bytes to a file, without a copy of gigabytes
+    write_whole(path, cast(bytes, content))  # a buffer: a copy would take gigabytes
     write_whole(info_path(path), info.to_json().encode())
     return info
 
 
 class _Work:
-    """One build: TensorRT's objects, which live until it is left."""
+    """One build: TensorRT's objects, which live until the end of the `with` block."""
 
     def __init__(self, draft: PlanInfo, target: Target) -> None:
         self.draft, self.target = draft, target
         self._trt = trt = target.trt
-        self._log = Log(cast(TensorRT, trt))  # one module, of two pages
+        self._log = Log(cast(TensorRT, trt))  # the module has both types
         self._stopped = threading.Event()
         self._builder: Builder = trt.Builder(self._log.logger)
         # From TensorRT 11 on every network is strongly typed, and the flag may be gone.
@@ -124,13 +121,13 @@ class _Work:
         del self._parser, self._network, self._builder  # gigabytes, before the plan is written
 
     def parse(self, source: Path) -> None:
-        """Read the graph and fill the draft's tensors in."""
+        """Read the graph and compare its tensors with the draft's."""
         if not self._native(lambda: self._parser.parse_from_file(str(source))):
             raise self._unreadable()
-        self.draft = _described(self.draft, self._network, self._trt)
+        _check_described(self.draft, self._network, self._trt)
 
     def build(self, settings: BuildSettings) -> bytes:
-        """Return the plan, a buffer."""
+        """Return the plan as a buffer."""
         config = _config(self._builder, self.draft, settings, self.target)
         monitor = _monitor(self._trt, self._stopped)
         config.progress_monitor = monitor
@@ -142,7 +139,7 @@ class _Work:
         return plan
 
     def _native(self, call: Callable[[], T]) -> T:
-        """Make a long call where Ctrl-C can stop it: beside the main thread."""
+        """Make a long call in another thread, so that Ctrl-C can stop it."""
         results: list[T] = []
         errors: list[BaseException] = []
         done = threading.Event()
@@ -159,7 +156,7 @@ class _Work:
         with _silenced():
             thread.start()
             try:
-                done.wait()  # joining a thread is not safe to interrupt in Python 3.11
+                done.wait()  # in Python 3.11 it is not safe to interrupt `join`
             except BaseException:
                 self._stopped.set()
                 done.wait()
@@ -172,19 +169,19 @@ class _Work:
         return results[0]
 
     def _unreadable(self) -> EngineError:
-        what = f"{self.draft.component}: {self.target.name} cannot read the graph"
+        problem = f"{self.draft.component}: {self.target.name} cannot read the graph"
         if not self._parser.num_errors:
-            return EngineError(what, got=self._log.last(), do=_DECOMPOSED)
+            return EngineError(problem, got=self._log.last(), do=_DECOMPOSED)
         error = self._parser.get_error(0)
         reason = " ".join(error.desc().split())[:300]
         if _OUT_OF_MEMORY.search(reason):
             return _out_of_memory(self.draft.component, reason)
-        what += f", node {error.node_name()!r} ({error.node_operator()})"
-        return EngineError(what, got=reason, do=_DECOMPOSED)
+        problem += f", node {error.node_name()!r} ({error.node_operator()})"
+        return EngineError(problem, got=reason, do=_DECOMPOSED)
 
 
 def _monitor(trt: TensorRTBuilder, stopped: threading.Event) -> object:
-    """Return what TensorRT asks at every step whether to go on."""
+    """Return a monitor, which TensorRT asks at every step whether to go on."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]  # TensorRT has no types
         def __init__(self) -> None:
@@ -205,49 +202,43 @@ def _monitor(trt: TensorRTBuilder, stopped: threading.Event) -> object:
 # --- network and config ---------------------------------------------------------------------------
 
 
-def _described(draft: PlanInfo, network: NetworkDefinition, trt: TensorRTBuilder) -> PlanInfo:
-    """Fill in the tensors as the network has them; they must be those the bundle names."""
-    inputs = [network.get_input(i) for i in range(network.num_inputs)]
-    outputs = [network.get_output(i) for i in range(network.num_outputs)]
-    found = replace(
-        draft,
-        inputs=tuple(_tensor(tensor, draft.inputs, trt) for tensor in inputs),
-        outputs=tuple(_tensor(tensor, draft.outputs, trt) for tensor in outputs),
-    )
-    if found != draft:
+def _check_described(draft: PlanInfo, network: NetworkDefinition, trt: TensorRTBuilder) -> None:
+    """Refuse a network whose inputs or outputs are not as the draft describes them."""
+    inputs = [network.get_input(index) for index in range(network.num_inputs)]
+    outputs = [network.get_output(index) for index in range(network.num_outputs)]
+    got = [
+        [_spec(tensor, described, trt) for tensor in tensors]
+        for tensors, described in ((inputs, draft.inputs), (outputs, draft.outputs))
+    ]
+    expected = [[tensor.spec for tensor in tensors] for tensors in (draft.inputs, draft.outputs)]
+    if got != expected:
         raise EngineError(
             f"{draft.component}: the graph is not as bundle.json describes it",
-            got=", ".join(_shown(tensor) for tensor in found.inputs + found.outputs),
-            expected=", ".join(_shown(tensor) for tensor in draft.inputs + draft.outputs),
+            got=_shown(got),
+            expected=_shown(expected),
             do="export the bundle again",
         )
-    return found
 
 
-def _tensor(tensor: NetworkTensor, known: Sequence[PlanTensor], trt: TensorRTBuilder) -> PlanTensor:
-    named = next((each for each in known if each.spec.name == tensor.name), None)
-    names = named.spec.shape if named is not None else ()
-    # TensorRT forgets the names of an output's dimensions, so they come from the bundle.
-    shape = tuple(
-        size if size >= 0 else (names[axis] if axis < len(names) else "?")
-        for axis, size in enumerate(tensor.shape)
-    )
-    dtype = np.dtype(trt.nptype(tensor.dtype)).name
-    return PlanTensor(
-        spec=TensorSpec(name=tensor.name, dtype=dtype, shape=shape),
-        profile=named.profile if named is not None else None,
+def _spec(
+    tensor: NetworkTensor, described: Sequence[PlanTensor], trt: TensorRTBuilder
+) -> TensorSpec:
+    return TensorSpec(
+        name=tensor.name,
+        dtype=np.dtype(trt.nptype(tensor.dtype)).name,
+        shape=named_shape(tensor.name, tensor.shape, described),
     )
 
 
-def _shown(tensor: PlanTensor) -> str:
-    return f"{tensor.spec.name} {tensor.spec.dtype} {list(tensor.spec.shape)}"
+def _shown(specs: Sequence[Sequence[TensorSpec]]) -> str:
+    return ", ".join(f"{spec.name} {spec.dtype} {list(spec.shape)}" for spec in chain(*specs))
 
 
 def _config(
     builder: Builder, draft: PlanInfo, settings: BuildSettings, target: Target
 ) -> BuilderConfig:
     trt, config = target.trt, builder.create_builder_config()
-    # TF32 keeps 10 of FP32's 23 bits; who asks for FP32 asks for all.
+    # TF32 keeps only 10 of FP32's 23 bits.
     config.clear_flag(trt.BuilderFlag.TF32)
     if settings.optimization_level is not None:
         config.builder_optimization_level = settings.optimization_level
@@ -259,7 +250,7 @@ def _config(
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
     if settings.strip_weights:
         config.set_flag(trt.BuilderFlag.STRIP_PLAN)
-        config.set_flag(trt.BuilderFlag.REFIT_IDENTICAL)  # it gets the same weights back
+        config.set_flag(trt.BuilderFlag.REFIT_IDENTICAL)  # it is refitted with the same weights
     if target.engine == "tensorrt":
         _use_timings(config, target)
     else:
@@ -277,28 +268,29 @@ def _set_capabilities(config: BuilderConfig, target: Target) -> None:
     config.num_compute_capabilities = len(target.compute_capabilities)
     for index, name in enumerate(target.compute_capabilities):
         member = getattr(target.trt.ComputeCapability, "SM" + name.replace(".", ""))
-        if not config.set_compute_capability(member, index):  # it only says False
-            raise refused(name, [n for n in capabilities_taken(target.trt) if n != name])
+        if not config.set_compute_capability(member, index):  # it returns False without a reason
+            others = [each for each in supported_capabilities(target.trt) if each != name]
+            raise unsupported_capability(name, others)
 
 
-# --- timings that are kept between builds ---------------------------------------------------------
+# --- timings kept between builds ---------------------------------------------------------
 
 
 def timing_cache_path(target: Target) -> Path | None:
-    """Return where the timings of a version and device are kept; None where caching is off."""
+    """Return the file with the timings of a version and device; None where the cache is off."""
     folder = private_folder(TIMING)
     if folder is None:
         return None
-    identity = "\n".join((target.version, *target.devices, *target.compute_capabilities))
-    return folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.cache"
+    name = entry_name(target.version, *target.devices, *target.compute_capabilities)
+    return folder / f"{name}.cache"
 
 
 def _use_timings(config: BuilderConfig, target: Target) -> None:
-    path, kept = timing_cache_path(target), b""
+    path, stored = timing_cache_path(target), b""
     if path is not None:
         with contextlib.suppress(OSError):
-            kept = path.read_bytes()
-    for content in dict.fromkeys((kept, b"")):  # what it refuses, being damaged, is measured anew
+            stored = path.read_bytes()
+    for content in dict.fromkeys((stored, b"")):  # TensorRT refuses a damaged file: start empty
         cache = config.create_timing_cache(content)
         if cache is not None and config.set_timing_cache(cache, False):
             return
@@ -307,11 +299,11 @@ def _use_timings(config: BuilderConfig, target: Target) -> None:
 def _keep_timings(config: BuilderConfig, target: Target) -> None:
     path, cache = timing_cache_path(target), config.get_timing_cache()
     if path is not None and cache is not None:
-        with contextlib.suppress(OSError, OutputError):  # a cache costs only time
+        with contextlib.suppress(OSError, OutputError):  # without the cache builds are only slower
             write_whole(path, bytes(cache.serialize()))
 
 
-# --- what goes wrong ------------------------------------------------------------------------------
+# --- errors ------------------------------------------------------------------------------
 
 
 def _failure(name: str, log: Log) -> EngineError:
@@ -332,22 +324,18 @@ def _out_of_memory(name: str, line: str | None = None) -> EngineError:
 
 @contextmanager
 def _silenced() -> Iterator[None]:
-    """Send what native code prints to nowhere: the log has it, and we say it in one line."""
+    """Discard the prints of native code: the log has its errors, reported in one line."""
     with contextlib.ExitStack() as stack:
         for number in (1, 2):
             with contextlib.suppress(OSError):  # a service may run without one of them
-                kept = os.dup(number)
-                stack.callback(_restore, kept, number)
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, number)
-                os.close(nowhere)
+                original = os.dup(number)
+                stack.callback(_restore, original, number)
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, number)
+                os.close(null)
         yield
 
 
-def _restore(kept: int, number: int) -> None:
-    os.dup2(kept, number)
-    os.close(kept)
-
-
-def _silence(line: str) -> None:
-    pass
+def _restore(original: int, number: int) -> None:
+    os.dup2(original, number)
+    os.close(original)

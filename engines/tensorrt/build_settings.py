@@ -1,4 +1,4 @@
-"""What a plan is asked to be: options, sizes, and which engine has which option."""
+"""Settings of a build: its options, which engine has which option, and the sizes of a plan."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from sld_edge.engines.base import TensorSpec
 from sld_edge.engines.errors import InputError
 from sld_edge.engines.tensorrt.plan_info import FLAVOURS, Flavour, Span
 
-CELLS_STEP = 4  # latent cells; so the UNet's output for each branch starts on 256 bytes
-BATCH = Span(min=1, opt=1, max=4)  # where none is asked for
-_TEXTS = Span(min=1, opt=1, max=3)  # that the text encoder takes in one call
+CELLS_STEP = 4  # latent cells; then the UNet's output for each branch starts on 256 bytes
+BATCH = Span(min=1, opt=1, max=4)  # the default
+_TEXTS = Span(min=1, opt=1, max=3)  # texts in one call of the text encoder
 _LEVELS = range(6)
 
-# What an engine does not have, and what to do instead. Everything else it has.
+# The options that an engine does not have, and what to do instead.
 _LACKS: Mapping[Flavour, Mapping[str, str]] = {
     "tensorrt-rtx": {
         "version_compatible": "build with the version that will run the plan",
         "hardware_compatible": "name every kind of device with --compute-capability",
-        "strip_weights": "its plans without weights cannot be built without a GPU; leave it out",
-        "workspace": "it picks its kernels when the plan runs; leave it out",
+        "strip_weights": "TensorRT-RTX needs a GPU to build such plans; leave it out",
+        "workspace": "TensorRT-RTX picks kernels when the plan runs; leave it out",
     },
     "tensorrt": {
-        "compute_capabilities": "it builds for the device that it runs on; leave it out, or use "
+        "compute_capabilities": "TensorRT builds for the device here; leave it out, or use "
         "--hardware-compatible for 8.0 and later",
     },
 }
@@ -36,16 +36,16 @@ class BuildSettings:
 
     Attributes:
         engine: TensorRT's flavour.
-        compute_capabilities: "8.6"; none is the device's own or, without one, all it takes (RTX).
-        batch: images at once.
-        concepts: most safety concepts at once; None is as many as the bundle has.
-        size: pixels, of width and of height; None is the bundle's own size alone.
-        components: which to build; none is all that the bundle has.
-        workspace: bytes that kernels may use beside their tensors (classic).
-        optimization_level: 0 is the fastest build, 5 the fastest plan; None is TensorRT's own.
+        compute_capabilities: as "8.6" (RTX); empty: of the device here, or, without a device, all.
+        batch: images in one call.
+        concepts: the most safety concepts in one call; None: as many as the bundle has.
+        size: width and height in pixels; None: only the bundle's size.
+        components: names of the components to build; empty: all.
+        workspace: bytes that kernels may use besides their tensors (classic).
+        optimization_level: 0 for the fastest build to 5 for the fastest plan; None: the default.
         version_compatible: the plan runs on later versions too (classic).
-        hardware_compatible: it runs on every device of compute capability 8.0 and later (classic).
-        strip_weights: it holds no weights; they come from the ONNX file when it loads (classic).
+        hardware_compatible: the plan runs on compute capability 8.0 and later (classic).
+        strip_weights: the plan holds no weights; it loads them from the ONNX file (classic).
     """
 
     engine: Flavour
@@ -72,10 +72,10 @@ class BuildSettings:
         if self.concepts is not None and self.concepts < 1:
             raise InputError("concepts", got=self.concepts, expected="1 or more")
         if self.workspace is not None and self.workspace < 1:
-            raise InputError("workspace", got=self.workspace, expected="more than nothing")
+            raise InputError("workspace", got=self.workspace, expected="more than 0")
 
     def options(self) -> dict[str, Any]:
-        """Return what bears on the plan beside its sizes and devices."""
+        """Return the options that change the plan, without its sizes and devices."""
         return {name: getattr(self, name) for name in _OPTIONS}
 
 
@@ -97,10 +97,10 @@ def option_name(field: str) -> str:
 
 
 def span_from_numbers(numbers: tuple[int, ...], *, what: str) -> Span:
-    """Return the span that one number (fixed) or three (least, best, most) name.
+    """Return the span of one number (a fixed size) or of three (least, best, most).
 
     Raises:
-        InputError: another count, or not in order.
+        InputError: another count of numbers, or numbers out of order.
     """
     try:
         least, best, most = numbers * 3 if len(numbers) == 1 else numbers
@@ -125,21 +125,19 @@ def dimensions(
     """Return the sizes of every dimension that a graph names.
 
     Args:
-        settings: batch and size asked for.
-        width: of the bundle's pictures, in pixels, for where no size is asked for.
-        height: likewise.
-        downscale: pixels a latent cell in one direction.
+        settings: give batch and size.
+        width: of the bundle's pictures, in pixels; used where the settings give no size.
+        height: of the bundle's pictures, in pixels.
+        downscale: pixels per latent cell in one direction.
         text_length: tokens of a prompt.
-        concepts: safety concepts of the bundle.
+        concepts: number of safety concepts of the bundle.
 
     Raises:
-        InputError: a size that is not a multiple of what the graphs and their buffers need.
+        InputError: a size is not a multiple that the graphs and their buffers need.
     """
     pixels = {
-        "W": settings.size if settings.size is not None else Span(min=width, opt=width, max=width),
-        "H": settings.size
-        if settings.size is not None
-        else Span(min=height, opt=height, max=height),
+        name: settings.size if settings.size is not None else _fixed(side)
+        for name, side in (("W", width), ("H", height))
     }
     step = CELLS_STEP * downscale
     for span in pixels.values():
@@ -149,19 +147,18 @@ def dimensions(
                     "size",
                     got=f"{size} pixels",
                     expected=f"a multiple of {step}",
-                    do="else the parts of the UNet's output do not lie where TensorRT can read "
-                    "them; name others with --size",
+                    do="TensorRT needs aligned outputs; name another --size",
                 )
     batch = settings.batch
     most = settings.concepts if settings.concepts is not None else concepts
     usual = min(concepts, most)
     return {
         "B": batch,
-        # The prompt alone, with the empty one, and with a branch for each concept.
+        # From the prompt's branch alone to prompt, empty prompt, and a branch for each concept.
         "K*B": Span(min=batch.min, opt=(2 + usual) * batch.opt, max=(2 + most) * batch.max),
         "n": Span(min=1, opt=usual, max=most),
         "N": _TEXTS,
-        "L": Span(min=text_length, opt=text_length, max=text_length),
+        "L": _fixed(text_length),
         **pixels,
         **{
             name.lower(): Span(
@@ -172,18 +169,22 @@ def dimensions(
     }
 
 
+def _fixed(size: int) -> Span:
+    return Span(min=size, opt=size, max=size)
+
+
 def profile(
     spec: TensorSpec, sizes: Mapping[str, Span]
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """Return an input's least, best and largest shape.
 
     Raises:
-        InputError: a dimension that nothing is known of.
+        InputError: a dimension that `sizes` does not have.
     """
     spans = []
     for size in spec.shape:
         if isinstance(size, int):
-            spans.append(Span(min=size, opt=size, max=size))
+            spans.append(_fixed(size))
         elif size in sizes:
             spans.append(sizes[size])
         else:

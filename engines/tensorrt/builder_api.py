@@ -1,7 +1,7 @@
-"""Every TensorRT call that building a plan takes, typed; running one is in `trt_api`.
+"""The types of every TensorRT call that builds a plan; `api` has the calls that run a plan.
 
-Both flavours have these names, but where it says otherwise; a test holds the page against the
-installed `tensorrt_rtx`. What is `bytes` here is an `IHostMemory`, a buffer.
+Both flavours have these names unless a comment says otherwise; a test compares the page with the
+installed `tensorrt_rtx`. Where it says `bytes`, TensorRT gives an `IHostMemory`, a buffer.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class BuilderConfig(Protocol):
 
 
 class Builder(Protocol):
-    """`Builder`: makes all of the above, and the plan from them."""
+    """`Builder`: makes the objects above, and the plan from them."""
 
     def create_network(self, flags: int) -> NetworkDefinition: ...
     def create_builder_config(self) -> BuilderConfig: ...

@@ -1,35 +1,35 @@
-"""A TensorRT plan as an engine, for both flavours: what runs on the device stays on the device.
+"""A TensorRT plan as an engine, for both flavours; its tensors can stay on the device.
 
-`bind` fixes shapes and addresses once and gives back what a loop calls: one call a run, no copy, no
-allocation, no wait. `run` is the plain way, from host arrays to host arrays.
+`bind` fixes shapes and addresses once. Each run is then one call, without copy, allocation or wait.
+`run` goes from host arrays to host arrays.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib
 import mmap
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self, cast
 
 import numpy as np
 
-from sld_edge.engines.base import Array, TensorSpec, check_feeds
-from sld_edge.engines.cache import JIT, private_folder
+from sld_edge.engines.base import Array, TensorSpec, check_tensors
+from sld_edge.engines.cache import JIT, entry_name, private_folder
 from sld_edge.engines.cuda.device import ALIGNMENT, Arena, Device, DeviceTensor
 from sld_edge.engines.errors import EngineError, MissingPackageError, OutputError, one_line
 from sld_edge.engines.files import opened, read_limited, write_whole
 from sld_edge.engines.tensorrt.api import CudaEngine, ExecutionContext, RtxCudaEngine, TensorRT
-from sld_edge.engines.tensorrt.plan_info import Flavour, PlanInfo
+from sld_edge.engines.tensorrt.plan_info import Flavour, PlanInfo, named_shape
 
 _MODULES: dict[Flavour, tuple[str, str]] = {
     "tensorrt": ("tensorrt", "tensorrt"),
     "tensorrt-rtx": ("tensorrt_rtx", "rtx"),
 }
 _JIT_LIMIT = 1 << 30  # bytes of compiled kernels
-_KEPT_SHAPES = 4  # input shapes whose buffers `run` keeps
+_KEPT_SHAPES = 4  # sets of input shapes whose buffers `run` keeps
 
 
 def tensorrt_module(flavour: Flavour) -> TensorRT:
@@ -37,7 +37,7 @@ def tensorrt_module(flavour: Flavour) -> TensorRT:
 
     Raises:
         MissingPackageError: it is not installed.
-        EngineError: it is, but its libraries are not, or do not load here.
+        EngineError: it is installed, but its libraries are missing or do not load here.
     """
     name, extra = _MODULES[flavour]
     try:
@@ -54,10 +54,10 @@ def tensorrt_module(flavour: Flavour) -> TensorRT:
 
 
 class Log:
-    """TensorRT's errors of late, since its calls give only None or False."""
+    """TensorRT's latest errors, because its calls return only None or False."""
 
     def __init__(self, trt: TensorRT) -> None:
-        """Make the logger that TensorRT's classes take, `self.logger`."""
+        """Make `logger`, which TensorRT's classes take."""
         self.lines: list[str] = []
         lines, severity = self.lines, trt.ILogger
 
@@ -73,7 +73,7 @@ class Log:
         self.logger: Any = Logger()
 
     def last(self) -> str:
-        """Return the last error, or that there is none."""
+        """Return the last error, or a text where there is none."""
         return self.lines[-1] if self.lines else "no reason given"
 
 
@@ -94,9 +94,9 @@ class TrtEngine:
         Args:
             path: the plan.
             info: its description.
-            device: where it runs.
+            device: runs the plan.
             cuda_graph: whether runs may be replayed from a CUDA graph.
-            source: the ONNX graph whose weights a stripped plan is filled with.
+            source: the ONNX graph with the weights of a stripped plan.
 
         Raises:
             MissingPackageError: TensorRT is not installed.
@@ -107,13 +107,13 @@ class TrtEngine:
         self._log = Log(trt)
         self._runtime = trt.Runtime(self._log.logger)
         if info.options.get("version_compatible"):
-            self._runtime.engine_host_code_allowed = True  # such a plan carries its own runtime
+            self._runtime.engine_host_code_allowed = True  # such a plan contains its own runtime
         self._closed = False
         self._engine = self._deserialize()
         if info.options.get("strip_weights"):
             self._refit(source)
         rtx = info.engine == "tensorrt-rtx"
-        # TensorRT-RTX captures graphs itself, and knows when a kernel was compiled anew.
+        # TensorRT-RTX captures graphs itself: only it knows when a kernel was compiled again.
         self.capturable = cuda_graph and not rtx
         self._jit = _JitCache(self._engine, info, device, trt, cuda_graph) if rtx else None
         self._profiles: dict[str, tuple[tuple[int, ...], ...]] = {}
@@ -127,30 +127,34 @@ class TrtEngine:
             else:
                 outputs.append(self._spec(name))
         self.inputs, self.outputs = tuple(inputs), tuple(outputs)
-        self._host_runs: dict[tuple[tuple[int, ...], ...], _HostRun] = {}
+        self._host_runs: dict[tuple[tuple[int, ...], ...], tuple[Arena, TrtBound]] = {}
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run the plan once, from host arrays to new host arrays.
 
         Raises:
-            EngineError: an input is missing, unknown, of another dtype, or of a shape the plan was
-                not built for; or the run failed.
+            EngineError: an input is missing, unknown, of another dtype, or of a shape that the
+                plan was not built for; or the run failed.
         """
         self._require_open()
-        check_feeds(self.path.name, self.inputs, feeds)
+        check_tensors(self.path.name, self.inputs, feeds, kind="input")
         key = tuple(feeds[spec.name].shape for spec in self.inputs)
         if key not in self._host_runs:
             if len(self._host_runs) >= _KEPT_SHAPES:
-                self._host_runs.pop(next(iter(self._host_runs))).close()
+                self._host_runs.pop(next(iter(self._host_runs)))[0].close()
             self._host_runs[key] = self._host_run(feeds)
-        return self._host_runs[key](feeds)
+        arena, bound = self._host_runs[key]
+        for spec in self.inputs:
+            self.device.upload(arena[spec.name], feeds[spec.name])
+        bound.enqueue()
+        return {spec.name: self.device.download(arena[spec.name]) for spec in self.outputs}
 
     def bind(self, tensors: Mapping[str, DeviceTensor]) -> TrtBound:
-        """Fix shape and place of every input and output, by name.
+        """Fix the shape and address of every input and output, by name.
 
         Raises:
             EngineError: a tensor is missing or unknown, of another dtype or shape, not aligned, or
-                outside what the plan was built for.
+                outside the sizes that the plan was built for.
         """
         self._require_open()
         shapes = {
@@ -159,12 +163,12 @@ class TrtEngine:
         return self._attach(self._context(shapes), tensors)
 
     def close(self) -> None:
-        """Give back the plan's memory and keep what was compiled for it."""
+        """Free the plan's memory and save the kernels that were compiled for it."""
         if self._closed:
             return
         self._closed = True
-        for run in self._host_runs.values():
-            run.close()
+        for arena, _ in self._host_runs.values():
+            arena.close()
         self._host_runs.clear()
         if self._jit is not None:
             self._jit.save()
@@ -215,20 +219,15 @@ class TrtEngine:
             )
 
     def _spec(self, name: str) -> TensorSpec:
-        said = {tensor.spec.name: tensor.spec for tensor in self.info.inputs + self.info.outputs}
         shape = self._engine.get_tensor_shape(name)
-        names = said[name].shape if name in said else ()
         return TensorSpec(
             name=name,
             dtype=np.dtype(self._trt.nptype(self._engine.get_tensor_dtype(name))).name,
-            shape=tuple(
-                size if size >= 0 else (names[axis] if axis < len(names) else "?")
-                for axis, size in enumerate(shape)
-            ),
+            shape=named_shape(name, shape, self.info.inputs + self.info.outputs),
         )
 
     def _context(self, shapes: Mapping[str, Sequence[int]]) -> ExecutionContext:
-        """Return a new context in which every input has a shape."""
+        """Return a new context with a shape for every input."""
         strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
         argument = strategy if self._jit is None else self._jit.config
         context = self._engine.create_execution_context(argument)
@@ -245,7 +244,7 @@ class TrtEngine:
                 raise EngineError(f"{self.path.name}: input {name}", got=self._log.last())
         try:
             missing = context.infer_shapes()
-        except RuntimeError as error:  # what TensorRT's bindings raise for shapes that clash
+        except RuntimeError as error:  # raised by TensorRT's bindings for shapes that clash
             given = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
             raise EngineError(f"{self.path.name}: shapes do not fit together", got=given) from error
         if missing:
@@ -267,21 +266,15 @@ class TrtEngine:
 
     def _attach(self, context: ExecutionContext, tensors: Mapping[str, DeviceTensor]) -> TrtBound:
         specs = (*self.inputs, *self.outputs)
-        unknown = set(tensors) - {spec.name for spec in specs}
-        if unknown:
-            raise EngineError(f"{self.path.name}: no such tensor", got=", ".join(sorted(unknown)))
+        fixed = tuple(
+            replace(spec, shape=tuple(context.get_tensor_shape(spec.name))) for spec in specs
+        )
+        check_tensors(self.path.name, fixed, tensors, kind="tensor")
         for spec in specs:
-            tensor = tensors.get(spec.name)
-            shape = tuple(context.get_tensor_shape(spec.name))
-            if tensor is None or (tensor.dtype, tensor.shape) != (spec.dtype, shape):
-                raise EngineError(
-                    f"{self.path.name}: tensor {spec.name}",
-                    got="nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}",
-                    expected=f"{spec.dtype} {list(shape)}",
-                )
+            tensor = tensors[spec.name]
             if tensor.address % ALIGNMENT:
                 raise EngineError(
-                    f"{self.path.name}: {spec.name} does not lie on {ALIGNMENT} bytes",
+                    f"{self.path.name}: {spec.name} is not aligned to {ALIGNMENT} bytes",
                     do="choose a width and height that are multiples of 32",
                 )
             if not context.set_tensor_address(spec.name, tensor.address):
@@ -289,7 +282,8 @@ class TrtEngine:
         self.device.workspace.require(max(1, context.update_device_memory_size_for_shapes()))
         return TrtBound(self, context)
 
-    def _host_run(self, feeds: Mapping[str, Array]) -> _HostRun:
+    def _host_run(self, feeds: Mapping[str, Array]) -> tuple[Arena, TrtBound]:
+        """Return buffers for all inputs and outputs, and the plan bound to them."""
         context = self._context({spec.name: feeds[spec.name].shape for spec in self.inputs})
         layout = {
             spec.name: (spec.dtype, tuple(context.get_tensor_shape(spec.name)))
@@ -301,7 +295,7 @@ class TrtEngine:
         except EngineError:
             arena.close()
             raise
-        return _HostRun(self, arena, bound)
+        return arena, bound
 
 
 class TrtBound:
@@ -316,7 +310,7 @@ class TrtBound:
         """Queue one run on the device's stream.
 
         Raises:
-            EngineError: TensorRT refused.
+            EngineError: the run failed.
         """
         device = self._engine.device
         if self._generation != device.workspace.generation:
@@ -328,25 +322,8 @@ class TrtBound:
             )
 
 
-class _HostRun:
-    """Buffers and binding for one set of input shapes."""
-
-    def __init__(self, engine: TrtEngine, arena: Arena, bound: TrtBound) -> None:
-        self._engine, self._arena, self._bound = engine, arena, bound
-
-    def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        device = self._engine.device
-        for spec in self._engine.inputs:
-            device.upload(self._arena[spec.name], feeds[spec.name])
-        self._bound.enqueue()
-        return {spec.name: device.download(self._arena[spec.name]) for spec in self._engine.outputs}
-
-    def close(self) -> None:
-        self._arena.close()
-
-
 class _JitCache:
-    """What TensorRT-RTX compiled for this device, kept in a file between runs."""
+    """The kernels that TensorRT-RTX compiled for this device, stored in a file between runs."""
 
     def __init__(
         self, engine: CudaEngine, info: PlanInfo, device: Device, trt: TensorRT, cuda_graph: bool
@@ -359,19 +336,18 @@ class _JitCache:
             self.config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         self._cache = self.config.create_runtime_cache()
         root = private_folder(JIT)
-        identity = "\n".join((info.sha256, trt.__version__, device.name, device.driver))
-        name = hashlib.sha256(identity.encode()).hexdigest()[:32]
+        name = entry_name(info.sha256, trt.__version__, device.name, device.driver)
         self._path = root / f"{name}.cache" if root is not None else None
-        self._kept = b""
+        self._stored = b""
         if self._path is not None:
             with contextlib.suppress(EngineError):
-                self._kept = read_limited(self._path, _JIT_LIMIT, error=EngineError)
-                self._cache.deserialize(self._kept)  # what it refuses is compiled anew
+                self._stored = read_limited(self._path, _JIT_LIMIT, error=EngineError)
+                self._cache.deserialize(self._stored)  # where it refuses, it compiles again
         self.config.set_runtime_cache(self._cache)
 
     def save(self) -> None:
-        """Write what has come since; a cache that can't be written costs only time."""
+        """Store new kernels; where that fails, the next start is only slower."""
         blob = bytes(self._cache.serialize())
-        if self._path is not None and blob and blob != self._kept:
+        if self._path is not None and blob and blob != self._stored:
             with contextlib.suppress(OSError, OutputError):
                 write_whole(self._path, blob)

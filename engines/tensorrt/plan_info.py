@@ -1,7 +1,7 @@
-"""What a plan says of itself: the `.json` beside it, and whether this machine can run it.
+"""The description of a plan, in the `.json` file beside it, and whether this machine can run it.
 
-A plan is code for one TensorRT, one operating system and some devices, and TensorRT's own complaint
-about another one names none of them; so it is asked here, before TensorRT sees the plan.
+A plan is code for one TensorRT, one operating system and some devices. TensorRT's errors about a
+wrong plan do not name these. So sld-edge compares them before TensorRT reads the plan.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sld_edge.engines.files import json_from_bytes, read_limited
 FORMAT = "sld-edge-plan"
 FORMAT_VERSION = 1
 _LIMIT = 1 << 20  # bytes of a description
-_MOST = 1 << 50  # of any number in it
+_MOST = 1 << 50  # the largest number in a description
 
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
 FLAVOURS: tuple[Flavour, ...] = ("tensorrt-rtx", "tensorrt")
@@ -53,23 +53,23 @@ class PlanTensor:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanInfo:
-    """Everything worth knowing of a plan without loading it.
+    """The description of a plan.
 
     Attributes:
-        component: of which component of a bundle.
+        component: the name of the bundle's component.
         sha256: of the plan.
         bytes: size of the plan.
         source_sha256: of the ONNX graph and its weights (see `source_digest`).
         engine: TensorRT's flavour.
         engine_version: the version that built it.
         system: operating system and architecture, "linux x86_64".
-        devices: names of the devices it was built on; empty where none was needed.
-        compute_capabilities: those it runs on.
+        devices: names of the devices that built it; empty where it was built without a device.
+        compute_capabilities: of the devices that it runs on.
         precision: arithmetic, "fp16" or "fp32".
         inputs: with their profiles.
         outputs: as the network definition has them.
-        options: of the build, whatever bears on the plan.
-        seconds: that the build took.
+        options: of the build, as far as they change the plan.
+        seconds: the time of the build.
         created_by: "sld-edge" and its version.
     """
 
@@ -96,7 +96,7 @@ class PlanInfo:
 
 
 def info_path(plan: Path) -> Path:
-    """Return where the description of a plan lies."""
+    """Return the path of a plan's description."""
     return plan.with_name(plan.name + ".json")
 
 
@@ -109,7 +109,7 @@ def description_of(path: Path) -> bytes:
     """Return the bytes of `NAME.plan.json`.
 
     Raises:
-        EngineError: no such file, or one that is none of sld-build's.
+        EngineError: no such file, or a file that cannot be read.
     """
     if not path.exists():
         raise EngineError(
@@ -123,7 +123,7 @@ def plan_info_from_bytes(data: bytes, *, origin: Path) -> PlanInfo:
     """Read the bytes of `NAME.plan.json`; `origin` is the path that error messages name.
 
     Raises:
-        EngineError: not a plan's description, or one from the future.
+        EngineError: not a plan's description, or of a newer format.
     """
     body = json_from_bytes(data, origin=str(origin), error=EngineError, do="build the plan again")
     if body.get("format") != FORMAT:
@@ -145,18 +145,32 @@ def plan_info_from_bytes(data: bytes, *, origin: Path) -> PlanInfo:
         ) from error
 
 
+def named_shape(
+    name: str, shape: Sequence[int], described: Sequence[PlanTensor]
+) -> tuple[int | str, ...]:
+    """Return a tensor's shape with the names of its run-time dimensions, "?" where unknown.
+
+    TensorRT keeps no names of an output's dimensions, so they come from the description.
+    """
+    names = next((tensor.spec.shape for tensor in described if tensor.spec.name == name), ())
+    return tuple(
+        size if size >= 0 else (names[axis] if axis < len(names) else "?")
+        for axis, size in enumerate(shape)
+    )
+
+
 def this_system() -> str:
-    """Return the operating system and architecture, as plans name them."""
+    """Return the operating system and architecture, in the form of `PlanInfo.system`."""
     machine = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
     return f"{platform.system().lower()} {machine}"
 
 
 def misfit(info: PlanInfo, *, version: str, compute_capability: str, system: str) -> str | None:
-    """Say why a plan cannot run here, "built for ... | here ..."; None where it can.
+    """Return why a plan cannot run here, "built for ... | here ..."; None where it can.
 
     Args:
         info: the plan.
-        version: of the installed TensorRT of the plan's flavour.
+        version: of the installed TensorRT, of the plan's flavour.
         compute_capability: of the device, "8.6".
         system: as from `this_system`.
     """
@@ -174,7 +188,7 @@ def misfit(info: PlanInfo, *, version: str, compute_capability: str, system: str
 
 def _version_fits(info: PlanInfo, version: str) -> bool:
     if info.engine == "tensorrt" and info.options.get("version_compatible"):
-        # It carries a runtime of its own: later versions take it (TensorRT's support matrix).
+        # The plan contains its own runtime: later versions run it (TensorRT's support matrix).
         return _numbers(version) >= _numbers(info.engine_version)
     return _numbers(version)[:3] == _numbers(info.engine_version)[:3]
 
@@ -218,7 +232,7 @@ def _texts(name: str, body: object) -> tuple[str, ...]:
 
 
 def _options(body: object) -> dict[str, Any]:
-    """Options of a build: a few names with a number, a text or a flag each."""
+    """Read the options of a build: names with a number, a text or a flag."""
     if not isinstance(body, dict) or len(body) > 64:
         raise ValueError("options are no object")
     if not all(isinstance(value, str | int | float | None) for value in body.values()):

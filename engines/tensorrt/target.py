@@ -1,4 +1,4 @@
-"""The devices that plans can be built for here, found out before any work is done."""
+"""The devices that plans can be built for on this machine."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _NO_FP32 = "7.5"  # TensorRT-RTX has no FP32 matrix product for Turing
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What plans are built with and for.
+    """The TensorRT and the devices of a build.
 
     Attributes:
         trt: TensorRT's module.
         engine: its flavour.
-        devices: names of those the build runs on; empty where it needs none.
+        devices: names of the devices that the build needs; empty where it needs none.
         compute_capabilities: of the devices that the plans will run on.
-        why: how these came about, for people.
+        why: the reason for this choice, for people.
     """
 
     trt: TensorRTBuilder
@@ -54,51 +54,51 @@ class Target:
 
 
 def build_target(settings: BuildSettings, *, fp32: bool = False) -> Target:
-    """Find out what can be built here, before any work is done.
+    """Choose what to build for on this machine, before any work is done.
 
     Args:
         settings: engine and options.
-        fp32: whether a graph with FP32 matrix products is among those to build.
+        fp32: whether one of the graphs has FP32 matrix products.
 
     Raises:
-        MissingPackageError: no TensorRT of this flavour, or for the classic one no CUDA bindings.
-        InputError: a compute capability that this version does not take.
-        EngineError: TensorRT does not load, or the classic one finds no device.
+        MissingPackageError: no TensorRT of this flavour, or no CUDA bindings for classic TensorRT.
+        InputError: a compute capability that this version does not support.
+        EngineError: TensorRT does not load, or classic TensorRT finds no device.
     """
     trt = cast(TensorRTBuilder, tensorrt_module(settings.engine))
     if settings.engine == "tensorrt":
         return _target_here(trt, settings)
-    taken = capabilities_taken(trt)
-    asked, why = tuple(dict.fromkeys(settings.compute_capabilities)), "asked for"
-    if not asked:
-        own = _own_capability()
-        if own is not None:
-            asked, why = (own,), "the device here"
+    supported = supported_capabilities(trt)
+    chosen, why = tuple(dict.fromkeys(settings.compute_capabilities)), "asked for"
+    if not chosen:
+        here = _capability_here()
+        if here is not None:
+            chosen, why = (here,), "the device here"
         else:
-            asked = tuple(name for name in taken if not (fp32 and name == _NO_FP32))
+            chosen = tuple(name for name in supported if not (fp32 and name == _NO_FP32))
             why = "no device here, so all that this version takes" + (
-                f" in fp32, which leaves {_NO_FP32} out" if fp32 and _NO_FP32 in taken else ""
+                f" in fp32, which leaves {_NO_FP32} out" if fp32 and _NO_FP32 in supported else ""
             )
-    for name in asked:
-        if name not in taken:
-            raise refused(name, taken)
-    if fp32 and _NO_FP32 in asked:
+    for name in chosen:
+        if name not in supported:
+            raise unsupported_capability(name, supported)
+    if fp32 and _NO_FP32 in chosen:
         raise InputError(
             f"compute capability {_NO_FP32}",
             got="a graph in fp32",
-            expected=f"fp16, the only one that TensorRT-RTX multiplies in on {_NO_FP32}",
-            do="export with --precision fp16, or leave it out",
+            expected=f"fp16; on {_NO_FP32} TensorRT-RTX multiplies in no other precision",
+            do=f"export with --precision fp16, or leave {_NO_FP32} out",
         )
     return Target(
         trt=trt,
         engine=settings.engine,
         devices=(),
-        compute_capabilities=tuple(sorted(asked, key=taken.index)),
+        compute_capabilities=tuple(sorted(chosen, key=supported.index)),
         why=why,
     )
 
 
-def capabilities_taken(trt: TensorRTBuilder) -> tuple[str, ...]:
+def supported_capabilities(trt: TensorRTBuilder) -> tuple[str, ...]:
     """Return the compute capabilities that a TensorRT-RTX builds for, "8.6", in order."""
     members = trt.ComputeCapability.__members__
     numbers = sorted(int(name[2:]) for name in members if re.fullmatch(r"SM\d+", name))
@@ -133,26 +133,26 @@ def _target_here(trt: TensorRTBuilder, settings: BuildSettings) -> Target:
 
 
 def reason_of(error: UserError) -> str:
-    """Return what happened, without the advice that fits another place."""
+    """Return an error's first two parts, without its advice."""
     return ": ".join(part.removeprefix("got ") for part in str(error).split(" | ")[:2])
 
 
-def _own_capability() -> str | None:
+def _capability_here() -> str | None:
     try:
         device = Device()
-    except UserError:  # no bindings, no driver or no device: all the same here
+    except UserError:  # no bindings, no driver or no device
         return None
     capability = device.compute_capability
     device.close()
     return capability
 
 
-def refused(name: str, taken: Sequence[str]) -> InputError:
-    """Return the error about a compute capability that TensorRT-RTX does not take."""
+def unsupported_capability(name: str, supported: Sequence[str]) -> InputError:
+    """Return the error for a compute capability that TensorRT-RTX does not support."""
     kind = "a Jetson" if name in _JETSONS else "a device of another kind"
     known = re.fullmatch(r"\d+\.\d", name) is not None
     return InputError(
         f"compute capability {name}",
-        expected=f"one of {', '.join(taken)}",
+        expected=f"one of {', '.join(supported)}",
         do=f"{kind} builds its plans itself, with --engine tensorrt" if known else None,
     )

@@ -26,7 +26,7 @@ WEIGHT_STEMS = {
 REQUIRED = ("unet", "vae", "text_encoder")
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 INDEX = "model_index.json"
-PREVIEW_VAE = "preview_vae"  # a model that no checkpoint has, but an export can be given
+PREVIEW_VAE = "preview_vae"  # not in a checkpoint; an option adds it
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 _MOST_SHARDS = 100
 _AGAIN = "download it again"
@@ -35,7 +35,7 @@ _SAFE_COPY = "make a safe copy with diffusers: save_pretrained(DIR, safe_seriali
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """One model: its config in diffusers' (or transformers') words, and its tensors."""
+    """A model: its config in the form of diffusers or transformers, and its tensors."""
 
     config: dict[str, Any]
     weights: Weights
@@ -43,7 +43,7 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """All that a bundle is made from.
+    """The models and files that a bundle is made from.
 
     Attributes:
         id: the user's name for it.
@@ -71,63 +71,54 @@ def checkpoint_from_directory(
     tokenizer: Path | None = None,
     vae: Path | None = None,
 ) -> Checkpoint:
-    """Open a diffusers directory; tensors stay on disk until a graph takes them.
+    """Open a diffusers directory; tensors stay on disk until a graph reads them.
 
     Args:
-        root: has the folders unet, vae, text_encoder, scheduler and tokenizer; SDXL's has
-            text_encoder_2 and tokenizer_2 too.
-        id: what the user named.
+        root: the directory, with folders unet, vae, text_encoder, scheduler and tokenizer, and for
+            SDXL text_encoder_2 and tokenizer_2.
+        id: the user's name for it.
         source: see Checkpoint.
         variant: "fp16" reads `*.fp16.safetensors`; None prefers the plain files.
-        tokenizer: instead of the directory's own.
-        vae: the folder of another VAE, instead of the directory's own.
+        tokenizer: another tokenizer, instead of the directory's.
+        vae: the folder of another VAE, instead of the directory's.
 
     Raises:
         CheckpointError: another architecture, or a file that is missing, cut short or malformed.
     """
     with refusing(f"cannot read {root}", OSError):
-        return _from_directory(root, id, source, variant, tokenizer, vae)
-
-
-def _from_directory(
-    root: Path,
-    id: str,
-    source: str,
-    variant: str | None,
-    tokenizer: Path | None,
-    vae: Path | None,
-) -> Checkpoint:
-    folders = {name: root / name for name in WEIGHT_STEMS if (root / name).is_dir()}
-    if vae is not None:
-        folders["vae"] = vae
-    encoders = [name for name in TOKENIZERS if name in folders]
-    wanted = [*REQUIRED, "scheduler", *([] if tokenizer else [TOKENIZERS[e] for e in encoders])]
-    missing = [name for name in wanted if name not in folders and not (root / name).is_dir()]
-    if missing:
-        raise CheckpointError(
-            f"{root} is not a whole diffusers directory",
-            got=f"no {', '.join(missing)}",
-            expected="the folders unet, vae, text_encoder, tokenizer, scheduler",
-        )
-    models = {name: model_from_folder(folder, name, variant) for name, folder in folders.items()}
-    index = root / INDEX
-    return Checkpoint(
-        id=id,
-        source=source,
-        models=models,
-        tokenizers={
-            name: tokenizer_json_for(
-                models[name], tokenizer if tokenizer else root / TOKENIZERS[name]
+        folders = {name: root / name for name in WEIGHT_STEMS if (root / name).is_dir()}
+        if vae is not None:
+            folders["vae"] = vae
+        encoders = [name for name in TOKENIZERS if name in folders]
+        wanted = [*REQUIRED, "scheduler", *([] if tokenizer else [TOKENIZERS[e] for e in encoders])]
+        missing = [name for name in wanted if name not in folders and not (root / name).is_dir()]
+        if missing:
+            raise CheckpointError(
+                f"{root} is not a whole diffusers directory",
+                got=f"no {', '.join(missing)}",
+                expected="the folders unet, vae, text_encoder, tokenizer, scheduler",
             )
-            for name in encoders
-        },
-        scheduler=read_json(root / "scheduler" / "scheduler_config.json"),
-        index=read_json(index) if os.path.lexists(index) else {},
-    )
+        models = {
+            name: model_from_folder(folder, name, variant) for name, folder in folders.items()
+        }
+        index = root / INDEX
+        return Checkpoint(
+            id=id,
+            source=source,
+            models=models,
+            tokenizers={
+                name: tokenizer_json_for(
+                    models[name], tokenizer if tokenizer else root / TOKENIZERS[name]
+                )
+                for name in encoders
+            },
+            scheduler=read_json(root / "scheduler" / "scheduler_config.json"),
+            index=read_json(index) if os.path.lexists(index) else {},
+        )
 
 
 def model_from_folder(folder: Path, name: str, variant: str | None = None) -> Model:
-    """Open one model's folder of a diffusers directory, as `name` says.
+    """Open the folder of a diffusers directory that holds the model `name`.
 
     Raises:
         CheckpointError: a file that is missing, cut short or malformed.
@@ -141,7 +132,7 @@ def model_from_folder(folder: Path, name: str, variant: str | None = None) -> Mo
 def tokenizer_json_for(
     text_encoder: Model, tokenizer: Path, *, pad_token: str | None = None
 ) -> str:
-    """Return the tokenizer at `tokenizer`, cut and padded to what the text encoder takes."""
+    """Return the tokenizer at `tokenizer`; it cuts and pads prompts for the text encoder."""
     length = size_from_config(text_encoder, "max_position_embeddings", 2, MOST_POSITIONS)
     vocab_size = size_from_config(text_encoder, "vocab_size")
     return tokenizer_json_from_path(
@@ -166,7 +157,7 @@ def size_from_config(model: Model, key: str, least: int = 1, most: int = MOST) -
 
 
 def is_tiny(vae: Model) -> bool:
-    """Whether a VAE is diffusers' AutoencoderTiny, whose configs have other words."""
+    """Whether a VAE is diffusers' AutoencoderTiny, whose config has other keys."""
     return vae.config.get("_class_name") == "AutoencoderTiny"
 
 
@@ -190,31 +181,31 @@ def _weights_from_folder(folder: Path, name: str, variant: str | None) -> Weight
             return Weights(entries_from_safetensors(whole), name=name)
         if os.path.lexists(index):
             return Weights(_entries_from_index(index), name=name)
-    there = sorted(file.name for file in folder.iterdir() if file.suffix == ".safetensors")
+    others = sorted(file.name for file in folder.iterdir() if file.suffix == ".safetensors")
     for file in sorted(folder.iterdir()):
-        if not there:
+        if not others:
             refuse_pickle(file)
     raise CheckpointError(
         f"no weights in {folder}",
-        got=", ".join(there) if there else "no .safetensors file",
+        got=", ".join(others) if others else "no .safetensors file",
         expected=f"{stem}{f'.{variant}' if variant else ''}.safetensors",
         do="complete the download; where there are only pickles, " + _SAFE_COPY
-        if not there
+        if not others
         else "give the other files with --variant, or leave it out",
     )
 
 
 def _entries_from_index(index: Path) -> dict[str, Entry]:
-    """Entries of a sharded model, whose index maps every tensor to a file beside it."""
+    """Return the entries of a model in several files, whose index names each tensor's file."""
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise CheckpointError(f"{index} has no weight_map", do=_AGAIN)
-    shards: dict[str, dict[str, Entry]] = {}
     if not all(isinstance(name, str) for name in places.values()):
-        raise CheckpointError(f"{index}: weight_map names something that is no file", do=_AGAIN)
+        raise CheckpointError(f"{index}: weight_map must map tensors to file names", do=_AGAIN)
     names = sorted(set(places.values()))
     if len(names) > _MOST_SHARDS:
-        raise CheckpointError(f"{index} names {len(names)} files", expected=f"to {_MOST_SHARDS}")
+        raise CheckpointError(f"{index} names {len(names)} files", expected=f"up to {_MOST_SHARDS}")
+    shards: dict[str, dict[str, Entry]] = {}
     for name in names:
         if Path(name).name != name:
             raise CheckpointError(f"{index} names a file outside its folder: {name!r}")

@@ -1,7 +1,7 @@
-"""Checking a model's config.json against the table of what its graph builder knows.
+"""Checks of a model's config.json against the table of keys that its graph builder knows.
 
-A wrong number of heads or a swapped sine and cosine builds a valid graph of another model, so
-nothing is taken on trust: every key must be in the table and its value must be accepted.
+With a wrong number of heads, or with sine and cosine swapped, the builder would write a valid graph
+of another model. So every key must be in the table and its value must be accepted.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from typing import Any
 
 from sld_edge.engines.errors import CheckpointError
 
-MOST = 1 << 20  # of any size or count in a config
-MOST_POSITIONS = 1024  # tokens of a prompt: attention takes memory with their square
+MOST = 1 << 20  # the largest size or count in a config
+MOST_POSITIONS = 1024  # tokens of a prompt: attention's memory grows with their square
 MOST_LEVELS = 7  # each halves the picture
-_LARGEST = 1e6  # of any other number
+_LARGEST = 1e6  # the largest other number
 
 
 @dataclass(frozen=True)
 class Key:
-    """One key: the value it has where the config lacks it, and which others are accepted."""
+    """A key of a config: its default, and the check of its value."""
 
     default: Any
     accepts: Callable[[Any], bool]
@@ -28,29 +28,29 @@ class Key:
 
 
 def one_of(default: Any, *others: Any) -> Key:
-    """Only these values."""
+    """Accept only these values."""
     values = [_plain(value) for value in (default, *others)]
     return Key(default, lambda value: value in values, " or ".join(map(repr, values)))
 
 
 def anything(default: Any = None) -> Key:
-    """A value that the graph does not depend on (training, sizes, names)."""
+    """Accept any value: the graph does not depend on it (training, sizes, names)."""
     return Key(default, lambda value: True, "anything")
 
 
 def count(default: int | None, most: int = MOST) -> Key:
-    """A positive integer up to `most`; default None means that the config must have it."""
+    """Accept a positive integer up to `most`; default None: the config must have the key."""
     expected = "a positive integer" if most == MOST else f"a whole number from 1 to {most}"
     return Key(default, lambda value: _is_count(value) and value <= most, expected)
 
 
 def counts(default: Any) -> Key:
-    """A positive integer, or a list of them."""
+    """Accept a positive integer, or a list of them."""
     return Key(default, _are_counts, "a positive integer or a list of them")
 
 
 def number(default: float | None, *, positive: bool = True) -> Key:
-    """A number."""
+    """Accept a number."""
     return Key(
         default,
         lambda value: _is_number(value) and (value > 0 or not positive),
@@ -59,17 +59,17 @@ def number(default: float | None, *, positive: bool = True) -> Key:
 
 
 def optional_number() -> Key:
-    """A number or null."""
+    """Accept a number or null."""
     return Key(None, lambda value: value is None or _is_number(value), "a number or null")
 
 
 def flag(default: bool) -> Key:
-    """True or false."""
+    """Accept true or false."""
     return Key(default, lambda value: isinstance(value, bool), "true or false")
 
 
 def list_of(default: list[str], *names: str) -> Key:
-    """A list of these names, one a level."""
+    """Accept a list of these names, one per level."""
     return Key(
         default,
         lambda value: (
@@ -86,7 +86,7 @@ def checked_config(
 ) -> dict[str, Any]:
     """Return the config with defaults filled in; keys that start with "_" are left out.
 
-    Raises CheckpointError, naming the key, for one that `table` lacks or a value it refuses.
+    Raises a CheckpointError that names the key, where `table` lacks it or refuses its value.
     """
     result = {key: _plain(rule.default) for key, rule in table.items()}
     for key, raw in config.items():
@@ -109,7 +109,7 @@ def checked_config(
 
 
 def per_level(value: Any, levels: int, *, key: str, name: str) -> list[Any]:
-    """Return one value a level: a list as it is, anything else repeated."""
+    """Return one value per level: a list unchanged, any other value repeated."""
     values = value if isinstance(value, list) else [value] * levels
     if len(values) != levels:
         raise CheckpointError(
@@ -124,7 +124,7 @@ def _plain(value: Any) -> Any:
 
 def _is_number(value: Any) -> bool:
     plain = isinstance(value, int | float) and not isinstance(value, bool)
-    return plain and abs(value) <= _LARGEST  # neither NaN nor infinity
+    return plain and abs(value) <= _LARGEST  # False for NaN and infinity
 
 
 def _is_count(value: Any) -> bool:

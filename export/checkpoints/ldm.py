@@ -1,7 +1,7 @@
 """A single `.safetensors` file in the original (latent-diffusion) layout: SD 1.x, 2.x and XL.
 
-Its keys are mapped to diffusers' names and the configs inferred from the tensors' shapes. Nothing
-is copied: q, k and v of a fused projection are three views of one stretch of the file.
+Its keys are mapped to diffusers' names, and the configs are inferred from the tensors' shapes.
+Nothing is copied: q, k and v of a fused projection are three parts of one range of the file.
 """
 
 from __future__ import annotations
@@ -52,19 +52,19 @@ def checkpoint_from_ldm_file(
 
     Args:
         file: `.safetensors`, whole: UNet, VAE and text encoders.
-        id: what the user named.
-        tokenizer: CLIP's tokenizer, which the file does not hold; None looks beside the file.
-        prediction_type: needed for SD 2.x, whose file does not tell; None is epsilon for 1.x.
+        id: the user's name for it.
+        tokenizer: CLIP's tokenizer, which the file lacks; None: one beside the file.
+        prediction_type: required for SD 2.x, whose file does not hold it; None: epsilon.
 
     Raises:
-        CheckpointError: another layout or architecture, or something that only an option can tell.
+        CheckpointError: another layout or architecture, or a missing option that the file needs.
     """
     entries = entries_from_safetensors(file)
     layout = _layout(entries, file)
     if layout == "sd2" and prediction_type is None:
         raise CheckpointError(
-            f"{file} is SD 2.x and does not say what its UNet predicts",
-            do="give --prediction-type v_prediction (the 768 px models) or epsilon (the base ones)",
+            f"{file} is SD 2.x and does not hold the type of its UNet's prediction",
+            do="give --prediction-type v_prediction (768 px models) or epsilon (base models)",
         )
     if tokenizer is None:
         tokenizer = _tokenizer_beside(file)
@@ -91,8 +91,8 @@ def models_from_ldm_file(file: Path, *, prediction_type: str | None = None) -> d
 
     Args:
         file: `.safetensors`, whole: UNet, VAE and text encoders, of SD 1.x, 2.x or XL.
-        prediction_type: with "v_prediction" SD 1.x and 2.x make pictures of 768 pixels by default,
-            else of 512; SDXL 1024 with any.
+        prediction_type: with "v_prediction" the default pictures of SD 1.x and 2.x have 768 pixels,
+            else 512; SDXL's always have 1024.
 
     Raises:
         CheckpointError: another layout or architecture.
@@ -102,7 +102,7 @@ def models_from_ldm_file(file: Path, *, prediction_type: str | None = None) -> d
 
 
 def _scheduler(prediction_type: str | None, layout: Layout) -> dict[str, Any]:
-    """Return the scheduler_config.json of the family's models; None predicts epsilon."""
+    """Return the scheduler_config.json of the layout's models; None: epsilon."""
     predicts = prediction_type if prediction_type is not None else "epsilon"
     if layout == "sdxl":
         return {"_class_name": "EulerDiscreteScheduler", **_SCHEDULER, "prediction_type": predicts}
@@ -136,7 +136,7 @@ def _layout(entries: Mapping[str, Entry], file: Path) -> Layout:
             f"{file} is not a whole checkpoint in the original layout",
             got=f"no {', no '.join(missing)}",
             expected=f"tensors called {UNET}…, {VAE}… and {expected}",
-            do="a diffusers directory is given as the directory",
+            do="for a diffusers directory, give the directory",
         )
     return layout
 
@@ -208,7 +208,7 @@ def _vae(entries: Mapping[str, Entry], *, scaling_factor: float) -> Model:
     new = {}
     for key, entry in old.items():
         head, attention, tail = key.partition("mid.attn_1.")
-        if attention:  # 1x1 convolutions there, linear layers here
+        if attention:  # in the file 1x1 convolutions, in diffusers linear layers
             shape = entry.shape[:2] if math.prod(entry.shape[2:]) == 1 else entry.shape
             name = f"{head}mid_block.attentions.0.{renamed(tail, _VAE_ATTENTION)}"
             new[name] = replace(entry, shape=shape)

@@ -8,16 +8,17 @@ from collections.abc import Iterable, Mapping
 from sld_edge.engines.errors import CheckpointError
 from sld_edge.export.checkpoints.weights import Entry
 
-HEAD_WIDTH = 64  # of all text encoders, and of the UNets of 2.x and XL; those of 1.x have 8 heads
+# Channels of a head in all text encoders and in the UNets of 2.x and XL; those of 1.x have 8 heads.
+HEAD_WIDTH = 64
 
 
 def under(entries: Mapping[str, Entry], prefix: str) -> dict[str, Entry]:
-    """Return the entries whose keys start with `prefix`, without it."""
+    """Return the entries whose keys start with `prefix`, with the prefix removed."""
     return {k.removeprefix(prefix): e for k, e in entries.items() if k.startswith(prefix)}
 
 
 def count_of(keys: Iterable[str], pattern: str) -> int:
-    """Return how many different numbers stand in the pattern's group."""
+    """Return how many different numbers the pattern's group matches."""
     return len({m[1] for key in keys if (m := re.match(pattern, key))})
 
 
@@ -39,12 +40,12 @@ def start_renamed(key: str, names: Mapping[str, str]) -> str:
 
 
 def rows_of(entries: Mapping[str, Entry], key: str) -> int:
-    """Return the first side of a tensor's shape; CheckpointError where there is none."""
+    """Return the first size of a tensor's shape; a CheckpointError where it is missing."""
     return size_of(entries, key, 0)
 
 
 def size_of(entries: Mapping[str, Entry], key: str, axis: int) -> int:
-    """Return one side of a tensor's shape; CheckpointError where there is none."""
+    """Return one size of a tensor's shape; a CheckpointError where it is missing."""
     if key not in entries:
         raise CheckpointError(f"the file lacks tensor {key}")
     shape = entries[key].shape

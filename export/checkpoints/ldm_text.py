@@ -38,7 +38,7 @@ _OPENCLIP_PARTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class _Transposed(Entry):
-    """A matrix that lies in the file with its rows as columns."""
+    """A matrix that the file holds transposed."""
 
     def read(self) -> NDArray[Any]:
         stored = Entry(file=self.file, offset=self.offset, dtype=self.dtype, shape=self.shape[::-1])
@@ -46,9 +46,9 @@ class _Transposed(Entry):
 
 
 def text_encoder_from_clip(entries: Mapping[str, Entry], prefix: str) -> Model:
-    """Return SD 1.x's text encoder, SDXL's first: transformers' own names under `prefix`.
+    """Return the text encoder of SD 1.x or the first of SDXL: transformers' names under `prefix`.
 
-    Some files have them without `text_model.`. Raises CheckpointError for missing tensors.
+    Some files lack `text_model.` in the names. Raises CheckpointError for missing tensors.
     """
     new = {
         f"text_model.{key.removeprefix('text_model.')}": entry
@@ -60,10 +60,11 @@ def text_encoder_from_clip(entries: Mapping[str, Entry], prefix: str) -> Model:
 def text_encoder_from_openclip(
     entries: Mapping[str, Entry], prefix: str, *, name: str, pooled: bool
 ) -> Model:
-    """Return SD 2.x's text encoder, or where `pooled` SDXL's second: OpenCLIP's names.
+    """Return the text encoder of SD 2.x, or where `pooled` the second of SDXL: OpenCLIP's names.
 
-    SD 2.x uses neither the last block nor the projection, so they are left out; SDXL's pooled text
-    comes from them. Raises CheckpointError for missing tensors, or fused ones of odd shapes.
+    SD 2.x uses neither the last block nor the projection, so they are left out; SDXL makes its
+    pooled text with them. Raises CheckpointError for missing tensors and for fused tensors of odd
+    shapes.
     """
     old = under(entries, prefix)
     blocks = count_of(old, r"transformer\.resblocks\.(\d+)\.")
@@ -96,7 +97,7 @@ def _transposed(entry: Entry, name: str) -> Entry:
 
 
 def _thirds(entry: Entry, name: str) -> list[Entry]:
-    """Split a tensor's rows into three views of the file."""
+    """Split a tensor's rows into three entries of the same file."""
     if not entry.shape or entry.shape[0] % 3:
         raise CheckpointError(
             f"{name}: a fused projection", got=list(entry.shape), expected="rows of q, k and v"

@@ -17,7 +17,7 @@ from sld_edge.export.checkpoints.ldm_keys import (
 from sld_edge.export.checkpoints.weights import Entry, Weights
 
 UNET = "model.diffusion_model."
-TIME_IDS = 6  # numbers that tell SDXL an image's original size, crop and target size
+TIME_IDS = 6  # SDXL's numbers for an image's original size, crop and target size
 
 _RESNET = {
     "in_layers.0": "norm1",
@@ -46,24 +46,23 @@ def unet_from_ldm(
 ) -> Model:
     """Return the UNet of a file, its config inferred from the shapes.
 
-    The original layout has one flat list of blocks on each side, levels one after another. A level
-    of the input side is its residual blocks, then a downsampling, but for the last; the output side
-    has one residual block more a level, the last of which also holds the upsampling.
+    The original layout has a flat list of blocks for the input side and one for the output side,
+    level after level. A level of the input side has residual blocks and then, except for the last
+    level, a downsampling. A level of the output side has one residual block more; its last block
+    also holds the upsampling.
 
     Args:
         entries: all tensors of the file.
         size: of the latents that the UNet was trained for.
-        head_width: channels of a head; None is 8 heads throughout.
+        head_width: channels of a head; None: 8 heads everywhere.
         pooled: width of the pooled text, for SDXL.
 
     Raises:
-        CheckpointError: blocks or sizes that are not those of Stable Diffusion.
+        CheckpointError: blocks or sizes that Stable Diffusion does not have.
     """
     old = under(entries, UNET)
-    inputs, outputs = (
-        count_of(old, r"input_blocks\.(\d+)\."),
-        count_of(old, r"output_blocks\.(\d+)\."),
-    )
+    inputs = count_of(old, r"input_blocks\.(\d+)\.")
+    outputs = count_of(old, r"output_blocks\.(\d+)\.")
     downs = [i for i in range(inputs) if f"input_blocks.{i}.0.op.weight" in old]
     levels = len(downs) + 1
     layers = (inputs - levels) // levels
@@ -82,21 +81,17 @@ def unet_from_ldm(
     for i in range(outputs):
         level, layer = divmod(i, layers + 1)
         up = f"up_blocks.{level}"
-        for part in (1, 2):  # the upsampling stands second where the level has no attention
+        for part in (1, 2):  # the upsampling is second where the level has no attention
             names[f"output_blocks.{i}.{part}.conv"] = f"{up}.upsamplers.0.conv"
         names[f"output_blocks.{i}.0"] = f"{up}.resnets.{layer}"
         names[f"output_blocks.{i}.1"] = f"{up}.attentions.{layer}"
     new = {renamed(start_renamed(key, names), _RESNET): entry for key, entry in old.items()}
-    widths = [
-        rows_of(old, f"input_blocks.{1 + level * (layers + 1)}.0.out_layers.3.weight")
-        for level in range(levels)
-    ]
-    attends = [
-        f"input_blocks.{1 + level * (layers + 1)}.1.norm.weight" in old for level in range(levels)
-    ]
+    firsts = range(1, inputs, layers + 1)  # the first block of each level
+    widths = [rows_of(old, f"input_blocks.{first}.0.out_layers.3.weight") for first in firsts]
+    attends = [f"input_blocks.{first}.1.norm.weight" in old for first in firsts]
     depths = [
         max(1, count_of(old, rf"input_blocks\.{first}\.1\.transformer_blocks\.(\d+)\."))
-        for first in (1 + level * (layers + 1) for level in range(levels))
+        for first in firsts
     ]
     middle = any(key.startswith("middle_block.") for key in old)
     kv = next((key for key in old if key.endswith("attn2.to_k.weight")), None)
@@ -123,7 +118,7 @@ def unet_from_ldm(
         "norm_num_groups": 32,
         "norm_eps": 1e-5,
         "cross_attention_dim": size_of(old, kv, 1),
-        # diffusers' misnomer: this is the number of heads.
+        # Despite its name, diffusers' key holds the number of heads.
         "attention_head_dim": [width // head_width for width in widths] if head_width else 8,
         "use_linear_projection": len(projection.shape) == 2,
         **(_text_and_size(old, pooled) if pooled is not None else {}),
@@ -132,14 +127,14 @@ def unet_from_ldm(
 
 
 def _text_and_size(old: Mapping[str, Entry], pooled: int) -> dict[str, object]:
-    """Return the config of SDXL's second embedding, which joins pooled text and six sizes."""
+    """Return the config of SDXL's second embedding, of pooled text and six sizes."""
     key = "label_emb.0.0.weight"
     total = size_of(old, key, 1)
     dim, rest = divmod(total - pooled, TIME_IDS)
     if rest or dim <= 0:
         raise CheckpointError(
             f"unet: {UNET}{key} takes {total} numbers",
-            expected=f"{pooled} of the pooled text and {TIME_IDS} times those of a size",
+            expected=f"{pooled} for the pooled text and {TIME_IDS} times the numbers of a size",
         )
     return {
         "addition_embed_type": "text_time",

@@ -1,4 +1,4 @@
-"""The sampler that a checkpoint asks for, from its scheduler_config.json."""
+"""The sampler of a checkpoint, from its scheduler_config.json."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ _FALLBACK = "pndm"
 
 
 def sampler_from_scheduler(scheduler: Mapping[str, Any]) -> tuple[str, list[str]]:
-    """Return the sampler's name, and notes where it is not quite the checkpoint's scheduler.
+    """Return the sampler's name, and notes where it differs from the checkpoint's scheduler.
 
     Raises:
-        CheckpointError: a scheduler that no sampler here follows.
+        CheckpointError: a scheduler without a sampler in sld-edge.
     """
     kind = scheduler.get("_class_name")
     if kind is None:
-        return _FALLBACK, [f"the scheduler has no name; runs take {_FALLBACK} by default"]
+        return _FALLBACK, [f"the scheduler has no name; runs use {_FALLBACK} by default"]
     name = _SAMPLERS.get(str(kind))
     if name is None:
         raise CheckpointError(
-            "the checkpoint's scheduler has no sampler here, and another would make other pictures",
+            "sld-edge has no sampler for the checkpoint's scheduler; another makes other pictures",
             got=kind,
             expected=", ".join(_SAMPLERS),
-            do="choose the bundle's sampler yourself with --sampler NAME",
+            do="choose the bundle's sampler with --sampler NAME",
         )
     notes = []
     if scheduler.get("use_karras_sigmas"):

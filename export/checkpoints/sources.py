@@ -1,4 +1,4 @@
-"""Where a checkpoint comes from: an alias, the Hugging Face Hub, a directory, or one file."""
+"""The source of a checkpoint: an alias, the Hugging Face Hub, a directory, or a file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sld_edge.export.checkpoints.checkpoint import (
 from sld_edge.export.checkpoints.ldm import checkpoint_from_ldm_file
 from sld_edge.export.refuse import ODD_VALUES, refusing
 
-# The official homes of 1.5 and 2.x are gone; these mirrors carry the same files.
+# The official repositories of 1.5 and 2.x are gone; these mirrors have the same files.
 ALIASES = {
     "sd-1.4": "CompVis/stable-diffusion-v1-4",
     "sd-1.5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -36,7 +36,7 @@ ALIASES = {
     "small-sd": "segmind/small-sd",
     "bk-sdm-small": "nota-ai/bk-sdm-small",
 }
-# diffusers' classes of checkpoints that can be exported; looked at before gigabytes are downloaded.
+# diffusers' classes of checkpoints that can be exported, checked before gigabytes are downloaded.
 PIPELINES = (
     "StableDiffusionPipeline",
     "StableDiffusionPipelineSafe",
@@ -56,40 +56,57 @@ def checkpoint_from_source(
     vae: str | Path | None = None,
     preview_vae: str | Path | None = None,
 ) -> Checkpoint:
-    """Open the checkpoint that `model` names; what is on disk goes before aliases and the Hub.
+    """Open the checkpoint that `model` names; files on disk come before aliases and the Hub.
 
     Args:
         model: a diffusers directory, a `.safetensors` file in the original layout, an alias, or a
             Hub id, with `@revision` if need be.
         variant: "fp16" takes the half-size weight files where a directory has both.
-        tokenizer: a tokenizer's directory or tokenizer.json instead of the checkpoint's own; a
-            single file has none.
-        prediction_type: of the UNet, instead of the scheduler's config.
-        vae: the folder of another VAE, instead of the checkpoint's own.
-        preview_vae: the folder of a VAE for previews, beside the checkpoint's own.
+        tokenizer: a tokenizer's directory or tokenizer.json, instead of the checkpoint's; a single
+            file has none.
+        prediction_type: of the UNet, instead of the scheduler config's.
+        vae: the folder of another VAE, instead of the checkpoint's.
+        preview_vae: the folder of a VAE for previews, besides the checkpoint's.
 
     Raises:
-        CheckpointError: nothing there, a pickle, not reachable, or not a whole checkpoint.
+        CheckpointError: no such model, a pickle, not reachable, or not a whole checkpoint.
         InputError: an option that cannot be honoured.
     """
     if prediction_type is not None and prediction_type not in PREDICTION_TYPES:
         raise InputError(
             "prediction type", got=repr(prediction_type), expected=", ".join(PREDICTION_TYPES)
         )
-    words = Path(tokenizer) if tokenizer is not None else None
-    if words is not None and not words.exists():
-        raise InputError(f"no tokenizer at {words}")
-    for folder in (vae, preview_vae):
-        if folder is not None and not Path(folder).is_dir():
-            raise InputError(f"no folder of a VAE at {folder}")
-    other_vae = Path(vae) if vae is not None else None
+    tokenizer = Path(tokenizer) if tokenizer is not None else None
+    if tokenizer is not None and not tokenizer.exists():
+        raise InputError(f"no tokenizer at {tokenizer}")
+    for decoder in (vae, preview_vae):
+        if decoder is not None and not Path(decoder).is_dir():
+            raise InputError(f"no folder of a VAE at {decoder}")
+    vae = Path(vae) if vae is not None else None
     path = Path(model)
     refuse_pickle(path)
     with refusing(f"cannot read {path}", *ODD_VALUES, OSError, do="download it again"):
-        checkpoint = _opened(model, path, variant, words, prediction_type, other_vae)
+        if path.exists() and not path.is_dir():
+            if variant is not None:
+                raise InputError(f"--variant does not apply to a single file, {path}")
+            checkpoint = checkpoint_from_ldm_file(
+                path, id=path.name, tokenizer=tokenizer, prediction_type=prediction_type
+            )
+            if vae is not None:
+                models = {**checkpoint.models, "vae": model_from_folder(vae, "vae")}
+                checkpoint = replace(checkpoint, models=models)
+        else:
+            if model and path.is_dir():
+                # Its name alone: a bundle must not hold paths of the machine that made it.
+                folder, id, source = path, path.resolve().name, "diffusers-directory"
+            else:
+                (folder, source), id = _snapshot(model, variant), model
+            checkpoint = checkpoint_from_directory(
+                folder, id=id, source=source, variant=variant, tokenizer=tokenizer, vae=vae
+            )
         if preview_vae is not None:
-            small = model_from_folder(Path(preview_vae), "vae")
-            checkpoint = replace(checkpoint, models={**checkpoint.models, PREVIEW_VAE: small})
+            preview = model_from_folder(Path(preview_vae), "vae")
+            checkpoint = replace(checkpoint, models={**checkpoint.models, PREVIEW_VAE: preview})
     if prediction_type is None:
         return checkpoint
     return replace(
@@ -97,37 +114,8 @@ def checkpoint_from_source(
     )
 
 
-def _opened(
-    model: str,
-    path: Path,
-    variant: str | None,
-    words: Path | None,
-    prediction_type: str | None,
-    vae: Path | None,
-) -> Checkpoint:
-    if path.exists() and not path.is_dir():
-        if variant is not None:
-            raise InputError(f"--variant does not apply to a single file, {path}")
-        checkpoint = checkpoint_from_ldm_file(
-            path, id=path.name, tokenizer=words, prediction_type=prediction_type
-        )
-        if vae is None:
-            return checkpoint
-        models = {**checkpoint.models, "vae": model_from_folder(vae, "vae")}
-        return replace(checkpoint, models=models)
-    if model and path.is_dir():
-        # The directory's own name: a bundle must not carry paths of the machine that made it.
-        return checkpoint_from_directory(
-            path, id=path.resolve().name, variant=variant, tokenizer=words, vae=vae
-        )
-    root, source = _snapshot(model, variant)
-    return checkpoint_from_directory(
-        root, id=model, source=source, variant=variant, tokenizer=words, vae=vae
-    )
-
-
 def _snapshot(model: str, variant: str | None) -> tuple[Path, str]:
-    """Bring a Hub model's safetensors and configs here; return its directory and its source."""
+    """Download a Hub model's safetensors and configs; return its directory and its source."""
     name = ALIASES.get(model, model)
     looks_like_path = model.endswith(".safetensors") or model.startswith((".", "/", "~"))
     if looks_like_path or not _HUB_ID.fullmatch(name):
@@ -146,8 +134,8 @@ def _snapshot(model: str, variant: str | None) -> tuple[Path, str]:
     repo, _, revision = name.partition("@")
 
     def download(patterns: list[str]) -> Path:
-        at = revision if revision else None
-        return Path(snapshot_download(repo, revision=at, allow_patterns=patterns))
+        commit = revision if revision else None
+        return Path(snapshot_download(repo, revision=commit, allow_patterns=patterns))
 
     try:
         index = download([INDEX]) / INDEX
@@ -157,10 +145,10 @@ def _snapshot(model: str, variant: str | None) -> tuple[Path, str]:
         raise
     except GatedRepoError as error:
         raise CheckpointError(
-            f"{repo} asks for its licence to be accepted on the Hugging Face Hub",
+            f"{repo} needs its licence to be accepted on the Hugging Face Hub",
             do="accept it there and log in with: hf auth login",
         ) from error
-    except Exception as error:  # the Hub's and the network's errors share no useful base
+    except Exception as error:  # errors of the Hub and the network share no useful base class
         raise CheckpointError(
             f"cannot get {repo} from the Hugging Face Hub",
             got=type(error).__name__,
@@ -173,7 +161,7 @@ def _folders_from_index(index: Path, repo: str) -> list[str]:
     """Return the models that model_index.json names.
 
     Raises:
-        CheckpointError: no pipeline that can be exported.
+        CheckpointError: a pipeline that cannot be exported.
     """
     if not os.path.lexists(index):
         raise CheckpointError(

@@ -1,6 +1,6 @@
 """The tokenizer of a bundle: CLIP's, as one `tokenizer.json` that cuts and pads by itself.
 
-Ids are those of transformers' CLIPTokenizer (5.x), special tokens inside a prompt included.
+It gives the ids of transformers' CLIPTokenizer (5.x), also for special tokens inside a prompt.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from sld_edge.runtime.tokenizer import backend_from_text
 from sld_edge.runtime.tokenizer_file import checked_tokenizer
 
 START, END = "<|startoftext|>", "<|endoftext|>"
-OPENCLIP_PAD = "!"  # id 0, which OpenCLIP's text encoder (SD 2.x) was trained with
+OPENCLIP_PAD = "!"  # id 0: OpenCLIP's text encoder (SD 2.x) was trained with it
 _AGAIN = "download it again"
 _FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
-_MOST_TOKENS = 10_000  # that a config declares beside the vocabulary
-_LEAST = 2  # tokens of a prompt: one that starts it, one that ends it
+_MOST_TOKENS = 10_000  # tokens that a config declares besides the vocabulary
+_LEAST = 2  # tokens of a prompt: start and end
 _TRIAL = "A photo of the cat's 2 hats, émigré \U0001f600 " * 20
 _DEFAULTS = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
 
-# How CLIP splits text into words before byte-level BPE (Radford et al. 2021; simple_tokenizer.py).
+# CLIP's words before byte-level BPE (Radford et al. 2021; simple_tokenizer.py).
 _WORDS = (
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 )
@@ -45,14 +45,14 @@ _WORDS = (
 def tokenizer_json_from_path(
     path: Path, *, length: int, vocab_size: int, pad_token: str | None = None
 ) -> str:
-    """Return a `tokenizer.json` that gives exactly L ids a prompt, start and end token included.
+    """Return a `tokenizer.json` that gives exactly L ids per prompt, with start and end token.
 
     Args:
         path: a directory with `tokenizer.json`, or `vocab.json` and `merges.txt`; or the
             `tokenizer.json` itself.
         length: L, the text encoder's positions; a smaller `model_max_length` of the tokenizer wins.
         vocab_size: rows of the text encoder's token embedding.
-        pad_token: instead of the tokenizer's own.
+        pad_token: instead of the tokenizer's.
 
     Raises:
         CheckpointError: files missing or malformed, or ids that the text encoder has no row for.
@@ -84,21 +84,20 @@ def _tokenizer_json(path: Path, length: int, vocab_size: int, pad_token: str | N
     tokenizer.enable_truncation(max_length=length)
     tokenizer.enable_padding(length=length, pad_id=pad_id, pad_token=pad)
     for text in ("", _TRIAL):
-        given = len(tokenizer.encode(text))
-        if given != length:
-            raise CheckpointError(f"{root}", got=f"{given} tokens", expected=f"{length} a prompt")
+        count = len(tokenizer.encode(text))
+        if count != length:
+            raise CheckpointError(f"{root}", got=f"{count} tokens", expected=f"{length} per prompt")
     return str(tokenizer.to_str())
 
 
 def _length(root: Path, config: Mapping[str, Any], most: int) -> int:
-    """Return the tokens of a prompt; transformers writes 10**30 for a tokenizer without limit."""
-    wanted = config.get("model_max_length", most)
-    good = isinstance(wanted, int | float) and not isinstance(wanted, bool) and wanted >= _LEAST
-    if not good:
+    """Return the tokens of a prompt; transformers writes 10**30 for no limit."""
+    limit = config.get("model_max_length", most)
+    if not isinstance(limit, int | float) or isinstance(limit, bool) or not limit >= _LEAST:
         raise CheckpointError(
-            f"{root}: model_max_length", got=repr(wanted), expected=f"a number from {_LEAST}"
+            f"{root}: model_max_length", got=repr(limit), expected=f"a number from {_LEAST}"
         )
-    return int(min(most, wanted))
+    return int(min(most, limit))
 
 
 def _tokenizer_from_json(file: Path, config: dict[str, Any]) -> Tokenizer:
@@ -165,10 +164,10 @@ def _numbered(tokenizer: Tokenizer, token: str | Mapping[str, Any]) -> tuple[str
 
 
 def _add_special_tokens(tokenizer: Tokenizer, config: Mapping[str, Any], root: Path) -> None:
-    """Mark the special tokens, so that a prompt which spells one gets its id, as transformers does.
+    """Mark the special tokens: as in transformers, a prompt that spells a token gets its id.
 
-    Flags come from `added_tokens_decoder`, else from the token's own entry; a bare string is not
-    normalized; of two entries for one token the later one counts.
+    Flags come from `added_tokens_decoder`, or else from the token's own entry. A token without
+    flags is not normalized. Of two entries for a token the later entry counts.
     """
     declared = config.get("added_tokens_decoder", {})
     known = {_content(entry): entry for entry in declared.values()}
@@ -214,7 +213,7 @@ def _config(root: Path) -> dict[str, Any]:
 
 
 def _check_token(root: Path, name: str, token: object) -> None:
-    """Refuse what is neither a token's text nor an object with its text and flags."""
+    """Refuse a value that is neither a token's text nor an object with its text and flags."""
     fields = {"content": token} if isinstance(token, str) else token
     if (
         not isinstance(fields, dict)
@@ -226,18 +225,18 @@ def _check_token(root: Path, name: str, token: object) -> None:
 
 
 def _vocab(file: Path) -> dict[str, int]:
-    """Return a vocabulary, each word with a number of its own."""
+    """Return a vocabulary; each word has a different number."""
     vocab = json_from_file(file, error=CheckpointError, do=_AGAIN)
     numbers = vocab.values()
     if not all(type(number) is int and 0 <= number < 1 << 32 for number in numbers):
         raise CheckpointError(f"{file}", got="another kind of value", expected="whole numbers")
     if len(set(numbers)) < len(vocab):
-        raise CheckpointError(f"{file} gives two words one number", do=_AGAIN)
+        raise CheckpointError(f"{file} gives two words the same number", do=_AGAIN)
     return vocab
 
 
 def _object(file: Path) -> dict[str, Any]:
-    """Read a JSON object; that of a missing file is empty."""
+    """Read a JSON object; return an empty object for a missing file."""
     if not os.path.lexists(file):
         return {}
     return json_from_file(file, error=CheckpointError, do=_AGAIN)

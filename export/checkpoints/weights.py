@@ -1,6 +1,6 @@
-"""The tensors of one model in a checkpoint, read from disk one at a time, each used exactly once.
+"""The tensors of one model in a checkpoint, read from disk one at a time.
 
-Tensors are read with seek and read, not mapped: mapped pages would count as memory used.
+Files are not mapped, because mapped pages would count as used memory.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _AGAIN = "download it again"
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """Where one tensor lies: file, offset in it, storage dtype of safetensors, shape."""
+    """The place of a tensor: its file, offset there in bytes, dtype of safetensors, shape."""
 
     file: Path
     offset: int
@@ -66,20 +66,17 @@ class Entry:
 
 
 class Weights:
-    """Named tensors of one model; `take` gives each once, `finish` refuses any left over."""
+    """The named tensors of a model; `finish` refuses tensors that were not used."""
 
     def __init__(self, entries: Mapping[str, Entry], *, name: str) -> None:
-        """`name` is what error messages call the model, for example "unet"."""
+        """`name` is the model's name in error messages, for example "unet"."""
         self.name = name
         self._entries = dict(entries)
         self._unused = set(self._entries)
-        self.watch: Callable[[int], None] | None = None  # told the bytes of every tensor taken
+        self.watch: Callable[[int], None] | None = None  # called with the bytes of each tensor
 
     def __contains__(self, key: str) -> bool:
         return key in self._entries
-
-    def __len__(self) -> int:
-        return len(self._entries)
 
     def keys(self) -> list[str]:
         """Every tensor's name, in the file's order."""
@@ -95,7 +92,7 @@ class Weights:
         return self._entry(key).shape
 
     def take(self, key: str) -> NDArray[Any]:
-        """Read a tensor and count it as used. A missing one is a CheckpointError that names it."""
+        """Read a tensor and count it as used; a CheckpointError names a missing tensor."""
         entry = self._entry(key)
         self._unused.discard(key)
         array = entry.read()
@@ -104,11 +101,11 @@ class Weights:
         return array
 
     def ignore(self, keys: Iterable[str]) -> None:
-        """Count tensors as used that a graph rightly does not need (each caller says why)."""
+        """Count tensors as used that a graph does not need (each caller says why)."""
         self._unused.difference_update(keys)
 
     def renamed(self, names: Mapping[str, str]) -> Weights:
-        """Return the same tensors, with those in `names` (old to new) under their new names."""
+        """Return the same tensors; `names` maps old names to new names."""
         entries = {names.get(key, key): entry for key, entry in self._entries.items()}
         renamed = Weights(entries, name=self.name)
         renamed.watch = self.watch
@@ -124,7 +121,7 @@ class Weights:
         self._entries[key] = replace(entry, shape=shape)
 
     def finish(self) -> None:
-        """Raise a CheckpointError that names tensors no one took: the graph would lack them."""
+        """Raise a CheckpointError that names tensors which were not used: the graph lacks them."""
         if self._unused:
             some = ", ".join(sorted(self._unused)[:3])
             raise CheckpointError(
@@ -145,9 +142,9 @@ class Weights:
 
 
 def entries_from_safetensors(path: Path) -> dict[str, Entry]:
-    """Read the header of one `.safetensors` file; malformed ones are a CheckpointError.
+    """Read the header of a `.safetensors` file; a malformed file is a CheckpointError.
 
-    The package safetensors checks that tensors neither overlap nor leave gaps nor end too early.
+    The package safetensors checks that tensors do not overlap, leave gaps or end too early.
     """
     raw, size = _header(path)
     _check_whole(path)
@@ -160,7 +157,7 @@ def entries_from_safetensors(path: Path) -> dict[str, Entry]:
 
 
 def _header(path: Path) -> tuple[bytes, int]:
-    """Return the bytes of the header, and the size of the whole file."""
+    """Return the bytes of the header and the size of the file."""
     try:
         with opened(path) as stream:
             size = os.fstat(stream.fileno()).st_size
@@ -182,7 +179,7 @@ def _check_whole(path: Path) -> None:
     try:
         with safe_open(path, framework="np"):
             pass
-    except Exception as error:  # SafetensorError, and what the system says of the file
+    except Exception as error:  # SafetensorError, or an error of the system
         raise _not_whole(path, one_line(error)) from error
 
 
@@ -193,14 +190,14 @@ def _not_whole(path: Path, complaint: str) -> CheckpointError:
 
 
 def _entry(path: Path, key: str, info: object, start: int, size: int) -> Entry:
-    """Check the kinds of one tensor's entry, which nothing after this looks at again."""
+    """Check the values of a tensor's entry; no later code checks them again."""
     what = f"{path}: tensor {shortened(key, 100)}"
     if len(key) > _LONGEST_NAME or not isinstance(info, dict):
         raise CheckpointError(what, got=info, expected="an object and a short name", do=_AGAIN)
     dtype, shape, offsets = (info.get(name) for name in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise CheckpointError(f"{what} has dtype", got=dtype, expected=", ".join(_DTYPES))
-    # Sizes beside a zero are bounded too: NumPy does not take any shape of nothing.
+    # Where a size is 0 the other sizes are limited, too: NumPy does not take every such shape.
     if not _are_sizes(shape) or math.prod(max(side, 1) for side in shape) > size:
         raise CheckpointError(f"{what} has shape", got=shape, expected="sizes", do=_AGAIN)
     if not _are_sizes(offsets) or len(offsets) != 2:

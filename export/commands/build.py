@@ -32,15 +32,15 @@ examples:
   sld-build sd15 --engine tensorrt --batch 1 --workspace 1024              on a Jetson of 8 GB
   sld-build sd15 --engine tensorrt --components unet vae_decoder
 
-Needs no PyTorch, and for TensorRT-RTX no GPU. The plans move into the bundle when the last is
-built; before that it stays as it was. A build with the same answers is skipped. Exit code 2: a
-mistake in what was asked.
+Needs no PyTorch, and for TensorRT-RTX no GPU. The plans move into the bundle when the last plan is
+built; until then the bundle does not change. A plan that exists for the same options is kept. Exit
+code 2 is a mistake in the options or files.
 """
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
-    """The options of building plans, those of `sld-build` and of `sld-export`."""
+    """The options of building plans, for `sld-build` and `sld-export`."""
 
     engine: Flavour | None = option(
         f"{' or '.join(FLAVOURS)}: RTX cards, built anywhere; Jetson and servers, built on the "
@@ -54,25 +54,25 @@ class PlanOptions:
         default=(),
     )
     batch: tuple[int, ...] | None = option(
-        "images at once: MIN OPT MAX, or one number for all three "
+        "images in one call: MIN OPT MAX, or one number for all three "
         f"(default: {BATCH.min} {BATCH.opt} {BATCH.max})"
     )
     concepts: int | None = option(
-        "largest number of safety concepts at once; each is a UNet branch (default: the bundle's)"
+        "most safety concepts in one call; each is a UNet branch (default: the bundle's)"
     )
     size: tuple[int, ...] | None = option(
         "pixels of width and height: MIN OPT MAX, or one number; a fixed size runs fastest "
-        "(default: the bundle's own size, fixed)"
+        "(default: the bundle's size, fixed)"
     )
     components: tuple[str, ...] = option(
         "components to build (default: all in the bundle)", default=()
     )
     workspace: int | None = option(
-        "memory that kernels may use beside their tensors; less for 8 GB boards; only tensorrt",
+        "memory that kernels may use besides their tensors; less for 8 GB boards; only tensorrt",
         "MiB",
     )
     optimization_level: int | None = option(
-        "0, a fast build, to 5, a fast plan (default: TensorRT's own)"
+        "from 0, a fast build, to 5, a fast plan (default: TensorRT's)"
     )
     version_compatible: bool = flag(
         "the plan also runs on later versions of TensorRT; only tensorrt"
@@ -82,26 +82,26 @@ class PlanOptions:
         "tensorrt"
     )
     strip_weights: bool = flag(
-        "a small plan, filled from the bundle's ONNX files when it loads; only tensorrt"
+        "a small plan; it reads its weights from the bundle's ONNX files at start; only tensorrt"
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuildOptions:
-    """The other options of `sld-build`."""
+    """The options that only `sld-build` has."""
 
     bundle: Path = option(
         "a bundle, as sld-export makes it", "BUNDLE", default=REQUIRED, positional=True
     )
-    force: bool = flag("build plans again that are there already")
+    force: bool = flag("build existing plans again")
     quiet: bool = quiet_option()
 
 
 def build_settings(options: PlanOptions) -> BuildSettings | None:
-    """Return the settings that the command line asks for; None where it names no engine.
+    """Return the settings of the command line; None where it names no engine.
 
     Raises:
-        InputError: an option that the engine does not have, or one without an engine.
+        InputError: an option that the engine does not have, or an option without an engine.
     """
     given = {
         name: value for name, value in vars(options).items() if value != getattr(PlanOptions, name)
@@ -140,7 +140,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     given = vars(parser().parse_args(arguments))
     options = settings_from_options(BuildOptions, given)
     settings = build_settings(settings_from_options(PlanOptions, given))
-    assert settings is not None  # the parser has asked for an engine
+    assert settings is not None  # the parser requires --engine
     build_and_show(options.bundle, settings, force=options.force, quiet=options.quiet)
     return EXIT_OK
 
@@ -155,16 +155,18 @@ def build_and_show(
     with _Progress() as progress:
         infos = build_plans(bundle, settings, say=progress.say, watch=progress.watch, force=force)
     print(table(infos))
-    peak = peak_memory()
-    print(
-        f"{time.perf_counter() - start:.1f} s in all"
-        + (f", peak memory {peak / 2**30:.2f} GiB" if peak is not None else "")
-    )
+    print(f"{time.perf_counter() - start:.1f} s in all{peak_text()}")
     return infos
 
 
+def peak_text() -> str:
+    """Return the peak memory of this process for the end of a line; empty where unknown."""
+    peak = peak_memory()
+    return f", peak memory {peak / 2**30:.2f} GiB" if peak is not None else ""
+
+
 def table(infos: Sequence[PlanInfo]) -> str:
-    """Return component, build time and size of each plan, a line each."""
+    """Return a line with component, build time and size for each plan."""
     lines = [f"{'component':<14} {'seconds':>8} {'MB':>9}"]
     lines += [
         f"{info.component:<14} {info.seconds:>8.1f} {info.bytes / 1e6:>9.1f}" for info in infos
@@ -173,16 +175,16 @@ def table(infos: Sequence[PlanInfo]) -> str:
 
 
 class _Progress:
-    """One line that says what is being done and for how long; plain lines where no one watches.
+    """One changing line with the current stage and its time; plain lines without a terminal.
 
-    It writes to a copy of stderr, since native code's own stderr is silenced meanwhile.
+    It writes to a copy of stderr, because a build silences stderr for native code.
     """
 
     def __init__(self) -> None:
         self._live = sys.stderr.isatty()
         self._done = threading.Event()
         self._lock = threading.Lock()
-        self._doing: tuple[str, float] | None = None
+        self._current: tuple[str, float] | None = None  # stage and its start
 
     def __enter__(self) -> Self:
         if self._live:
@@ -206,20 +208,20 @@ class _Progress:
             print(line, file=sys.stderr)
 
     def watch(self, component: str, stage: str) -> None:
-        """Show what is being done now."""
-        self._doing = (f"{component}: {stage}", time.perf_counter()) if stage != "done" else None
+        """Show the current stage."""
+        self._current = None if stage == "done" else (f"{component}: {stage}", time.perf_counter())
         if not self._live:
             print(f"{component}: {stage}", file=sys.stderr)
 
     def _tick(self) -> None:
         while not self._done.wait(0.5):
-            doing = self._doing
-            if doing is not None:
-                self._write(f"{doing[0]} ({time.perf_counter() - doing[1]:.0f} s)")
+            current = self._current
+            if current is not None:
+                self._write(f"{current[0]} ({time.perf_counter() - current[1]:.0f} s)")
 
     def _write(self, text: str) -> None:
         with self._lock:
-            self._terminal.write(f"\r\x1b[K{text}")  # over the line before
+            self._terminal.write(f"\r\x1b[K{text}")  # replaces the line before
             self._terminal.flush()
 
 

@@ -8,16 +8,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 from tqdm import tqdm
 
 from sld_edge.engines.errors import InputError
 from sld_edge.export.build_plans import require_buildable
 from sld_edge.export.checkpoints.sources import ALIASES, PREDICTION_TYPES
-from sld_edge.export.commands.build import PlanOptions, build_and_show, build_settings
+from sld_edge.export.commands.build import (
+    PlanOptions,
+    build_and_show,
+    build_settings,
+    peak_text,
+)
 from sld_edge.export.scorers import SCORERS, ScorerSettings, export_scorer
 from sld_edge.export.settings import ExportSettings
+from sld_edge.export.shape import Say
 from sld_edge.export.sign import sign_bundle, signing_key
 from sld_edge.export.write_bundle import Watch, export_bundle
 from sld_edge.runtime.commands.arguments import (
@@ -27,7 +33,7 @@ from sld_edge.runtime.commands.arguments import (
     option,
     settings_from_options,
 )
-from sld_edge.runtime.commands.console import Parser, peak_memory, run_command
+from sld_edge.runtime.commands.console import Parser, run_command
 from sld_edge.runtime.commands.options import quiet_option
 from sld_edge.runtime.safety import PRESETS
 from sld_edge.runtime.samplers import SAMPLERS
@@ -41,13 +47,13 @@ examples:
   sld-export --model sd-1.5 --output bundles/sd15 --engine tensorrt-rtx        and its plans
   sld-export --scorer sd-checker --model ./sd15 --output scorers/checker       see docs/scorers.md
 
-Needs no PyTorch, but for --verify and --via torch. Exit code 2 is a mistake in what was asked.
+Only --verify and --via torch need PyTorch. Exit code 2 is a mistake in the options or files.
 """
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """The options of `sld-export` beside those of plans; most are `ExportSettings`'s."""
+    """The options of `sld-export` without those of plans; most are in `ExportSettings`, too."""
 
     model: str | None = option(
         f"{', '.join(ALIASES)}; a Hub id (owner/name or owner/name@revision); a diffusers "
@@ -58,7 +64,7 @@ class ExportOptions:
     name: str | None = option("name of the model in the bundle", "TEXT")
     force: bool = flag("replace an existing bundle or scorer; other files in its folder stay")
     sign: Path | None = option(
-        "sign the bundle with an Ed25519 key, for devices whose policy names its signers; without "
+        "sign the bundle with an Ed25519 key, for devices whose policy lists signers; without "
         "--model, sign the bundle at --output (docs/policy.md)",
         "KEY.pem",
     )
@@ -71,8 +77,8 @@ class ExportOptions:
     )
     fp32_components: tuple[str, ...] = option(
         "components in fp32 although --precision is fp16: text_encoder, unet, vae_decoder; "
-        "vae_decoder needs it where its activations pass the largest fp16 number, 65504, and runs "
-        "end in NaN (SDXL's is in fp32 by default)",
+        "vae_decoder needs it where its activations exceed the largest fp16 number, 65504, and "
+        "runs end in NaN (SDXL's decoder is in fp32 by default)",
         default=(),
     )
     storage: Literal["fp16", "fp32"] | None = option(
@@ -97,29 +103,31 @@ class ExportOptions:
         "tokenizer.json"
     )
     prediction_type: str | None = option(
-        f"what the UNet predicts: {', '.join(PREDICTION_TYPES)} (default: what the scheduler says; "
-        "a single file of SD 2.x does not say)"
+        f"the UNet's prediction: {', '.join(PREDICTION_TYPES)} (default: from the scheduler's "
+        "config; required for a single file of SD 2.x)"
     )
-
     vae: Path | None = option(
         "folder of another VAE, diffusers' AutoencoderKL or AutoencoderTiny, as decoder"
     )
-
-    preview_vae: Path | None = option("likewise, a second decoder for --preview of sld-run")
+    preview_vae: Path | None = option(
+        "folder of a VAE as a second decoder, for --preview of sld-run"
+    )
 
     sampler: str | None = option(
         f"{', '.join(SAMPLERS)} (default: the checkpoint's)", group="defaults of a run"
     )
     steps: int | None = option("denoising steps; 1 to 4 for SD-Turbo, SDXL-Turbo and Lightning")
-    guidance_scale: float | None = option("0 for models distilled to need none, as Turbo", "G")
+    guidance_scale: float | None = option(
+        "0 for models that were distilled to need no guidance, for example Turbo", "G"
+    )
     timestep_spacing: str | None = option(
-        "leading, trailing or linspace, instead of the scheduler's own; Lightning needs trailing"
+        "leading, trailing or linspace, instead of the scheduler's; Lightning needs trailing"
     )
     width: int | None = option("pixels (default: the model's)", "W")
     height: int | None = option("pixels (default: the model's)", "H")
     safety_concept: tuple[str, ...] = option(
-        "what to steer away from; give it again for several concepts, each with its own UNet "
-        "branch (default: the paper's 20 items as one concept)",
+        "the concept to steer away from; give the option again for several concepts, each with its "
+        "own UNet branch (default: the paper's 20 items as one concept)",
         "TEXT",
         default=(),
         action="append",
@@ -155,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(given: Mapping[str, Any]) -> None:
-    """Do what the options ask for; `given` holds those that were given, by name."""
+    """Run the command; `given` holds the options of the command line, by name."""
     options = settings_from_options(ExportOptions, given)
     key = signing_key(options.sign) if options.sign is not None else None
     if options.model is None:
@@ -173,10 +181,8 @@ def _run(given: Mapping[str, Any]) -> None:
     if plans is not None:
         require_buildable(plans)
     start = time.perf_counter()
-    with _progress(quiet=options.quiet) as (bar, watch):
-        path = export_bundle(
-            settings, say=None if options.quiet else lambda line: _tell(bar, line), watch=watch
-        )
+    with _progress(quiet=options.quiet) as (say, watch):
+        path = export_bundle(settings, say=say, watch=watch)
     if not options.quiet:
         _show(path, time.perf_counter() - start)
     if key is not None:
@@ -186,12 +192,16 @@ def _run(given: Mapping[str, Any]) -> None:
 
 
 def _export_scorer(options: ExportOptions, given: Mapping[str, Any]) -> None:
-    """Write a scorer; options that only a bundle has are refused."""
+    """Write a scorer; refuse options that only a bundle has."""
     for name in given.keys() - {setting.name for setting in fields(ScorerSettings)} - {"quiet"}:
         raise InputError(f"--{name.replace('_', '-')} does not apply to --scorer")
     settings = settings_from_options(ScorerSettings, {**given, "model": Path(given["model"])})
     start = time.perf_counter()
-    say = None if options.quiet else lambda line: print(line, file=sys.stderr)
+
+    def say(line: str) -> None:
+        if not options.quiet:
+            print(line, file=sys.stderr)
+
     path = export_scorer(settings, say=say)
     if not options.quiet:
         _show(path, time.perf_counter() - start)
@@ -199,30 +209,26 @@ def _export_scorer(options: ExportOptions, given: Mapping[str, Any]) -> None:
 
 def _show(path: Path, seconds: float) -> None:
     size = sum(file.stat().st_size for file in path.iterdir())
-    peak = peak_memory()
-    print(
-        f"{path}: {size / 1e6:.1f} MB in {seconds:.1f} s"
-        + (f", peak memory {peak / 2**30:.2f} GiB" if peak is not None else "")
-    )
+    print(f"{path}: {size / 1e6:.1f} MB in {seconds:.1f} s{peak_text()}")
 
 
 @contextmanager
-def _progress(*, quiet: bool) -> Iterator[tuple[tqdm[NoReturn], Watch]]:
-    """Give a bar over the bytes of weights, and what moves it."""
+def _progress(*, quiet: bool) -> Iterator[tuple[Say, Watch]]:
+    """Give a function that prints a line, and one that moves a bar over the bytes of weights."""
     with tqdm(
         unit="B", unit_scale=True, disable=quiet or None, leave=False, file=sys.stderr
     ) as bar:
+
+        def say(line: str) -> None:
+            if not quiet:
+                bar.clear()  # on a terminal the bar would stay above the line
+                print(line, file=sys.stderr)
 
         def watch(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        yield bar, watch
-
-
-def _tell(bar: tqdm[NoReturn], line: str) -> None:
-    bar.clear()  # a bar on a terminal would be left standing above the line
-    print(line, file=sys.stderr)
+        yield say, watch
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Model families: which graphs a kind of model has, and where their inputs come from."""
+"""Model families: the graphs of a kind of model, and the sources of their inputs."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ def family_of(checkpoint: Checkpoint) -> Family:
     """Return the family of a checkpoint.
 
     Raises:
-        CheckpointError: no family takes these models.
+        CheckpointError: no family has these models.
     """
     for family in FAMILIES:
         if family.matches(checkpoint):
             return family
     raise CheckpointError(
-        "the checkpoint's models are of no family that is known here",
+        "the checkpoint's models are of no known family",
         got=", ".join(sorted(checkpoint.models)),
         expected=" or ".join(f"{each.name} ({', '.join(each.folders)})" for each in FAMILIES),
     )

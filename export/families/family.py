@@ -14,7 +14,8 @@ from sld_edge.runtime.manifest import Condition, GuidanceKind
 if TYPE_CHECKING:
     from sld_edge.export.graphs.builder import GraphOptions
 
-Write = Callable[[Any, "GraphOptions", Path], None]  # of a Model, None without weights
+# Writes a graph to a path; the first argument is a Model, None for a graph without weights.
+Write = Callable[[Any, "GraphOptions", Path], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,11 +24,11 @@ class Part:
 
     Attributes:
         name: the component.
-        folder: the checkpoint's model that it is made from; None for a graph without weights.
+        folder: the model that the graph is made from; None for a graph without weights.
         write: writes the graph, and its weights as `PATH.data`.
-        weights_of: the component whose weights file the graph reads, if not its own; the graph is
-            then made from that component's graph, and `write` gets its path by `Path.with_name`.
-        precision: the arithmetic where the user says nothing; None is the export's.
+        weights_of: another component, where the graph reads its weights file; the graph is then
+            made from that component's graph, which `write` reads from the same folder.
+        precision: the default arithmetic; None: the export's.
     """
 
     name: str
@@ -52,7 +53,7 @@ class Family:
     Attributes:
         name: for messages.
         folders: the models of a checkpoint.
-        parts: the graphs, in the bundle's order; a part comes after the part whose weights it has.
+        parts: the graphs, in the bundle's order; a part follows the part whose weights it reads.
         inputs: reads the denoiser's inputs from a checkpoint's configs; raises CheckpointError for
             models that do not fit together.
     """
@@ -63,11 +64,11 @@ class Family:
     inputs: Callable[[Checkpoint], Inputs]
 
     def matches(self, checkpoint: Checkpoint) -> bool:
-        """Whether a checkpoint has this family's models, and no others."""
+        """Whether a checkpoint has exactly this family's models."""
         return set(checkpoint.models) - {PREVIEW_VAE} == set(self.folders)
 
     def parts_of(self, checkpoint: Checkpoint) -> list[Part]:
-        """Return the parts that a checkpoint has the models of."""
+        """Return the parts whose models a checkpoint has."""
         return [
             part for part in self.parts if part.folder is None or part.folder in checkpoint.models
         ]
@@ -77,7 +78,7 @@ def require_equal(what: str, sides: Mapping[str, int]) -> int:
     """Return the size that several models agree on.
 
     Raises:
-        CheckpointError: they do not.
+        CheckpointError: the models have different sizes.
     """
     if len(set(sides.values())) > 1:
         raise CheckpointError(

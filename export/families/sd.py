@@ -1,13 +1,13 @@
 """Stable Diffusion 1.x and 2.x, their smaller copies, and models distilled from them.
 
-Graphs are imported where they are written: naming parts needs no onnx.
+Functions import the graph builders, so that a list of parts needs no onnx.
 """
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sld_edge.export.checkpoints.checkpoint import (
     PREVIEW_VAE,
@@ -18,22 +18,17 @@ from sld_edge.export.checkpoints.checkpoint import (
 )
 from sld_edge.export.families.family import Family, Inputs, Part, require_equal
 from sld_edge.runtime.bundle import own_graph
-from sld_edge.runtime.manifest import (
-    GUIDANCE,
-    PREVIEW_DECODER,
-    SHALLOW,
-    Condition,
-    GuidanceKind,
-)
+from sld_edge.runtime.manifest import GUIDANCE, PREVIEW_DECODER, SHALLOW, Condition, GuidanceKind
 
 if TYPE_CHECKING:
     from sld_edge.export.graphs.builder import GraphOptions
 
 
-def _write_text_encoder(model: Model, options: GraphOptions, path: Path) -> None:
+def write_text(model: Model, options: GraphOptions, path: Path, **outputs: Any) -> None:
+    """Write a text encoder; `outputs` are `layer` and `pooled` of `write_text_encoder`."""
     from sld_edge.export.graphs.clip import write_text_encoder
 
-    write_text_encoder(model.config, model.weights, options, path)
+    write_text_encoder(model.config, model.weights, options, path, **outputs)
 
 
 def _write_unet(model: Model, options: GraphOptions, path: Path) -> None:
@@ -69,7 +64,7 @@ GUIDANCE_PART = Part(name="guidance", folder=None, write=_copy_guidance, precisi
 
 
 def guidance_inputs(checkpoint: Checkpoint) -> tuple[dict[str, Condition], GuidanceKind]:
-    """Return the input of a guidance embedding, if the UNet has one, and the kind of guidance.
+    """Return the input of the UNet's guidance embedding, if any, and the kind of guidance.
 
     A UNet distilled from guided predictions (LCM) takes guidance - 1 as an input, and no
     unconditional branch (arXiv 2310.04378, section 4.1).
@@ -97,7 +92,7 @@ SD = Family(
     name="Stable Diffusion 1.x or 2.x",
     folders=("unet", "vae", "text_encoder"),
     parts=(
-        Part(name="text_encoder", folder="text_encoder", write=_write_text_encoder),
+        Part(name="text_encoder", folder="text_encoder", write=write_text),
         *UNET,
         DECODER,
         PREVIEW,

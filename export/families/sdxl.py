@@ -3,31 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING
+from functools import partial
 
 from sld_edge.engines.errors import CheckpointError
-from sld_edge.export.checkpoints.checkpoint import Checkpoint, Model, size_from_config
+from sld_edge.export.checkpoints.checkpoint import Checkpoint, size_from_config
 from sld_edge.export.families.family import Family, Inputs, Part, require_equal
 from sld_edge.export.families.sd import DECODER as SD_DECODER
-from sld_edge.export.families.sd import GUIDANCE_PART, PREVIEW, UNET, guidance_inputs
+from sld_edge.export.families.sd import GUIDANCE_PART, PREVIEW, UNET, guidance_inputs, write_text
 from sld_edge.export.graphs.unet_settings import pooled_width, unet_settings
 from sld_edge.runtime.manifest import SIZE, Absent, Condition
-
-if TYPE_CHECKING:
-    from sld_edge.export.graphs.builder import GraphOptions
-
-
-def _write_first(model: Model, options: GraphOptions, path: Path) -> None:
-    from sld_edge.export.graphs.clip import write_text_encoder
-
-    write_text_encoder(model.config, model.weights, options, path, layer="penultimate")
-
-
-def _write_second(model: Model, options: GraphOptions, path: Path) -> None:
-    from sld_edge.export.graphs.clip import write_text_encoder
-
-    write_text_encoder(model.config, model.weights, options, path, layer="penultimate", pooled=True)
 
 
 def _inputs(checkpoint: Checkpoint) -> Inputs:
@@ -54,7 +38,7 @@ def _inputs(checkpoint: Checkpoint) -> Inputs:
         },
     )
     embedded, guidance = guidance_inputs(checkpoint)
-    # diffusers' default, for checkpoints whose model_index.json says nothing.
+    # The default is diffusers'.
     zeros = checkpoint.index.get("force_zeros_for_empty_prompt", True)
     if not isinstance(zeros, bool):
         raise CheckpointError(
@@ -77,8 +61,16 @@ SDXL = Family(
     name="Stable Diffusion XL",
     folders=("unet", "vae", "text_encoder", "text_encoder_2"),
     parts=(
-        Part(name="text_encoder", folder="text_encoder", write=_write_first),
-        Part(name="text_encoder_2", folder="text_encoder_2", write=_write_second),
+        Part(
+            name="text_encoder",
+            folder="text_encoder",
+            write=partial(write_text, layer="penultimate"),
+        ),
+        Part(
+            name="text_encoder_2",
+            folder="text_encoder_2",
+            write=partial(write_text, layer="penultimate", pooled=True),
+        ),
         *UNET,
         replace(SD_DECODER, precision="fp32"),  # it overflows in FP16
         PREVIEW,

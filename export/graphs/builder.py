@@ -1,9 +1,10 @@
-"""A small ONNX graph builder: nodes and initializers named after the checkpoint's keys.
+"""A small ONNX graph builder; nodes and initializers have the names of the checkpoint's keys.
 
 Weights go to `NAME.onnx.data` one by one while the graph is built, so memory holds one at a time.
-What depends on the text differs between the branches, the rest does not: every value knows
-whether it holds one row an image (narrow) or one an image and branch (wide), and the first
-operation that mixes the two repeats the narrow ones. That is all there is to the shared prefix.
+
+Only values that depend on the text differ between branches. So every value is narrow, with one row
+per image, or wide, with one row per image and branch. An operation that reads both kinds first
+repeats its narrow inputs. In this way the branches share the graph's prefix.
 """
 
 from __future__ import annotations
@@ -36,12 +37,13 @@ _IR_VERSIONS = {20: 9, 23: 11}  # the oldest IR that may hold each opset
 
 @dataclass(frozen=True, kw_only=True)
 class GraphOptions:
-    """How a graph is written.
+    """The form of a graph.
 
-    `precision` is the arithmetic inside (the boundary is always FP32), `storage` that of the
-    weights on disk (None: the same; "fp16" under "fp32" is half the file, cast when loaded).
-    `attention` is one operator (opset 23) or matrix products (opset 20, for older engines).
-    `shared_prefix` computes once an image what does not depend on the text.
+    `precision` is the arithmetic inside (inputs and outputs are always FP32). `storage` is the type
+    of the weights on disk (None: as the precision; "fp16" with "fp32" arithmetic halves the file,
+    and weights are cast when loaded). `attention` is one operator (opset 23) or matrix products
+    (opset 20, for older engines). With `shared_prefix` values that do not depend on the text are
+    computed once per image.
     """
 
     precision: Precision = "fp32"
@@ -51,13 +53,13 @@ class GraphOptions:
 
     @property
     def opset(self) -> int:
-        """The opset that has the operators this graph uses."""
+        """The opset with the operators of this form."""
         return 23 if self.attention == "op" else 20
 
 
 @dataclass(frozen=True)
 class Value:
-    """One tensor of the graph: its name, rank, and what its first axis counts."""
+    """A tensor of the graph: its name, rank, and the rows of its first axis (see the module)."""
 
     name: str
     rank: int
@@ -65,7 +67,7 @@ class Value:
 
 
 class GraphBuilder:
-    """Builds one graph; leaving the `with` block writes it, an exception leaves no file."""
+    """Builds a graph; the end of the `with` block writes it, and an exception leaves no file."""
 
     def __init__(
         self,
@@ -83,7 +85,7 @@ class GraphBuilder:
             )
         self.options = options
         self.dtype = _DTYPES[options.precision]
-        # A copy of its own: what is ignored or reshaped here must not change the caller's.
+        # A copy, so that `ignore` and `reshaped` do not change the caller's weights.
         self.weights = (weights if weights is not None else Weights({}, name="")).renamed({})
         self.storage = _DTYPES[storage]
         self._path = path
@@ -99,7 +101,7 @@ class GraphBuilder:
         self._constants: dict[tuple[str, tuple[int, ...], bytes], Value] = {}
         self._weights: dict[str, Value] = {}
         self._wide: dict[str, Value] = {}
-        self._new_names: dict[str, str] = {}  # by the name inside the graph
+        self._new_names: dict[str, str] = {}  # in the file, by the name during the build
         self._branches: Value | None = None
 
     def __enter__(self) -> Self:
@@ -137,19 +139,19 @@ class GraphBuilder:
     def output(
         self, value: Value, name: str, dtype: type[np.generic], shape: Sequence[int | str]
     ) -> None:
-        """Declare `value` an output of the graph, called `name`; it stays usable."""
+        """Declare `value` an output of the graph, called `name`; other nodes may still read it."""
         if self._unique(name) != name:
             raise ValueError(f"{name} is the name of another value")
-        made = any(value.name in node.output for node in self._nodes)
-        if not made or value.name in self._new_names:
-            # An input, a constant or an output already: the name it has must stay.
+        computed = any(value.name in node.output for node in self._nodes)
+        if not computed or value.name in self._new_names:
+            # An input, a constant or an output already: its name must stay.
             value = self.node("Identity", value, name=f"{name}/copy")
-        # TensorRT takes bytes only from the node that makes them, so no Identity stands between.
+        # Otherwise without an Identity: TensorRT takes bytes only from the node that makes them.
         self.rename(value, name)
         self._outputs.append(_value_info(name, dtype, shape))
 
     def adopt(self, graph: onnx.GraphProto) -> None:
-        """Take over boundary and tensors of another graph, and keep its names from new values."""
+        """Take inputs, outputs and tensors from another graph, and reserve all its names."""
         self._inputs.extend(graph.input)
         self._outputs.extend(graph.output)
         self._initializers.extend(graph.initializer)
@@ -178,11 +180,14 @@ class GraphBuilder:
         **attributes: Any,
     ) -> list[Value]:
         """Add an operation with `count` outputs."""
-        aligned = self._aligned(inputs)
+        is_wide = any(value is not None and value.batch == "wide" for value in inputs)
+        aligned = [
+            self.widen(value) if is_wide and value is not None else value for value in inputs
+        ]
         present = [value for value in aligned if value is not None]
-        batches = {value.batch for value in present}
+        is_narrow = any(value.batch == "narrow" for value in present)
         batch: Literal["none", "narrow", "wide"] = (
-            "wide" if "wide" in batches else "narrow" if "narrow" in batches else "none"
+            "wide" if is_wide else "narrow" if is_narrow else "none"
         )
         if op == "Shape":
             batch = "none"
@@ -201,15 +206,15 @@ class GraphBuilder:
         return [Value(each, rank, batch) for each in names]
 
     def copy(self, node: onnx.NodeProto) -> None:
-        """Add a node of the adopted graph as it is."""
+        """Add a node of the adopted graph unchanged."""
         self._nodes.append(node)
 
     def rename(self, value: Value, name: str) -> None:
-        """Let the node that makes `value` give it this name in the file, for whoever reads it."""
+        """Give `value` another name in the file."""
         self._new_names[value.name] = name
 
     def sizes(self, value: Value, start: int, end: int) -> Value:
-        """Sizes of the axes `start` to `end` at run time."""
+        """Return the sizes of the axes `start` to `end` at run time."""
         return self.node("Shape", value, name=f"{value.name}/sizes", rank=1, start=start, end=end)
 
     def cast(self, value: Value, dtype: np.dtype[Any] | type[np.generic], name: str) -> Value:
@@ -233,7 +238,7 @@ class GraphBuilder:
     # --- constants and weights ----------------------------------------------------------------
 
     def constant(self, array: NDArray[Any], name: str) -> Value:
-        """Return `array` as a value; equal constants are one."""
+        """Return `array` as a value; equal constants are stored once."""
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self._constants:
             unique = self._unique(name)
@@ -254,7 +259,7 @@ class GraphBuilder:
     def weight(self, key: str, shape: tuple[int, ...], *, transpose: bool = False) -> Value:
         """Return a tensor of the checkpoint, in the inner precision.
 
-        `shape` is what the config asks for; a tensor of another one is a CheckpointError.
+        `shape` is the shape by the config; another shape is a CheckpointError.
         """
         if key not in self._weights:
             stored = self.stored_weight(key, shape, transpose=transpose)
@@ -264,7 +269,7 @@ class GraphBuilder:
         return self._weights[key]
 
     def stored_weight(self, key: str, shape: tuple[int, ...], *, transpose: bool = False) -> Value:
-        """Return a tensor of the checkpoint as it is stored, to look up rows before a cast."""
+        """Return a tensor of the checkpoint in its stored type, to look up rows before a cast."""
         if self.weights.shape(key) != shape:
             raise CheckpointError(
                 f"{self.weights.name}: tensor {key} does not fit the config",
@@ -276,18 +281,21 @@ class GraphBuilder:
         return Value(key, len(shape))
 
     def _checked(self, key: str, array: NDArray[Any]) -> NDArray[Any]:
-        what = f"{self.weights.name}: tensor {key}"
+        tensor = f"{self.weights.name}: tensor {key}"
         if array.dtype.kind != "f":
-            raise CheckpointError(what, got=array.dtype.name, expected="floating-point numbers")
+            raise CheckpointError(tensor, got=array.dtype.name, expected="floating-point numbers")
         with np.errstate(over="ignore"):
             stored = array.astype(self.storage, copy=False)
         if not np.isfinite(stored).all():
             if np.isfinite(array).all():
                 largest = float(np.abs(array).max())
                 raise CheckpointError(
-                    what, got=f"{largest:g}", expected="at most 65504 in FP16", do="export as fp32"
+                    tensor,
+                    got=f"{largest:g}",
+                    expected="at most 65504 in FP16",
+                    do="export as fp32",
                 )
-            raise CheckpointError(what, got="NaN or infinity", expected="finite numbers")
+            raise CheckpointError(tensor, got="NaN or infinity", expected="finite numbers")
         return stored
 
     # --- branches -----------------------------------------------------------------------------
@@ -299,7 +307,7 @@ class GraphBuilder:
         )
 
     def widen(self, value: Value) -> Value:
-        """Repeat a narrow value for every branch (branch-major), once however often asked."""
+        """Repeat a narrow value for every branch (branch-major); a second call adds no nodes."""
         if value.batch != "narrow":
             return value
         if value.name not in self._wide:
@@ -316,11 +324,6 @@ class GraphBuilder:
     def like(self, value: Value, other: Value) -> Value:
         """Return `value`, wide if `other` is."""
         return self.widen(value) if other.batch == "wide" else value
-
-    def _aligned(self, inputs: Sequence[Value | None]) -> list[Value | None]:
-        if not any(value is not None and value.batch == "wide" for value in inputs):
-            return list(inputs)
-        return [self.widen(value) if value is not None else None for value in inputs]
 
     # --- files --------------------------------------------------------------------------------
 
@@ -351,7 +354,7 @@ class GraphBuilder:
         if digest not in self._written:
             if self._data is None:
                 self._data = self._data_path.open("wb")
-            # ONNX Runtime maps what starts on a page; small tensors need only a cache line.
+            # ONNX Runtime maps tensors that start on a page; small tensors need only a cache line.
             step = _PAGE_BYTES if array.nbytes >= _PAGE_BYTES else 64
             offset = -(-self._data.tell() // step) * step
             self._data.write(b"\0" * (offset - self._data.tell()))

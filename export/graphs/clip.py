@@ -1,4 +1,4 @@
-"""CLIP's text encoder, as transformers' CLIPTextModel and CLIPTextModelWithProjection have it."""
+"""CLIP's text encoder, as transformers' CLIPTextModel and CLIPTextModelWithProjection define it."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ _ACTIVATIONS: dict[str, Callable[[GraphBuilder, Value, str], Value]] = {
 }
 
 TEXT_PROJECTION = "text_projection.weight"
-_END_OF_OLD_CONFIGS = 2  # a slip of transformers: the end token is the largest id, not 2
+_END_OF_OLD_CONFIGS = 2  # an error in old configs of transformers: the end token is the largest id
 
-# What transformers 4 wrote into every part of a config; of text generation, training, bookkeeping.
+# Keys of text generation, training and bookkeeping, which transformers 4 wrote into every config.
 _NO_DIFFERENCE = """
     architectures attention_dropout bad_words_ids begin_suppress_tokens bos_token_id
     decoder_start_token_id diversity_penalty do_sample dropout dtype early_stopping
@@ -46,7 +46,7 @@ TOWER_KEYS: dict[str, Key] = {
     "num_hidden_layers": count(12),
     "hidden_act": one_of("quick_gelu", "gelu"),
     "layer_norm_eps": number(1e-5),
-    # What must be off.
+    # Features that must be off.
     **dict.fromkeys(
         ("add_cross_attention", "is_decoder", "is_encoder_decoder", "tie_encoder_decoder"),
         one_of(False),
@@ -66,7 +66,7 @@ TEXT_KEYS: dict[str, Key] = {
     "max_position_embeddings": count(77, MOST_POSITIONS),
     "model_type": one_of("clip_text_model"),
 }
-# Pooling looks for the end token, so its id makes a difference.
+# Pooling looks for the end token, so its id counts.
 POOLED_TEXT_KEYS: dict[str, Key] = {
     **TEXT_KEYS,
     "eos_token_id": Key(
@@ -86,19 +86,19 @@ def write_text_encoder(
 ) -> None:
     """Write the encoder: input_ids i64 [N,L] -> hidden_states f32 [N,L,C], pooled f32 [N,P].
 
-    L is `max_position_embeddings`. With `layer` "last" the states are those of the last layer after
-    the last norm; with "penultimate" those of the layer before it, without a norm, as SDXL takes
-    them from both its encoders. There is an output `pooled` only where it is asked for: the state
-    of the first end token after the last norm, projected to P (`projection_dim`).
+    L is `max_position_embeddings`. With `layer` "last" the states come from the last layer, after
+    the last norm; with "penultimate" from the layer before it, without a norm, as SDXL reads both
+    its encoders. Where `pooled`, the second output is the state of the first end token after the
+    last norm, projected to P (`projection_dim`).
 
-    Raises CheckpointError, naming it, for a config key or tensor that is unknown, missing or bad.
+    Raises a CheckpointError that names a config key or tensor which is unknown, missing or bad.
     Source: transformers, models/clip/modeling_clip.py, CLIPTextModel and, where `pooled`,
     CLIPTextModelWithProjection.
     """
     keys = {**POOLED_TEXT_KEYS, "projection_dim": count(512)} if pooled else TEXT_KEYS
     settings = checked_config(config, keys, name=weights.name)
     length, width = settings["max_position_embeddings"], settings["hidden_size"]
-    # Published files have the prefix, those that transformers 5 saves have not.
+    # Published files have the prefix; files that transformers 5 saves lack it.
     names = weights.keys()
     root = "text_model." if any(name.startswith("text_model.") for name in names) else ""
     with GraphBuilder(path, options, weights) as b:
@@ -113,7 +113,7 @@ def write_text_encoder(
             x = clip_layer(b, x, last, settings, causal_length=length)
             x = layer_norm(b, x, f"{root}final_layer_norm", width, settings["layer_norm_eps"])
         else:
-            # The checkpoint has the last layer all the same; nothing depends on it.
+            # The checkpoint holds the last layer, but no output depends on it.
             unused = (f"{last}.", f"{root}final_layer_norm.")
             b.weights.ignore(name for name in names if name.startswith(unused))
         if layer == "last":
@@ -130,28 +130,28 @@ def pooled_text(
 ) -> Value:
     """Project the state of each text's first end token: x [N,L,C] after the last norm to [N,dim].
 
-    `name` is of the state before it is projected.
+    `name` names the state before the projection.
     """
     end_token = settings["eos_token_id"]
     if end_token not in (None, _END_OF_OLD_CONFIGS, settings["vocab_size"] - 1):
-        # Tokens were added to the vocabulary, so that the end token is no longer the largest.
-        wanted = b.constant(np.array(end_token, np.int64), "number/end_token")
-        ids = b.cast(b.node("Equal", ids, wanted, name="end/each"), np.int32, "end/is")
+        # The vocabulary has added tokens, so the end token is no longer the largest id.
+        constant = b.constant(np.array(end_token, np.int64), "number/end_token")
+        ids = b.cast(b.node("Equal", ids, constant, name="end/each"), np.int32, "end/is")
     end = b.node("ArgMax", ids, name="end", rank=2, axis=1, keepdims=1)
     x = b.node("GatherND", x, end, name=name, rank=2, batch_dims=1)
     return projection(b, x, TEXT_PROJECTION, settings["hidden_size"], dim)
 
 
 def projection(b: GraphBuilder, x: Value, key: str, width: int, dim: int) -> Value:
-    """Linear layer without bias, [N,width] to [N,dim]; `key` is its weight's whole name."""
+    """Linear layer without bias, [N,width] to [N,dim]; `key` is its weight's full name."""
     return b.node("MatMul", x, b.weight(key, (dim, width), transpose=True), name=key)
 
 
 def text_embeddings(b: GraphBuilder, ids: Value, key: str, settings: Mapping[str, Any]) -> Value:
-    """Look tokens [N,L] up and add their positions' embeddings: [N,L,C]."""
+    """Look up tokens [N,L] and add the embeddings of their positions: [N,L,C]."""
     length, width = settings["max_position_embeddings"], settings["hidden_size"]
     table = b.stored_weight(f"{key}.token_embedding.weight", (settings["vocab_size"], width))
-    # Look up first, cast after: the table is a third of the model.
+    # Cast after the look-up: the table is a third of the model.
     x = b.node("Gather", table, ids, name=f"{key}.token_embedding", rank=3)
     if b.storage != b.dtype:
         x = b.cast(x, b.dtype, f"{key}.token_embedding/inner")
@@ -162,7 +162,7 @@ def text_embeddings(b: GraphBuilder, ids: Value, key: str, settings: Mapping[str
 def clip_layer(
     b: GraphBuilder, x: Value, key: str, settings: Mapping[str, Any], *, causal_length: int | None
 ) -> Value:
-    """One transformer layer of a CLIP tower; the text's looks only back, over `causal_length`."""
+    """A transformer layer of a CLIP tower; with `causal_length` its attention looks only back."""
     width, inner = settings["hidden_size"], settings["intermediate_size"]
     eps = settings["layer_norm_eps"]
     y = layer_norm(b, x, f"{key}.layer_norm1", width, eps)

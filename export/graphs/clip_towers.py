@@ -1,7 +1,7 @@
 """CLIP's two towers with their projections, as transformers' CLIPModel defines them.
 
-Tensors have the names that they have within a tower, whichever model they came from, so that the
-same weights make the same file, and scorers made from different checkpoints share it.
+Tensors have their names within a tower, without the model's prefix. So the same weights make the
+same file, and scorers from different checkpoints share it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from sld_edge.export.graphs.clip import (
 from sld_edge.export.graphs.layers import layer_norm, tokens_from_image
 
 IMAGE_PROJECTION = "visual_projection.weight"
-_MOST_PIXELS = 1024  # of the side of a picture that a tower sees
+_MOST_PIXELS = 1024  # side of a picture
 _IMAGE_KEYS: dict[str, Key] = {
     **TOWER_KEYS,
     "hidden_size": count(768),
@@ -46,7 +46,7 @@ _IMAGE_KEYS: dict[str, Key] = {
 
 
 def image_settings(config: Mapping[str, Any], *, name: str) -> dict[str, Any]:
-    """Return a vision config with defaults filled in; CheckpointError for what is not known."""
+    """Return a vision config with defaults filled in; unknown keys are a CheckpointError."""
     settings = checked_config(config, _IMAGE_KEYS, name=name)
     if settings["image_size"] % settings["patch_size"]:
         raise CheckpointError(
@@ -58,7 +58,7 @@ def image_settings(config: Mapping[str, Any], *, name: str) -> dict[str, Any]:
 
 
 def text_settings(config: Mapping[str, Any], *, name: str) -> dict[str, Any]:
-    """Return a text config with defaults filled in; CheckpointError for what is not known."""
+    """Return a text config with defaults filled in; unknown keys are a CheckpointError."""
     return checked_config(config, POOLED_TEXT_KEYS, name=name)
 
 
@@ -97,7 +97,7 @@ def write_image_encoder(
             b.weight("embeddings.position_embedding.weight", (positions, width)),
             name="embeddings",
         )
-        x = layer_norm(b, x, "pre_layrnorm", width, eps)  # spelled so in every checkpoint
+        x = layer_norm(b, x, "pre_layrnorm", width, eps)  # checkpoints spell it so
         for i in range(settings["num_hidden_layers"]):
             x = clip_layer(b, x, f"encoder.layers.{i}", settings, causal_length=None)
         first = b.constant(np.array(0, np.int64), "number/first")

@@ -1,8 +1,8 @@
-"""A graph in the form that TensorRT before 10.13 and FP32 plans take, from the one in a bundle.
+"""The decomposed form of a bundle's graph, for TensorRT before 10.13 and for FP32 plans.
 
-TensorRT reads one Attention operator only from 10.13 on, and only in FP16. The other form is what
-the builder writes with attention "decomposed": the nodes that differ are written again by the
-same functions, the others are taken over, and the weights stay where they are.
+TensorRT reads the operator Attention only from 10.13 on, and only in FP16. The decomposed form is
+the builder's with attention "decomposed". The functions of `layers` write the nodes that differ;
+all other nodes are copied, and the weights stay in their file.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ _FORWARD = "export the bundle with --attention decomposed"
 def decomposed_graph(source: Path, target: Path) -> Path | None:
     """Write the graph at `source` to `target` in opset 20, its weights unchanged.
 
-    The weights' file is linked to `target` + ".data" (copied where links are not possible), so it
-    takes no room; one that the graph shares with another keeps its name. Arithmetic and storage
-    keep their precision.
+    The weights' file is linked to `target` + ".data", so it takes no space (where links are not
+    possible, it is copied). A file that the graph shares with another graph keeps its name.
+    Arithmetic and storage keep their precision.
 
     Args:
-        source: a graph of a bundle, of opset 23; one of opset 20 stays as it is.
-        target: in another place or under another name; what lies there is replaced.
+        source: a graph of a bundle, of opset 23; a graph of opset 20 does not change.
+        target: another path; an existing file is replaced.
 
     Returns:
-        The weights' file that was made, if one was.
+        The new weights' file, if any.
 
     Raises:
-        CheckpointError: a graph that holds what the builder does not write.
+        CheckpointError: a graph with nodes that the builder does not write.
         OutputError: `target` cannot be written.
     """
     if source.resolve() == target.resolve():
@@ -61,25 +61,23 @@ def decomposed_graph(source: Path, target: Path) -> Path | None:
                 data = new
                 _link(old, new)
         graph.write(target)
-    except OSError as error:
+    except BaseException as error:
         if data is not None:
             data.unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise
         raise OutputError(
             f"cannot write {target}", got=error.strerror, do="make room, or choose another place"
         ) from error
-    except BaseException:
-        if data is not None:
-            data.unlink(missing_ok=True)
-        raise
     return data
 
 
 def inferred_tensors(model: onnx.ModelProto) -> dict[str, onnx.TypeProto.Tensor]:
-    """Return type and shape of every value that shape inference can tell, by name."""
+    """Return the type and shape of every value that shape inference knows, by name."""
     scratch = onnx.ModelProto()
     scratch.CopyFrom(model)
     for node in scratch.graph.node:
-        if node.op_type == "GroupNormalization":  # the one operator that inference stops at
+        if node.op_type == "GroupNormalization":  # shape inference stops only here
             node.op_type = "Identity"
             del node.input[1:], node.attribute[:]
     inferred = onnx.shape_inference.infer_shapes(scratch, data_prop=True).graph
@@ -91,7 +89,7 @@ def inferred_tensors(model: onnx.ModelProto) -> dict[str, onnx.TypeProto.Tensor]
 
 
 class _Graph:
-    """The source and what is known of its values."""
+    """The source graph and the types and shapes of its values."""
 
     def __init__(self, path: Path, model: onnx.ModelProto) -> None:
         self.path, self.graph = path, model.graph
@@ -112,9 +110,9 @@ class _Graph:
         self.weights = {tensor.name: tensor for tensor in self.graph.initializer}
 
     def move_data(self, location: str) -> tuple[str, str] | None:
-        """Let the tensors refer to another file; return its old and new name, if there is any.
+        """Rename the weights' file in the graph; return its old and new name, None without a file.
 
-        A file that another graph owns keeps its name: it lies beside that one too.
+        A file that another graph owns keeps its name: it is beside that graph, too.
         """
         entries = [
             entry
@@ -152,27 +150,29 @@ class _Graph:
         )
 
     def _attention(self, b: GraphBuilder, node: onnx.NodeProto) -> Value:
-        given = self._attributes(node, "q_num_heads", "kv_num_heads", "scale", "is_causal")
+        attributes = self._attributes(node, "q_num_heads", "kv_num_heads", "scale", "is_causal")
         if len(node.input) != 3 or len(node.output) != 1:
             raise self.unknown(f"the inputs of {node.name}", got=", ".join(node.input))
         q, k, v = (Value(name, 3) for name in node.input)
         queries, keys, values = (self._sizes(name) for name in node.input)
-        # What is repeated for every branch has lost its sizes, so those of the keys count.
+        # Shape inference knows no sizes of repeated queries, so the sizes of the keys count.
         if not (len(keys) == 3 and keys[2] > 0 and keys[2] == values[2]):
             raise self.unknown(f"{node.name} of keys {keys} and values {values}")
         length, channels = keys[1:]
-        heads = given.get("q_num_heads", 0)
+        heads = attributes.get("q_num_heads", 0)
         if heads < 1 or channels % heads:
             raise self.unknown(f"{node.name} of {channels} channels", got=f"{heads} heads")
         plain = {
-            "kv_num_heads": given.get("kv_num_heads") == heads,
-            "scale": math.isclose(given.get("scale", 0), (channels / heads) ** -0.5, rel_tol=1e-6),
-            "is_causal": given.get("is_causal", 0) in (0, 1),
+            "kv_num_heads": attributes.get("kv_num_heads") == heads,
+            "scale": math.isclose(
+                attributes.get("scale", 0), (channels / heads) ** -0.5, rel_tol=1e-6
+            ),
+            "is_causal": attributes.get("is_causal", 0) in (0, 1),
         }
-        for attribute, usual in plain.items():
-            if not usual:
-                raise self.unknown(f"{attribute} of {node.name}", got=given.get(attribute))
-        causal = given.get("is_causal", 0) == 1
+        for name, is_plain in plain.items():
+            if not is_plain:
+                raise self.unknown(f"{name} of {node.name}", got=attributes.get(name))
+        causal = attributes.get("is_causal", 0) == 1
         if causal and (length < 1 or queries[1:2] != [length]):
             raise self.unknown(f"causal {node.name} of any length")
         return attention(
@@ -187,17 +187,17 @@ class _Graph:
         )
 
     def _group_norm(self, b: GraphBuilder, node: onnx.NodeProto) -> Value:
-        given = self._attributes(node, "num_groups", "epsilon")
-        if self.opset < 21:  # scale and bias were those of groups
+        attributes = self._attributes(node, "num_groups", "epsilon")
+        if self.opset < 21:  # there scale and bias have a number per group
             raise self.unknown(f"{node.name} of opset {self.opset}")
         for name in node.input[1:]:
-            self._stand_up(name, node)
+            self._reshape_to_column(name, node)
         x, scale, bias = (
             Value(name, rank) for name, rank in zip(node.input, (4, 3, 3), strict=True)
         )
         if len(self._sizes(node.input[0])) != 4:
             raise self.unknown(f"{node.name}, whose input is no image,")
-        groups, eps = given["num_groups"], given.get("epsilon", 1e-5)
+        groups, eps = attributes["num_groups"], attributes.get("epsilon", 1e-5)
         return decomposed_group_norm(b, x, scale, bias, groups=groups, eps=eps, name=node.output[0])
 
     def _gelu(self, b: GraphBuilder, node: onnx.NodeProto) -> Value:
@@ -205,29 +205,29 @@ class _Graph:
             raise self.unknown(f"the approximation of {node.name}")
         return gelu(b, Value(node.input[0], 3), node.output[0])
 
-    def _stand_up(self, name: str, node: onnx.NodeProto) -> None:
-        """Give a weight [C], cast or not, the shape [C,1,1]; its bytes are the same."""
+    def _reshape_to_column(self, name: str, node: onnx.NodeProto) -> None:
+        """Give a weight [C], cast or not, the shape [C,1,1]; its bytes do not change."""
         reader, maker = node, self.makers.get(name)
         if maker is not None and maker.op_type == "Cast":
             name, reader = maker.input[0], maker
-            self._read_once(maker.output[0], node)
+            self._require_one_reader(maker.output[0], node)
         if name not in self.weights or len(self.weights[name].dims) != 1:
             raise self.unknown(f"{node.name}, whose {name} is no weight,")
-        self._read_once(name, reader)
+        self._require_one_reader(name, reader)
         self.weights[name].dims.extend((1, 1))
 
-    def _read_once(self, name: str, reader: onnx.NodeProto) -> None:
-        readers = [other for other in self.graph.node if name in other.input]
+    def _require_one_reader(self, name: str, reader: onnx.NodeProto) -> None:
+        readers = [each for each in self.graph.node if name in each.input]
         if len(readers) != 1 or list(reader.input).count(name) != 1:
             raise self.unknown(f"{name}, which {len(readers)} nodes read,")
 
     def _sizes(self, name: str) -> list[int]:
-        """The sizes of a value, 0 where they vary."""
+        """Return the sizes of a value, 0 where they vary, [] where its shape is unknown."""
         tensor = self.tensors.get(name)
         return [] if tensor is None else [int(dim.dim_value) for dim in tensor.shape.dim]
 
     def _precision(self) -> Precision:
-        """The arithmetic of the nodes that are written again."""
+        """Return the precision of the nodes that are written again."""
         names = [node.input[0] for node in self.graph.node if node.op_type in self.writers]
         types = {self.tensors[name].elem_type for name in names if name in self.tensors}
         if len(types) > 1 or not types <= set(_PRECISIONS):
@@ -236,11 +236,11 @@ class _Graph:
         return _PRECISIONS[types.pop()] if types else "fp32"
 
     def _attributes(self, node: onnx.NodeProto, *known: str) -> dict[str, Any]:
-        given = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-        for name in given:
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        for name, value in attributes.items():
             if name not in known:
-                raise self.unknown(f"{name} of {node.name}", got=given[name])
-        return given
+                raise self.unknown(f"{name} of {node.name}", got=value)
+        return attributes
 
     def _check(self, node: onnx.NodeProto) -> None:
         """Refuse an operator or attribute that came after opset 20."""
@@ -253,8 +253,8 @@ class _Graph:
 
 def _link(source: Path, target: Path) -> None:
     target.unlink(missing_ok=True)
-    real = source.resolve()  # never a symbolic link: TensorRT-RTX refuses those
+    real = source.resolve()  # TensorRT-RTX refuses symbolic links
     try:
         os.link(real, target)
-    except OSError:  # another file system, or one without links
+    except OSError:  # another file system, or a file system without links
         shutil.copyfile(real, target)

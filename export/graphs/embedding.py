@@ -1,6 +1,6 @@
-"""The embedding that every residual block of a UNet takes: time, guidance, pooled text, sizes.
+"""The embedding that every residual block of a UNet reads: time, guidance, pooled text, sizes.
 
-Numbers become sines and cosines in FP32 whatever the precision: near 1000, FP16 has steps of 0.5.
+Sines and cosines are always computed in FP32: near 1000 the steps of FP16 are 0.5.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sld_edge.export.graphs.layers import linear, silu
 from sld_edge.export.graphs.unet_settings import TIME_IDS, pooled_width
 
 _LONGEST_WAVE = np.float32(np.log(10000))
-_GUIDANCE_UNIT = 1000  # diffusers multiplies the guidance by it, as if it were a time
+_GUIDANCE_UNIT = 1000  # diffusers scales the guidance to the range of times
 _F32 = np.dtype(np.float32)
 
 
@@ -30,16 +30,16 @@ def time_embedding(
     width: int,
     guidance: Value | None = None,
 ) -> Value:
-    """Timesteps f32 [B] to [B,width]: waves [B,first] and two linear layers.
+    """Map timesteps f32 [B] to [B,width]: waves [B,first] and two linear layers.
 
     `guidance` f32 [B] is the guidance scale minus 1, for a UNet with `time_cond_proj_dim`; its
-    waves are added to those of the time. Raises CheckpointError for sizes that give no waves.
+    waves are added to the time's. Raises CheckpointError for sizes that waves cannot have.
     Source: diffusers, models/embeddings.py, TimestepEmbedding, and the pipeline of Latent
     Consistency Models (arXiv 2310.04378).
     """
     if first % 2:
-        what = f"{b.weights.name}: config key block_out_channels"
-        raise CheckpointError(what, got=first, expected="an even number first")
+        key = f"{b.weights.name}: config key block_out_channels"
+        raise CheckpointError(key, got=first, expected="an even number first")
     x = b.inner(_time_waves(b, timestep, settings, first, "time_proj"))
     if guidance is not None:
         x = _with_guidance(b, x, guidance, settings["time_cond_proj_dim"], first)
@@ -49,9 +49,9 @@ def time_embedding(
 def text_and_size_embedding(
     b: GraphBuilder, pooled: Value, time_ids: Value, settings: Mapping[str, Any], *, width: int
 ) -> Value:
-    """Pooled text f32 [K*B,P] and time ids f32 [B,6] to [K*B,width].
+    """Map pooled text f32 [K*B,P] and time ids f32 [B,6] to [K*B,width].
 
-    The time ids of an image serve all its branches.
+    All branches of an image have the same time ids.
     Source: diffusers, UNet2DConditionModel.get_aug_embed, `text_time`.
     """
     dim = settings["addition_time_embed_dim"]
@@ -65,8 +65,8 @@ def text_and_size_embedding(
 def _with_guidance(b: GraphBuilder, x: Value, guidance: Value, dim: int, first: int) -> Value:
     half = dim // 2
     if dim % 2 or half < 2:
-        what = f"{b.weights.name}: config key time_cond_proj_dim"
-        raise CheckpointError(what, got=dim, expected="an even number from 4")
+        key = f"{b.weights.name}: config key time_cond_proj_dim"
+        raise CheckpointError(key, got=dim, expected="an even number from 4")
     step = _LONGEST_WAVE / np.float32(half - 1)
     frequencies = np.exp(np.arange(half, dtype=np.float32) * -step)
     unit = b.scalar(_GUIDANCE_UNIT, _F32)
@@ -87,8 +87,8 @@ def _time_waves(
 ) -> Value:
     half, shift = dim // 2, settings["freq_shift"]
     if shift >= half:
-        what = f"{b.weights.name}: config key freq_shift"
-        raise CheckpointError(what, got=shift, expected=f"less than {half}")
+        key = f"{b.weights.name}: config key freq_shift"
+        raise CheckpointError(key, got=shift, expected=f"less than {half}")
     exponents = -_LONGEST_WAVE * np.arange(half, dtype=np.float32)
     exponents /= np.float32(half - shift)
     return _waves(b, numbers, np.exp(exponents), name, cosine_first=settings["flip_sin_to_cos"])
@@ -102,7 +102,7 @@ def _waves(
     *,
     cosine_first: bool,
 ) -> Value:
-    """Sines and cosines of each number at each frequency, on a new last axis."""
+    """Return sines and cosines of each number at each frequency, on a new last axis."""
     table = b.constant(frequencies[None], f"{name}.frequencies")
     axis, rank = b.ints(numbers.rank), numbers.rank + 1
     column = b.node("Unsqueeze", numbers, axis, name=f"{name}/column", rank=rank)

@@ -6,13 +6,13 @@
     e     = strongest over c of mu_c * unit * (safety_c - uncond)   element by element
     gamma = e + momentum_scale * momentum
     eps   = uncond + guidance_scale * (g - active * gamma / unit)
-    m     = p * latents + q * eps                            what the sampler keeps
+    m     = p * latents + q * eps                            the sampler's state
     next  = a * latents + b0 * m + b1..b4 * history + s * noise
 
-Source: SLD, arXiv 2211.05105, equations 3 to 8. Several concepts are ours: each has its own gate,
-and where they disagree the largest push counts, so that a concept given twice acts once. `unit`, 1
-for a UNet that predicts noise, is the noise that a difference of 1 in its output stands for: the
-settings and the momentum are in units of noise.
+Source: SLD, arXiv 2211.05105, equations 3 to 8. sld-edge adds several concepts: each has its own
+gate, and for each element the strongest edit counts, so that a concept given twice acts once.
+Settings and momentum are in units of noise: a difference of 1 in the UNet's output is `unit` of
+noise, 1 for a UNet that predicts noise.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ _LARGEST = float(np.finfo(np.float32).max)
 def write_guidance(path: Path) -> None:
     """Write the guidance graph, all FP32; `runtime.contract` has inputs, outputs and columns.
 
-    A branch that was not computed is bound to another: two branches, safety (n = 1) to uncond;
-    one, all three to text. `history` has the newest first.
+    A skipped branch is fed another branch's prediction: with two branches, uncond is also fed as
+    safety (n = 1); with one branch, text is also fed as uncond and safety. `history` has the newest
+    state first.
 
-    `edit_map_next` adds the mean |edit| over channels. For each image: the share of the latents
-    that was edited, the strength of the edit against the plain guidance, and `finite`: 1 where all
-    is, 0 where latents_next holds NaN or infinity though no prediction did, -1 where one did.
-    `concept_strength` is each concept's own edit against the plain guidance, without momentum.
+    `edit_map_next` adds the mean |edit| over channels. For each image there are `share`, the share
+    of the latents that were edited; `strength`, the edit's norm divided by the plain guidance's;
+    and `finite`: 1 where all numbers are finite, -1 where a prediction is not, 0 where only
+    latents_next is not. `concept_strength` is the strength of each concept's edit without momentum.
     """
     with GraphBuilder(path, GraphOptions(attention="decomposed")) as b:
         _Guidance(b).build()
@@ -50,16 +51,16 @@ class _Guidance:
 
     def build(self) -> None:
         b = self.b
-        given = {
+        inputs = {
             name: b.input(name, np.float32, axes, "none" if name == "row" else "narrow")
             for name, axes in INPUTS.items()
         }
-        uncond, text, safety_pred = (given[name] for name in PREDICTIONS)
-        latents, momentum, history, edit_map = (given[name] for name in STATE)
-        row = b.split(given["row"], (1, 1, 1, 1, 4, 1, 1, 1), 0, "row/columns")
+        uncond, text, safety_pred = (inputs[name] for name in PREDICTIONS)
+        latents, momentum, history, edit_map = (inputs[name] for name in STATE)
+        row = b.split(inputs["row"], (1, 1, 1, 1, 4, 1, 1, 1), 0, "row/columns")
         *step, c_in, unit = row
-        guidance_scale = self._image(given["guidance_scale"], (1, 2, 3))
-        columns = b.split(given["safety"], [1] * len(SAFETY), 1, "safety/columns")
+        guidance_scale = self._image(inputs["guidance_scale"], (1, 2, 3))
+        columns = b.split(inputs["safety"], [1] * len(SAFETY), 1, "safety/columns")
         scale, threshold, momentum_scale, beta, active = (
             self._image(column, (2, 3)) for column in columns
         )
@@ -71,8 +72,10 @@ class _Guidance:
         gamma = self._add(
             self._combined(edits), self._mul(momentum_scale, momentum, "gamma/before"), "gamma"
         )
-        kept = self._mul(self._sub(b.scalar(1), beta, "beta/rest"), gamma, "momentum/new")
-        kept = self._add(self._mul(beta, momentum, "momentum/old"), kept, "momentum/kept")
+        momentum_next = self._mul(self._sub(b.scalar(1), beta, "beta/rest"), gamma, "momentum/new")
+        momentum_next = self._add(
+            self._mul(beta, momentum, "momentum/old"), momentum_next, "momentum/kept"
+        )
 
         plain = self._mul(guidance_scale, self._sub(text, uncond, "g"), "guided/direction")
         plain = self._add(uncond, plain, "guided")
@@ -80,17 +83,20 @@ class _Guidance:
         applied = self._div(self._mul(strength, gamma, "edit/noise"), unit, "edit")
         predicted = self._sub(plain, applied, "eps")
 
-        moved, newest = self._step(step, latents, predicted, history, given["noise"])
+        moved, newest = self._step(step, latents, predicted, history, inputs["noise"])
         older = b.split(history, (3, 1), 0, "history/parts")[0]
         shifted = b.node("Concat", newest, older, name="history/shifted", axis=0)
 
-        self._outputs(c_in, moved, kept, shifted)
-        own = self._div(self._mul(strength, edits, "edit/own_noise"), unit, "edit/own")
-        self._report(mu, applied, own, plain, active, edit_map)
+        self._output(moved, "latents_next")
+        self._output(self._mul(c_in, moved, "next/input"), "unet_latents")
+        self._output(momentum_next, "momentum_next")
+        self._output(shifted, "history_next")
+        by_concept = self._div(self._mul(strength, edits, "edit/own_noise"), unit, "edit/own")
+        self._report(mu, applied, by_concept, plain, active, edit_map)
         self._finite(moved, (uncond, text, safety_pred))
 
     def _mask(self, d: Value, scale: Value, threshold: Value) -> Value:
-        """Where the prompt is close to the concept, or on its side; the comparison is signed."""
+        """Return mu, not 0 where the prompt is near the concept or beyond it (with sign)."""
         b = self.b
         far = b.node("GreaterOrEqual", d, threshold, name="d/far")
         close = self._mul(b.node("Abs", d, name="d/size"), scale, "d/scaled")
@@ -98,7 +104,7 @@ class _Guidance:
         return b.node("Where", far, b.scalar(0), close, name="mu")
 
     def _combined(self, edits: Value) -> Value:
-        """Join the concepts' edits [n,B,4,h,w]; of opposite ones equally large, the positive."""
+        """Join the concepts' edits [n,B,4,h,w]; of opposite edits of one size the positive."""
         b = self.b
         most, least = (
             self._over_concepts(f"Reduce{name}", edits, f"safety/{name.lower()}")
@@ -117,29 +123,29 @@ class _Guidance:
         history: Value,
         noise: Value,
     ) -> tuple[Value, Value]:
-        """Return the next latents, and m [1,B,4,h,w]."""
+        """Return the next latents [B,4,h,w] and m [1,B,4,h,w]."""
         b = self.b
         p, q, a, b0, past, s = step
         m = self._add(self._mul(p, latents, "m/p"), self._mul(q, predicted, "m/q"), "m")
         moved = self._add(self._mul(a, latents, "next/a"), self._mul(b0, m, "next/b0"), "next/now")
         weights = b.node("Unsqueeze", past, b.ints(1, 2, 3, 4), name="row/past", rank=5)
-        kept = self._mul(weights, history, "next/past")
-        kept = b.node("ReduceSum", kept, b.ints(0), name="next/b", rank=4, keepdims=0)
-        moved = self._add(moved, kept, "next/linear")
+        older = self._mul(weights, history, "next/past")
+        older = b.node("ReduceSum", older, b.ints(0), name="next/b", rank=4, keepdims=0)
+        moved = self._add(moved, older, "next/linear")
         moved = self._add(moved, self._mul(s, noise, "next/s"), "next")
         return moved, b.node("Unsqueeze", m, b.ints(0), name="m/newest", rank=5)
-
-    def _outputs(self, c_in: Value, moved: Value, kept: Value, shifted: Value) -> None:
-        self._output(moved, "latents_next")
-        self._output(self._mul(c_in, moved, "next/input"), "unet_latents")
-        self._output(kept, "momentum_next")
-        self._output(shifted, "history_next")
 
     def _output(self, value: Value, name: str) -> None:
         self.b.output(value, name, np.float32, OUTPUTS[name])
 
     def _report(
-        self, mu: Value, applied: Value, own: Value, plain: Value, active: Value, edit_map: Value
+        self,
+        mu: Value,
+        applied: Value,
+        by_concept: Value,
+        plain: Value,
+        active: Value,
+        edit_map: Value,
     ) -> None:
         b = self.b
         size = b.node("Abs", applied, name="edit/size")
@@ -159,14 +165,14 @@ class _Guidance:
         safe = b.node("Where", nothing, b.scalar(1), below, name="strength/below")
         for name, above in (
             ("strength", self._per_image("ReduceL2", applied, "edit/norm")),
-            ("concept_strength", self._per_concept("ReduceL2", own, "edit/norms")),
+            ("concept_strength", self._per_concept("ReduceL2", by_concept, "edit/norms")),
         ):
             ratio = b.node("Div", above, safe, name=f"{name}/ratio")
             ratio = b.node("Where", nothing, b.scalar(0), ratio, name=f"{name}/or_0")
             self._output(ratio, name)
 
     def _finite(self, moved: Value, predictions: tuple[Value, Value, Value]) -> None:
-        """The lower of 1 or 0 for the latents, and 1 or -1 for the predictions."""
+        """Write `finite`: the lower of 1 or 0 for the latents, and 1 or -1 for the predictions."""
         b = self.b
         uncond, text, safety_pred = map(self._each_finite, predictions)
         safety_pred = self._over_concepts("ReduceMin", safety_pred, "finite/concepts")
@@ -177,15 +183,15 @@ class _Guidance:
         self._output(b.node("Min", whole, fed, name="finite/code"), "finite")
 
     def _each_finite(self, value: Value) -> Value:
-        """1 where a number is finite, else 0."""
+        """Return 1 where a number is finite, else 0."""
         b = self.b
-        # NaN fails every comparison, infinity this one.
+        # NaN fails every comparison; infinity fails this comparison.
         size = b.node("Abs", value, name=f"{value.name}/size")
         finite = b.node("LessOrEqual", size, b.scalar(_LARGEST), name=f"{value.name}/finite")
         return b.cast(finite, np.float32, f"{value.name}/counted")
 
     def _image(self, value: Value, axes: tuple[int, ...]) -> Value:
-        """A number an image, shaped to multiply it."""
+        """Return one number per image in a shape that multiplies the image."""
         name = f"{value.name}/image"
         return self.b.node("Unsqueeze", value, self.b.ints(*axes), name=name, rank=4)
 

@@ -1,4 +1,4 @@
-"""The layers that diffusion models are made of, each a function from values to a value.
+"""The layers of diffusion models, each a function from values to a value.
 
 `key` is the layer's name in the checkpoint; images are [B,C,h,w], tokens [B,L,C].
 """
@@ -14,7 +14,7 @@ from sld_edge.export.graphs.builder import GraphBuilder, Value
 def linear(
     b: GraphBuilder, x: Value, key: str, inputs: int, outputs: int, *, bias: bool = True
 ) -> Value:
-    """Linear layer on the last axis; a 1x1 convolution's weight serves as well."""
+    """Linear layer on the last axis; its weight may also be a 1x1 convolution's."""
     weight = f"{key}.weight"
     if b.weights.shape(weight) == (outputs, inputs, 1, 1):
         b.weights.reshaped(weight, (outputs, inputs))
@@ -69,7 +69,7 @@ def group_norm(
             num_groups=groups,
             epsilon=eps,
         )
-    # FP32 is for the CPU, where ONNX Runtime has no such operator: it would make ten of it.
+    # FP32 is for the CPU, where ONNX Runtime would replace this operator by ten others.
     column = (channels, 1, 1)
     for name in (scale, bias):
         b.weights.reshaped(name, column)
@@ -80,9 +80,10 @@ def group_norm(
 def decomposed_group_norm(
     b: GraphBuilder, x: Value, scale: Value, bias: Value, *, groups: int, eps: float, name: str
 ) -> Value:
-    """Group normalization in operators of opset 20, which has no usable one; scale, bias [C,1,1].
+    """Group normalization in operators of opset 20; scale and bias are [C,1,1].
 
-    Each group [B,G,rest] is normalized as a whole, then each channel scaled.
+    Each group [B,G,rest] is normalized as a whole, then each channel is scaled. Opset 20's own
+    operator has a scale and bias per group, not per channel.
     """
     flat = b.node("Reshape", x, b.ints(0, groups, -1), name=f"{name}/groups", rank=3)
     ones = b.constant(np.ones(groups, b.dtype), f"ones/{groups}")
@@ -113,7 +114,7 @@ def silu(b: GraphBuilder, x: Value, name: str) -> Value:
 
 
 def quick_gelu(b: GraphBuilder, x: Value, name: str) -> Value:
-    """`x * sigmoid(1.702 x)`, as CLIP of OpenAI was trained."""
+    """`x * sigmoid(1.702 x)`, the activation of OpenAI's CLIP."""
     scaled = b.node("Mul", x, b.scalar(1.702), name=f"{name}/scaled")
     return b.node("Mul", x, b.node("Sigmoid", scaled, name=f"{name}/sigmoid"), name=name)
 
@@ -122,7 +123,7 @@ def gelu(b: GraphBuilder, x: Value, name: str) -> Value:
     """The exact GELU, with the error function."""
     if b.options.attention == "op":
         return b.node("Gelu", x, name=name)
-    # Written out for engines of opset 20's time, which know Erf but not always Gelu.
+    # Older engines for opset 20 know Erf but not always Gelu.
     erf = b.node("Mul", x, b.scalar(2**-0.5), name=f"{name}/scaled")
     erf = b.node("Erf", erf, name=f"{name}/erf")
     gate = b.node("Add", erf, b.scalar(1), name=f"{name}/shifted")
@@ -143,7 +144,8 @@ def attention(
 ) -> Value:
     """Multi-head attention, `softmax(q k^T / sqrt(channels / heads)) v`; all [B,L,channels].
 
-    `causal_length` is the fixed number of tokens where each sees only itself and those before.
+    `causal_length` is the fixed number of tokens where each token sees only itself and earlier
+    tokens.
     """
     if channels % heads:
         raise CheckpointError(
@@ -163,7 +165,7 @@ def attention(
             q_num_heads=heads,
             kv_num_heads=heads,
             scale=size**-0.5,
-            is_causal=int(causal),  # exactly 1: ONNX Runtime takes other numbers for "no"
+            is_causal=int(causal),  # exactly 1: ONNX Runtime reads other numbers as "no"
         )
     # In FP16 the scores of an unscaled q can overflow.
     q = b.node("Mul", q, b.scalar(size**-0.5), name=f"{name}/q_scaled")
@@ -189,15 +191,15 @@ def _heads_first(
 
 
 def tokens_from_image(b: GraphBuilder, x: Value, channels: int, name: str) -> Value:
-    """[B,C,h,w] to [B,h*w,C]."""
+    """Return an image [B,C,h,w] as tokens [B,h*w,C]."""
     x = b.node("Transpose", x, name=f"{name}/channels_last", perm=[0, 2, 3, 1])
     return b.node("Reshape", x, b.ints(0, -1, channels), name=f"{name}/tokens", rank=3)
 
 
 def image_from_tokens(b: GraphBuilder, x: Value, like: Value, channels: int, name: str) -> Value:
-    """[B,h*w,C] to [B,C,h,w], with h and w of the image `like`."""
+    """Return tokens [B,h*w,C] as an image [B,C,h,w], with h and w of the image `like`."""
     x = b.node("Transpose", x, name=f"{name}/channels_first", perm=[0, 2, 1])
-    # 0 keeps the batch of x itself: `like` may still be narrow.
+    # 0 keeps the batch of x: `like` may be narrow.
     shape = b.node("Concat", b.ints(0, channels), b.sizes(like, 2, 4), name=f"{name}/shape", axis=0)
     return b.node("Reshape", x, shape, name=f"{name}/image", rank=4)
 
@@ -241,7 +243,7 @@ def enlarged(b: GraphBuilder, x: Value, name: str, *, like: Value | None = None)
     if like is None:
         scales, sizes = b.constant(np.array([1, 1, 2, 2], np.float32), "scales/1_1_2_2"), None
     else:
-        # Latents of odd size halve to h//2+1: only the skip still knows h.
+        # Latents of odd size h halve to h//2+1; only the skip connection has h.
         scales = None
         sizes = b.node(
             "Concat", b.sizes(x, 0, 2), b.sizes(like, 2, 4), name=f"{name}/sizes", axis=0

@@ -25,9 +25,9 @@ def write_q16_head(prompts: NDArray[np.float32], path: Path) -> None:
 def write_checker_head(
     vectors: NDArray[np.float32], thresholds: NDArray[np.float32], path: Path
 ) -> None:
-    """Write the checker's head: embedding f32 [B,D] -> margin f32 [B,20], cosine less threshold.
+    """Write the checker's head: embedding f32 [B,D] -> margin f32 [B,20], cosine minus threshold.
 
-    `vectors` are float32 [20,D], the 17 concepts first, then the 3 of special care; `thresholds`
+    `vectors` are float32 [20,D], first the 17 concepts, then the 3 of special care; `thresholds`
     [20]. Source: diffusers, pipelines/stable_diffusion/safety_checker.py.
     """
     with GraphBuilder(path, GraphOptions(), inline=True) as b:

@@ -1,7 +1,7 @@
-"""The shallow UNet: the layers after `deep`, and what they need besides, cut out of the whole one.
+"""The shallow UNet: the layers after `deep`, and all other nodes that they need.
 
-It is nodes and weights of the UNet as they are, so with the UNet's own `deep` it gives the very
-same noise_pred. Its weights stay in the UNet's file.
+It has the UNet's nodes and weights unchanged, so from the UNet's `deep` it computes the same
+noise_pred. Its weights stay in the UNet's file.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ DEEP = "deep"  # output of the UNet, input here
 
 
 def write_shallow_unet(unet: Path, path: Path) -> None:
-    """Write the shallow part of the UNet at `unet`, which has an output `deep`, beside it.
+    """Write the shallow part of the UNet at `unet`, in the same folder.
 
-    Inputs are the UNet's and `deep` [K*B,D,h,w], the output is `noise_pred` [K*B,4,h,w].
+    Inputs are the UNet's inputs and its output `deep` [K*B,D,h,w]; the output is `noise_pred`
+    [K*B,4,h,w].
     Source: DeepCache, arXiv 2312.00858, section 3.3, with its outermost skip branch.
     """
     if unet.parent != path.parent:
@@ -37,10 +38,10 @@ def write_shallow_unet(unet: Path, path: Path) -> None:
 
 
 def _needed(graph: onnx.GraphProto, output: str) -> tuple[list[onnx.NodeProto], set[str]]:
-    """Return the nodes that `output` depends on, in their order, where `deep` is given."""
+    """Return the nodes that compute `output` from `deep`, in order, and the names they read."""
     names = {output}
     nodes = []
-    for node in reversed(graph.node):  # they are sorted: who reads a name comes after its maker
+    for node in reversed(graph.node):  # the maker of a name comes before its readers
         if names.intersection(node.output) - {DEEP}:
             nodes.append(node)
             names.update(node.input)

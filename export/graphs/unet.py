@@ -34,8 +34,8 @@ from sld_edge.export.graphs.unet_settings import (
 )
 
 _LAYER_NORM_EPS = 1e-5  # hard-coded in diffusers' BasicTransformerBlock
-_TRANSFORMER_NORM_EPS = 1e-6  # and in Transformer2DModel
-_SHALLOW_LAYERS = 1  # layers of the last up block that a shallow run does again
+_TRANSFORMER_NORM_EPS = 1e-6  # hard-coded in Transformer2DModel
+_SHALLOW_LAYERS = 1  # layers of the last up block that a shallow run computes again
 
 
 def write_unet(
@@ -44,16 +44,16 @@ def write_unet(
     """Write the UNet: latents f32 [B,4,h,w], timestep f32 [B], context f32 [K*B,L,C] (branch-major)
     -> noise_pred f32 [K*B,4,h,w], deep f32 [K*B,D,h,w]; B, K, L, h and w are run-time sizes.
 
-    `deep` is what the last layer of the last up block takes from the layers below: what DeepCache
-    (arXiv 2312.00858) keeps, and where `shallow_unet` cuts.
+    `deep` is the input of the last layer of the last up block from the layers below. DeepCache
+    (arXiv 2312.00858) keeps it, and `write_shallow_unet` cuts the UNet there.
 
     Two kinds of UNet have more inputs. With `addition_embed_type` "text_time" (SDXL):
-    pooled f32 [K*B,P] (branch-major), the second text encoder's, and time_ids f32 [B,6], an image's
-    original height and width, the crop's top and left, target height and width, in pixels.
+    pooled f32 [K*B,P] (branch-major), of the second text encoder, and time_ids f32 [B,6], an
+    image's original height and width, the crop's top and left, target height and width, in pixels.
     With `time_cond_proj_dim` (Latent Consistency Models): guidance_embedded f32 [B], the guidance
     scale minus 1.
 
-    Raises CheckpointError, naming it, for a config key or tensor that is unknown, missing or bad.
+    Raises a CheckpointError that names a config key or tensor which is unknown, missing or bad.
     Source: diffusers, models/unets/unet_2d_condition.py.
     """  # noqa: D205 -- the interface is the summary
     settings = unet_settings(config, name=weights.name)
@@ -152,7 +152,7 @@ class _Unet:
         for j in range(level.layers + 1):
             if len(skips) == _SHALLOW_LAYERS:
                 self.deep = self.b.widen(self.b.outer(x)), channels
-                x = self.b.inner(self.deep[0])  # all that follows reads what is kept
+                x = self.b.inner(self.deep[0])  # the layers after it read the kept output
             skip, skip_channels = skips.pop()
             resnet_key = f"{key}.resnets.{j}"
             x = self.b.node("Concat", x, skip, name=f"{resnet_key}/joined", axis=1)
@@ -176,7 +176,7 @@ class _Unet:
         )
 
     def _transformer(self, image: Value, key: str, level: Level, blocks: int) -> Value:
-        """Transformer2DModel; its 1x1 convolutions are the linear layers of the other form."""
+        """Transformer2DModel; linear layers also stand for its 1x1 convolutions."""
         b, channels = self.b, level.channels
         if blocks == 0:
             return image

@@ -1,4 +1,4 @@
-"""What a UNet's config.json may say, and the levels that it describes."""
+"""The keys of a UNet's config.json that the builder knows, and the levels that it describes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _or_null(rule: Key) -> Key:
 
 
 def _counts_per_layer() -> Key:
-    """A number of transformer blocks for all levels, for each, or for each layer of a level."""
+    """Accept a number of transformer blocks for all levels, for each level, or for each layer."""
     rule = counts(1)
     return Key(
         1,
@@ -68,7 +68,7 @@ UNET_KEYS = {
     "projection_class_embeddings_input_dim": _or_null(count(None)),
     "time_cond_proj_dim": _or_null(count(None)),
     "act_fn": one_of("silu", "swish"),
-    # What the builder does not know: only the value that switches it off.
+    # Features that the builder does not know, with the values that switch them off.
     "center_input_sample": one_of(False),
     "only_cross_attention": one_of(False),
     "downsample_padding": one_of(1),
@@ -92,8 +92,8 @@ UNET_KEYS = {
     "class_embeddings_concat": one_of(False),
     "mid_block_only_cross_attention": one_of(None, False),
     "cross_attention_norm": one_of(None),
-    # What makes no difference: sizes are free, dropout trains, SDPA ignores the upcast, the rest
-    # is left over from training with an average of the weights.
+    # Keys that do not change the graph: sizes are free, dropout is for training, SDPA ignores the
+    # upcast, and the keys of an average of the weights are for training.
     "sample_size": anything(),
     "dropout": anything(0.0),
     "upcast_attention": one_of(False, True, None),
@@ -115,11 +115,11 @@ UNET_KEYS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Level:
-    """One resolution of the UNet.
+    """A resolution of the UNet.
 
     Attributes:
         channels: of every layer.
-        layers: of the down block; the up block has one more.
+        layers: of the down block; the up block has one layer more.
         heads: of every attention.
         down: number of transformer blocks after each layer of the down block, 0 for none.
         up: the same for the up block.
@@ -149,7 +149,7 @@ def unet_settings(config: Mapping[str, Any], *, name: str) -> dict[str, Any]:
     """Return a UNet's config with defaults filled in.
 
     Raises:
-        CheckpointError: a key that is not known, or a value that the graph cannot honour.
+        CheckpointError: an unknown key, or a value that the builder does not support.
     """
     settings = checked_config(config, UNET_KEYS, name=name)
     if settings["addition_embed_type"] is None:
@@ -191,7 +191,7 @@ def levels_from_settings(settings: Mapping[str, Any], *, name: str) -> list[Leve
     """Return the levels of a UNet, the finest first.
 
     Raises:
-        CheckpointError: a list of another length than there are levels or layers.
+        CheckpointError: the length of a list is not the number of levels or layers.
     """
     down = settings["down_block_types"]
     depth = len(down)
@@ -234,7 +234,7 @@ def levels_from_settings(settings: Mapping[str, Any], *, name: str) -> list[Leve
 
 
 def middle_from_settings(settings: Mapping[str, Any]) -> Middle:
-    """Return the middle block: diffusers has three kinds, one of them none at all."""
+    """Return the middle block: diffusers has two kinds, and UNets without it."""
     kind, blocks = settings["mid_block_type"], settings["transformer_layers_per_block"]
     if kind is None:
         return Middle(resnets=0, transformers=0)

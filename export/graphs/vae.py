@@ -1,7 +1,6 @@
-"""The two halves of the image autoencoder, as diffusers' AutoencoderKL defines it.
+"""Decoder and encoder of diffusers' AutoencoderKL, and the decoder of AutoencoderTiny.
 
-And the decoder of its small stand-in, AutoencoderTiny: a tenth of the time, for previews and for
-models of few steps.
+AutoencoderTiny takes a tenth of the time, for previews and for models of few steps.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ VAE_KEYS = {
     "mid_block_add_attention": flag(True),
     "latents_mean": one_of(None),
     "latents_std": one_of(None),
-    # A size for tiling, and advice on precision: both are the caller's choice here.
+    # A size for tiling, and advice on precision; sld-edge lets the caller choose both.
     "sample_size": anything(32),
     "force_upcast": flag(True),
 }
@@ -77,7 +76,7 @@ TINY_VAE_KEYS = {
     "upsampling_scaling_factor": one_of(2),
     "scaling_factor": number(1.0),
     "shift_factor": one_of(0.0, None),
-    # Of the encoder, of a form to store latents as bytes, and advice on precision.
+    # Keys of the encoder and of latents stored as bytes, and advice on precision.
     "encoder_block_out_channels": anything(),
     "num_encoder_blocks": anything(),
     "latent_magnitude": anything(),
@@ -87,10 +86,10 @@ TINY_VAE_KEYS = {
     "block_out_channels": anything(),
     "sample_size": anything(),
 }
-_TINY_LIMIT = 3  # latents are bent into -3..3
+_TINY_LIMIT = 3  # tanh limits latents to -3..3
 
-# The names that diffusers gave the attention's layers before version 0.17; SD 1.5 still has them.
-_OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+# Names of the attention's layers before diffusers 0.17; SD 1.5's files still have them.
+OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 def write_vae_decoder(
@@ -98,10 +97,10 @@ def write_vae_decoder(
 ) -> None:
     """Write the decoder: latents f32 [B,4,h,w] -> images u8 [B,H,W,3], rounded half to even.
 
-    A second output, finite f32 [B], is 1 where the decoder gave no NaN or infinity for the image:
-    bytes cannot show that. The latents are as the sampler leaves them: the graph divides by the
-    scaling factor. Raises CheckpointError, naming it, for a config key or tensor that is unknown,
-    missing or bad.
+    A second output, finite f32 [B], is 1 where the decoder gave no NaN or infinity for the image,
+    because bytes cannot show them. The latents are the sampler's: the graph divides by the scaling
+    factor. Raises a CheckpointError that names a config key or tensor which is unknown, missing or
+    bad.
     Source: diffusers, models/autoencoders/autoencoder_kl.py and image_processor.py.
     """
     settings = checked_config(config, VAE_KEYS, name=weights.name)
@@ -122,11 +121,11 @@ def write_tiny_decoder(
 ) -> None:
     """Write AutoencoderTiny's decoder: latents f32 [B,4,h,w] -> images u8 [B,H,W,3].
 
-    The second output is finite f32 [B], as in `write_vae_decoder`, and 0 for latents that are not
-    finite as well: this model bends an infinite latent to 3. The latents are divided by this
-    model's own scaling factor, which is 1 in the published models. A picture is 2 ** (levels - 1)
-    times as high and wide as the latents, where each of `num_decoder_blocks` is a level. Raises
-    CheckpointError, naming it, for a config key or tensor that is unknown, missing or bad.
+    The second output is finite f32 [B], as in `write_vae_decoder`; it is also 0 for latents that
+    are not finite, because this model limits an infinite latent to 3. The latents are divided by
+    this model's scaling factor, which is 1 in the published models. A picture is 2 ** (levels - 1)
+    times as high and wide as the latents, where each of `num_decoder_blocks` is a level. Raises a
+    CheckpointError that names a config key or tensor which is unknown, missing or bad.
     Source: diffusers, models/autoencoders/autoencoder_tiny.py and vae.py, DecoderTiny.
     """
     settings = checked_config(config, TINY_VAE_KEYS, name=weights.name)
@@ -136,7 +135,7 @@ def write_tiny_decoder(
         scale = b.scalar(settings["scaling_factor"], _F32)
         x = b.node("Div", latents, scale, name="latents/unscaled")
         x = b.outer(_tiny_decoder(b, b.inner(x), settings))
-        # Its pictures are in 0..1; all others are in -1..1 where they are made bytes.
+        # This model gives numbers in 0..1; `_pixels` takes -1..1.
         x = b.node("Mul", x, b.scalar(2, _F32), name="images/of_2")
         x = b.node("Sub", x, b.scalar(1, _F32), name="images/of_1")
         b.output(_pixels(b, x), "images", np.uint8, ["B", "H", "W", 3])
@@ -149,8 +148,8 @@ def write_vae_encoder(
 ) -> None:
     """Write the encoder: images u8 [B,H,W,3] -> latents f32 [B,4,h,w].
 
-    The latents are the MEAN of the posterior times the scaling factor, so nothing is drawn. Raises
-    CheckpointError, naming it, for a config key or tensor that is unknown, missing or bad.
+    The latents are the mean of the posterior times the scaling factor, without a random sample.
+    Raises a CheckpointError that names a config key or tensor which is unknown, missing or bad.
     Source: diffusers, models/autoencoders/autoencoder_kl.py and image_processor.py.
     """
     settings = checked_config(config, VAE_KEYS, name=weights.name)
@@ -190,7 +189,7 @@ def _decoder(b: GraphBuilder, x: Value, settings: dict[str, Any]) -> Value:
 
 
 def _tiny_decoder(b: GraphBuilder, x: Value, settings: dict[str, Any]) -> Value:
-    """One flat list of layers; activations and upsamplings have a number there as well."""
+    """DecoderTiny: a flat list of layers that also numbers activations and upsamplings."""
     widths, blocks = settings["decoder_block_out_channels"], settings["num_decoder_blocks"]
     levels = len(blocks) if isinstance(blocks, list) else 1
     blocks = per_level(blocks, levels, key="num_decoder_blocks", name=b.weights.name)
@@ -200,7 +199,7 @@ def _tiny_decoder(b: GraphBuilder, x: Value, settings: dict[str, Any]) -> Value:
         raise CheckpointError(
             f"{b.weights.name}: config key decoder_block_out_channels",
             got=widths,
-            expected="the same number throughout",
+            expected="the same number for all levels",
         )
     limit = b.scalar(_TINY_LIMIT)
     x = b.node("Div", x, limit, name="latents/of_limit")
@@ -208,8 +207,8 @@ def _tiny_decoder(b: GraphBuilder, x: Value, settings: dict[str, Any]) -> Value:
     x = conv(b, x, "decoder.layers.0", _LATENT_CHANNELS, channels)
     x = b.node("Relu", x, name="decoder.layers.1")
     n = 2
-    for i, count_of_blocks in enumerate(blocks):
-        for _ in range(count_of_blocks):
+    for i, blocks_of_level in enumerate(blocks):
+        for _ in range(blocks_of_level):
             x = _tiny_block(b, x, f"decoder.layers.{n}", channels)
             n += 1
         if i < levels - 1:
@@ -229,7 +228,7 @@ def _tiny_block(b: GraphBuilder, x: Value, key: str, channels: int) -> Value:
 
 
 def _encoder(b: GraphBuilder, x: Value, settings: dict[str, Any]) -> Value:
-    """Return the mean; the other half of the moments, the logarithm of the variance, is dropped."""
+    """Return the mean; the other half of the moments, the log-variance, is dropped."""
     groups, moments = settings["norm_num_groups"], 2 * _LATENT_CHANNELS
     levels = _channels(b, settings, "down_block_types")
     channels = levels[0]
@@ -240,7 +239,7 @@ def _encoder(b: GraphBuilder, x: Value, settings: dict[str, Any]) -> Value:
             x = resnet(b, x, f"{key}.resnets.{j}", channels, outputs, groups=groups, eps=_EPS)
             channels = outputs
         if i < len(levels) - 1:
-            # Unlike the UNet's: a row below and a column on the right only.
+            # Unlike the UNet, pad only a row below and a column on the right.
             down = f"{key}.downsamplers.0.conv"
             x = conv(b, x, down, channels, channels, stride=2, pads=(0, 0, 1, 1))
     x = _middle(b, x, "encoder.mid_block", channels, settings)
@@ -275,7 +274,7 @@ def _end(b: GraphBuilder, x: Value, key: str, channels: int, outputs: int, group
 
 
 def _pixels(b: GraphBuilder, x: Value) -> Value:
-    """FP32 [B,3,H,W] in -1..1 to bytes [B,H,W,3], as diffusers' image processor does."""
+    """Return FP32 [B,3,H,W] in -1..1 as bytes [B,H,W,3], as diffusers' image processor does."""
     x = b.node("Mul", x, b.scalar(0.5, _F32), name="images/half")
     x = b.node("Add", x, b.scalar(0.5, _F32), name="images/centred")
     x = b.node("Clip", x, b.scalar(0, _F32), b.scalar(1, _F32), name="images/clipped")
@@ -285,7 +284,7 @@ def _pixels(b: GraphBuilder, x: Value) -> Value:
 
 
 def _finite(b: GraphBuilder, x: Value) -> Value:
-    """FP32 [B,C,H,W] to FP32 [B]: 1 where all is finite; NaN fails every comparison."""
+    """Reduce FP32 [B,C,H,W] to FP32 [B]: 1 where all is finite; NaN fails every comparison."""
     size = b.node("Abs", x, name="finite/size")
     limit = b.scalar(float(np.finfo(np.float32).max), _F32)
     each = b.cast(b.node("LessOrEqual", size, limit, name="finite/each"), np.float32, "finite/is")
@@ -300,7 +299,7 @@ def _channels(b: GraphBuilder, settings: dict[str, Any], blocks: str) -> list[in
 
 
 def _ignore_half(b: GraphBuilder, *prefixes: str) -> None:
-    """Count the other half's tensors as used: it has a graph of its own."""
+    """Count the tensors of encoder or decoder as used, where this graph has only the other."""
     keys = b.weights.keys()
     b.weights.ignore(key for key in keys if key.startswith(prefixes))
 
@@ -310,6 +309,6 @@ def _with_new_names(weights: Weights) -> Weights:
     for key in keys:
         head, _, kind = key.rpartition(".")
         owner, _, layer = head.rpartition(".")
-        if ".attentions." in key and layer in _OLD_NAMES:
-            names[key] = f"{owner}.{_OLD_NAMES[layer]}.{kind}"
+        if ".attentions." in key and layer in OLD_NAMES:
+            names[key] = f"{owner}.{OLD_NAMES[layer]}.{kind}"
     return weights.renamed(names)

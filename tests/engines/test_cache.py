@@ -34,7 +34,7 @@ SHA = "cd" * 32
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("SLD_EDGE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(cache, "_told", set())
+    monkeypatch.setattr(cache, "_noted", set())
     return tmp_path / "cache"
 
 

@@ -40,7 +40,7 @@ from sld_edge.engines.tensorrt.plan_info import (
     info_path,
     plan_info_from_file,
 )
-from sld_edge.engines.tensorrt.target import Target, build_target, capabilities_taken
+from sld_edge.engines.tensorrt.target import Target, build_target, supported_capabilities
 from sld_edge.export.graphs.builder import GraphOptions
 from sld_edge.export.graphs.unet import write_unet
 from sld_edge.export.verify import graph_facts
@@ -136,9 +136,9 @@ def told(tmp_path: Path) -> dict[str, Any]:
     [
         (RTX, {"version_compatible": True}, "no --version-compatible | build with the version"),
         (RTX, {"hardware_compatible": True}, "no --hardware-compatible | name every kind"),
-        (RTX, {"strip_weights": True}, "no --strip-weights | its plans without weights"),
-        (RTX, {"workspace": 2**30}, "no --workspace | it picks its kernels"),
-        ("tensorrt", {"compute_capabilities": ("8.6",)}, "no --compute-capability | it builds for"),
+        (RTX, {"strip_weights": True}, "no --strip-weights | TensorRT-RTX needs a GPU"),
+        (RTX, {"workspace": 2**30}, "no --workspace | TensorRT-RTX picks kernels"),
+        ("tensorrt", {"compute_capabilities": ("8.6",)}, "no --compute-capability | TensorRT"),
         (RTX, {"optimization_level": 6}, "optimization level | got 6 | expected 0 to 5"),
         ("tensorrt", {"workspace": 0}, "workspace | got 0"),
         ("tensorflow", {}, "engine | got 'tensorflow' | expected tensorrt-rtx or tensorrt"),
@@ -268,7 +268,7 @@ def test_every_member_we_use_exists(name: str) -> None:
 
 
 def test_capabilities_are_read_from_the_installed_version() -> None:
-    assert capabilities_taken(tensorrt_rtx) == TAKEN
+    assert supported_capabilities(tensorrt_rtx) == TAKEN
 
 
 @pytest.mark.parametrize(

@@ -203,8 +203,8 @@ def test_rtx_takes_the_devices_that_it_lists(put: Put, capability: str, usable: 
     assert found.usable is usable
     if not usable:
         assert found.reason == (
-            f"the device has compute capability {capability}; it takes 7.5, 8.0, 8.6, 8.9, 12.0, "
-            "12.1 | use tensorrt or cuda"
+            f"the device has compute capability {capability}; TensorRT-RTX takes 7.5, 8.0, 8.6, "
+            "8.9, 12.0, 12.1 | use tensorrt or cuda"
         )
     assert status("tensorrt").usable
 
@@ -214,7 +214,7 @@ def test_the_installed_rtx_lists_what_it_takes() -> None:
     trt = import_module("tensorrt_rtx")
     for capability in ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1"):
         assert providers._refusal(trt, capability) == ""
-    assert "it takes 7.5, " in providers._refusal(trt, "8.7")
+    assert "takes 7.5, " in providers._refusal(trt, "8.7")
 
 
 class Broken:
@@ -334,7 +334,7 @@ def test_the_table_is_aligned_and_fits() -> None:
     ]
     lines = survey_table(statuses).splitlines()
     assert all(len(line) <= 100 for line in lines)
-    start = lines[0].index("on what")
+    start = lines[0].index("device, or")
     assert {line[start - 1] for line in lines} == {" "}
     assert all(line[start] != " " for line in lines)
     assert [line.split()[0] for line in lines if line[0] != " "] == ["provider", "tensorrt", "cuda"]

@@ -298,7 +298,7 @@ def test_bound_tensors_that_are_missing_unknown_or_not_aligned(opened: Open) -> 
         (missing, "unet.plan: no shape for context"),
         (no_output, "unet.plan: tensor noise_pred | got nothing"),
         (given | {"noise": given["latents"]}, "unet.plan: no such tensor | got noise"),
-        (given | {"timestep": moved}, "timestep does not lie on 256 bytes"),
+        (given | {"timestep": moved}, "timestep is not aligned to 256 bytes"),
     ):
         with pytest.raises(EngineError) as caught:
             engine.bind(wrong)

@@ -282,6 +282,6 @@ class TestTinyDecoder:
         tiny_decoder_vae(levels=3).save_pretrained(small)
         source = save_model(tmp_path / "model", "sd1")
         settings = ExportSettings(model=str(source), output=tmp_path / "out", preview_vae=small)
-        with pytest.raises(CheckpointError, match=r"pixels a latent cell .* vae 8, preview vae 4"):
+        with pytest.raises(CheckpointError, match=r"pixels per latent cell .* vae 8, preview"):
             export_bundle(settings)
         assert not (tmp_path / "out").exists()
