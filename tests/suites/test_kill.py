@@ -31,9 +31,9 @@ pytestmark = [
 _CHECKPOINT = Path(__file__).parents[2] / "benchmarks" / "miniworld" / "checkpoint"
 _KILLS = 200
 _MODULES = {
-    "run": "runtime.cli",
-    "export": "export.cli",
-    "build": "export.build_cli",
+    "run": "runtime.commands.run",
+    "export": "export.commands.export",
+    "build": "export.commands.build",
     "eval": "benchmarks.evaluation.cli",
 }
 
