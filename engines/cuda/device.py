@@ -258,6 +258,7 @@ class Workspace:
         """Free the memory."""
         if self.address:
             self._device.free(self.address)
+            self.generation += 1
         self.address = self.nbytes = 0
 
 

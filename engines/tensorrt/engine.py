@@ -279,8 +279,9 @@ class TrtEngine:
                 )
             if not context.set_tensor_address(spec.name, tensor.address):
                 raise EngineError(f"{self.path.name}: tensor {spec.name}", got=self._log.last())
-        self.device.workspace.require(max(1, context.update_device_memory_size_for_shapes()))
-        return TrtBound(self, context)
+        bound = TrtBound(self, context)
+        self.device.workspace.require(bound.nbytes)
+        return bound
 
     def _host_run(self, feeds: Mapping[str, Array]) -> tuple[Arena, TrtBound]:
         """Return buffers for all inputs and outputs, and the plan bound to them."""
@@ -305,14 +306,16 @@ class TrtBound:
         """Use `TrtEngine.bind`."""
         self._engine, self._context = engine, context
         self._generation = 0
+        self.nbytes = max(1, context.update_device_memory_size_for_shapes())
 
     def enqueue(self) -> None:
         """Queue one run on the device's stream.
 
         Raises:
-            EngineError: the run failed.
+            EngineError: the run failed, or there is no memory for it.
         """
         device = self._engine.device
+        device.workspace.require(self.nbytes)  # gone where another plan ran out of memory
         if self._generation != device.workspace.generation:
             self._context.set_device_memory(device.workspace.address, device.workspace.nbytes)
             self._generation = device.workspace.generation

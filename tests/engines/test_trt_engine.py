@@ -173,6 +173,18 @@ def test_plans_take_turns_in_one_workspace(device: Device, opened: Open) -> None
     assert_same(small.run(given), first)
 
 
+def test_a_plan_that_was_bound_runs_again_after_memory_ran_out(
+    device: Device, opened: Open
+) -> None:
+    """The workspace is freed before it grows, so a plan must not use the address it had."""
+    plan, given = opened("guidance"), feeds("guidance", images=1)
+    first = plan.run(given)
+    with pytest.raises(EngineError, match="out of memory"):
+        device.workspace.require(1 << 40)
+    for _ in range(2):
+        assert_same(plan.run(given), first)
+
+
 # --- graphs ---------------------------------------------------------------------------------------
 
 
