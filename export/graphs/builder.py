@@ -102,7 +102,7 @@ class GraphBuilder:
         self._weights: dict[str, Value] = {}
         self._wide: dict[str, Value] = {}
         self._new_names: dict[str, str] = {}  # in the file, by the name during the build
-        self._branches: Value | None = None
+        self._branches: tuple[Value, Value] | None = None  # K, and K*B
 
     def __enter__(self) -> Self:
         return self
@@ -302,9 +302,9 @@ class GraphBuilder:
 
     def set_branches(self, wide: Value, narrow: Value) -> None:
         """Take the number of branches K from the batch sizes of two values."""
-        self._branches = self.node(
-            "Div", self.sizes(wide, 0, 1), self.sizes(narrow, 0, 1), name="branches"
-        )
+        batch = self.sizes(wide, 0, 1)
+        count = self.node("Div", batch, self.sizes(narrow, 0, 1), name="branches")
+        self._branches = count, batch
 
     def widen(self, value: Value) -> Value:
         """Repeat a narrow value for every branch (branch-major); a second call adds no nodes."""
@@ -313,12 +313,15 @@ class GraphBuilder:
         if value.name not in self._wide:
             if self._branches is None:
                 raise ValueError("set_branches comes before the first wide value")
-            repeats = self._branches
+            repeats, shape = self._branches
             if value.rank > 1:
-                ones = self.ints(*[1] * (value.rank - 1))
+                ones, same = self.ints(*[1] * (value.rank - 1)), self.ints(*[0] * (value.rank - 1))
                 repeats = self.node("Concat", repeats, ones, name=f"branches/{value.rank}", axis=0)
-            tiled = self.node("Tile", value, repeats, name=f"{value.name}/wide")
-            self._wide[value.name] = Value(tiled.name, value.rank, "wide")
+                shape = self.node("Concat", shape, same, name=f"wide/{value.rank}", axis=0)
+            tiled = self.node("Tile", value, repeats, name=f"{value.name}/tiled")
+            # TensorRT sees the batch of `wide` in this shape, and fuses attention; not in Tile's.
+            wide = self.node("Reshape", tiled, shape, name=f"{value.name}/wide", rank=value.rank)
+            self._wide[value.name] = Value(wide.name, value.rank, "wide")
         return self._wide[value.name]
 
     def like(self, value: Value, other: Value) -> Value:

@@ -138,6 +138,21 @@ def test_the_prefix_is_shared(tmp_path: Path) -> None:
     assert Counter(node.op_type for node in nodes)["Tile"] == 5
 
 
+def test_every_repeated_value_gets_the_batch_of_the_context(tmp_path: Path) -> None:
+    """From Tile alone TensorRT cannot tell that two batches are equal, and fuses no attention."""
+    graph = onnx.load(written(tmp_path, tiny_unet("sd1"), GraphOptions()), load_external_data=False)
+    made = {name: node for node in graph.graph.node for name in node.output}
+    readers = {name: node for node in graph.graph.node for name in node.input}
+    tiles = [node for node in graph.graph.node if node.op_type == "Tile"]
+    assert tiles
+    for tile in tiles:
+        reshape = readers[tile.output[0]]
+        assert reshape.op_type == "Reshape"
+        shape = made[reshape.input[1]]
+        batch = made[shape.input[0]] if shape.op_type == "Concat" else shape
+        assert (batch.op_type, batch.input[0]) == ("Shape", "context")
+
+
 @pytest.mark.parametrize(("attention", "opset"), [("op", 23), ("decomposed", 20)])
 def test_attention_is_one_op_or_none(tmp_path: Path, attention: Any, opset: int) -> None:
     options = GraphOptions(attention=attention, precision="fp16")
