@@ -32,10 +32,9 @@ def conv(
     *,
     kernel: int = 3,
     stride: int = 1,
-    pads: tuple[int, int, int, int] | None = None,
     bias: bool = True,
 ) -> Value:
-    """2-D convolution; `pads` are top, left, bottom, right, by default half the kernel."""
+    """2-D convolution with half the kernel as padding."""
     return b.node(
         "Conv",
         x,
@@ -44,7 +43,7 @@ def conv(
         name=key,
         kernel_shape=[kernel, kernel],
         strides=[stride, stride],
-        pads=list(pads if pads is not None else (kernel // 2,) * 4),
+        pads=[kernel // 2] * 4,
     )
 
 

@@ -1,4 +1,4 @@
-"""Decoder and encoder of diffusers' AutoencoderKL, and the decoder of AutoencoderTiny.
+"""Decoders of diffusers' AutoencoderKL and AutoencoderTiny.
 
 AutoencoderTiny takes a tenth of the time, for previews and for models of few steps.
 """
@@ -143,33 +143,6 @@ def write_tiny_decoder(
         b.output(finite, "finite", np.float32, ["B"])
 
 
-def write_vae_encoder(
-    config: Mapping[str, Any], weights: Weights, options: GraphOptions, path: Path
-) -> None:
-    """Write the encoder: images u8 [B,H,W,3] -> latents f32 [B,4,h,w].
-
-    The latents are the mean of the posterior times the scaling factor, without a random sample.
-    Raises a CheckpointError that names a config key or tensor which is unknown, missing or bad.
-    Source: diffusers, models/autoencoders/autoencoder_kl.py and image_processor.py.
-    """
-    settings = checked_config(config, VAE_KEYS, name=weights.name)
-    with GraphBuilder(path, options, _with_new_names(weights)) as b:
-        _ignore_half(b, "decoder.", "post_quant_conv.")
-        images = b.input("images", np.uint8, ["B", "H", "W", 3])
-        x = b.cast(images, np.float32, "images/numbers")
-        x = b.node("Transpose", x, name="images/channels_first", perm=[0, 3, 1, 2])
-        x = b.node("Div", x, b.scalar(255, _F32), name="images/of_1")
-        x = b.node("Mul", x, b.scalar(2, _F32), name="images/of_2")
-        x = b.node("Sub", x, b.scalar(1, _F32), name="images/centred")
-        mean = b.outer(_encoder(b, b.inner(x), settings))
-        if settings["shift_factor"] is not None:
-            shift = b.scalar(settings["shift_factor"], _F32)
-            mean = b.node("Sub", mean, shift, name="latents/shifted")
-        scale = b.scalar(settings["scaling_factor"], _F32)
-        scaled = b.node("Mul", mean, scale, name="latents/scaled")
-        b.output(scaled, "latents", np.float32, ["B", _LATENT_CHANNELS, "h", "w"])
-
-
 def _decoder(b: GraphBuilder, x: Value, settings: dict[str, Any]) -> Value:
     groups, layers = settings["norm_num_groups"], settings["layers_per_block"]
     levels = _channels(b, settings, "up_block_types")[::-1]
@@ -225,28 +198,6 @@ def _tiny_block(b: GraphBuilder, x: Value, key: str, channels: int) -> Value:
         if j < 4:
             y = b.node("Relu", y, name=f"{key}.conv.{j + 1}")
     return b.node("Relu", b.node("Add", y, x, name=f"{key}/sum"), name=key)
-
-
-def _encoder(b: GraphBuilder, x: Value, settings: dict[str, Any]) -> Value:
-    """Return the mean; the other half of the moments, the log-variance, is dropped."""
-    groups, moments = settings["norm_num_groups"], 2 * _LATENT_CHANNELS
-    levels = _channels(b, settings, "down_block_types")
-    channels = levels[0]
-    x = conv(b, x, "encoder.conv_in", 3, channels)
-    for i, outputs in enumerate(levels):
-        key = f"encoder.down_blocks.{i}"
-        for j in range(settings["layers_per_block"]):
-            x = resnet(b, x, f"{key}.resnets.{j}", channels, outputs, groups=groups, eps=_EPS)
-            channels = outputs
-        if i < len(levels) - 1:
-            # Unlike the UNet, pad only a row below and a column on the right.
-            down = f"{key}.downsamplers.0.conv"
-            x = conv(b, x, down, channels, channels, stride=2, pads=(0, 0, 1, 1))
-    x = _middle(b, x, "encoder.mid_block", channels, settings)
-    x = _end(b, x, "encoder", channels, moments, groups)
-    if settings["use_quant_conv"]:
-        x = conv(b, x, "quant_conv", moments, moments, kernel=1)
-    return b.split(x, (_LATENT_CHANNELS, _LATENT_CHANNELS), 1, "moments")[0]
 
 
 def _middle(b: GraphBuilder, x: Value, key: str, channels: int, settings: dict[str, Any]) -> Value:

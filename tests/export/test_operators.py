@@ -27,13 +27,13 @@ from sld_edge.export.graphs.clip import write_text_encoder
 from sld_edge.export.graphs.decompose import decomposed_graph, inferred_tensors
 from sld_edge.export.graphs.guidance import write_guidance
 from sld_edge.export.graphs.unet import write_unet
-from sld_edge.export.graphs.vae import write_vae_decoder, write_vae_encoder
+from sld_edge.export.graphs.vae import write_vae_decoder
 from sld_edge.runtime.bundle import EMBEDDED, Bundle
 
 TABLE: dict[str, Any] = json.loads(
     Path(__file__).with_name("tensorrt_10_3_operators.json").read_text()
 )
-COMPONENTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder", "guidance")
+COMPONENTS = ("text_encoder", "unet", "vae_decoder", "guidance")
 
 
 def complaints(path: Path) -> set[str]:
@@ -100,7 +100,6 @@ def written(folder: Path, kind: Kind, options: GraphOptions) -> dict[str, Path]:
         "text_encoder": (write_text_encoder, text),
         "unet": (write_unet, unet),
         "vae_decoder": (write_vae_decoder, vae),
-        "vae_encoder": (write_vae_encoder, vae),
     }
     paths = {name: folder / f"{name}.onnx" for name in COMPONENTS}
     for name, (write, model) in models.items():

@@ -13,7 +13,7 @@ from oracles.running import outputs_of, relative_error
 from sld_edge.engines.errors import CheckpointError
 from sld_edge.export.checkpoints.weights import Weights
 from sld_edge.export.graphs.builder import GraphBuilder, GraphOptions
-from sld_edge.export.graphs.vae import write_tiny_decoder, write_vae_decoder, write_vae_encoder
+from sld_edge.export.graphs.vae import write_tiny_decoder, write_vae_decoder
 
 Array = np.ndarray[Any, Any]
 
@@ -30,11 +30,6 @@ def latents() -> Array:
     return np.random.default_rng(0).standard_normal((2, 4, 5, 6), np.float32)
 
 
-@pytest.fixture
-def images() -> Array:
-    return np.random.default_rng(0).integers(0, 256, (2, 40, 48, 3), np.uint8)
-
-
 def decoded(model: Any, latents: Array) -> Array:
     """diffusers' picture before it is made of bytes, [B,H,W,3] in 0..255."""
     config = model.config
@@ -42,13 +37,6 @@ def decoded(model: Any, latents: Array) -> Array:
     z = torch.from_numpy(latents) / config.scaling_factor + shift
     pictures = (model.decode(z).sample / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
     return np.asarray(pictures * 255)
-
-
-def encoded(model: Any, images: Array) -> Array:
-    config = model.config
-    shift = config.shift_factor if config.shift_factor is not None else 0
-    x = 2 * torch.from_numpy(images.astype(np.float32) / 255).permute(0, 3, 1, 2) - 1
-    return np.asarray((model.encode(x).latent_dist.mean - shift) * config.scaling_factor)
 
 
 def pixels_before_rounding(path: Path, latents: Array) -> Array:
@@ -74,10 +62,9 @@ CHANGES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
 @pytest.mark.parametrize("attention", ["op", "decomposed"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_both_halves_do_what_diffusers_does(
+def test_the_decoder_does_what_diffusers_does(
     tmp_path: Path,
     latents: Array,
-    images: Array,
     precision: Any,
     attention: Any,
     changes: dict[str, Any],
@@ -85,9 +72,8 @@ def test_both_halves_do_what_diffusers_does(
     model = tiny_vae(**changes)
     weights = weights_of(model, tmp_path / "vae.safetensors", name="vae")
     options = GraphOptions(precision=precision, attention=attention)
-    decoder, encoder = tmp_path / "vae_decoder.onnx", tmp_path / "vae_encoder.onnx"
+    decoder = tmp_path / "vae_decoder.onnx"
     write_vae_decoder(config_of(model), weights, options, decoder)
-    write_vae_encoder(config_of(model), weights, options, encoder)
 
     wanted = decoded(model, latents)
     assert (
@@ -99,10 +85,6 @@ def test_both_halves_do_what_diffusers_does(
     differences = np.abs(got.astype(int) - wanted.round().astype(int))
     assert differences.max() <= 1
     assert np.mean(differences > 0) <= {"fp32": 1e-3, "fp16": 0.1}[precision]
-
-    got = outputs_of(encoder, {"images": images})["latents"]
-    assert got.dtype == np.float32
-    assert relative_error(got, encoded(model, images)) <= TOLERANCES[precision]
 
 
 def test_bytes_are_rounded_half_to_even(tmp_path: Path, latents: Array) -> None:
@@ -119,15 +101,12 @@ def test_bytes_are_rounded_half_to_even(tmp_path: Path, latents: Array) -> None:
 def test_bytes_are_only_at_the_boundary(tmp_path: Path, precision: Any) -> None:
     model = tiny_vae()
     weights = weights_of(model, tmp_path / "vae.safetensors", name="vae")
-    decoder, encoder = tmp_path / "vae_decoder.onnx", tmp_path / "vae_encoder.onnx"
+    decoder = tmp_path / "vae_decoder.onnx"
     write_vae_decoder(config_of(model), weights, GraphOptions(precision=precision), decoder)
-    write_vae_encoder(config_of(model), weights, GraphOptions(precision=precision), encoder)
-    # TensorRT takes uint8 of a network's tensors alone: a Cast gives and reads them itself.
-    makers = [node for node in onnx.load(decoder).graph.node if "images" in node.output]
-    readers = [node for node in onnx.load(encoder).graph.node if "images" in node.input]
-    assert [node.op_type for node in (*makers, *readers)] == ["Cast", "Cast"]
-    for path in (decoder, encoder):
-        assert "Identity" not in {node.op_type for node in onnx.load(path).graph.node}
+    # TensorRT takes uint8 of a network's tensors alone: a Cast gives them itself.
+    nodes = onnx.load(decoder).graph.node
+    assert [node.op_type for node in nodes if "images" in node.output] == ["Cast"]
+    assert "Identity" not in {node.op_type for node in nodes}
 
 
 def test_an_output_keeps_its_other_readers(tmp_path: Path) -> None:
@@ -167,7 +146,7 @@ def test_an_image_that_is_not_finite_is_said_to_be_so(
 
 @pytest.mark.parametrize("shape", [(), (1, 1)], ids=["linear", "1x1 convolution"])
 def test_the_old_names_of_the_attention(
-    tmp_path: Path, latents: Array, images: Array, shape: tuple[int, ...]
+    tmp_path: Path, latents: Array, shape: tuple[int, ...]
 ) -> None:
     model = tiny_vae()
     new_and_old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -182,13 +161,10 @@ def test_the_old_names_of_the_attention(
                 )
     assert len(replaced) == 16
     weights = weights_of(model, tmp_path / "v.safetensors", name="vae", without=replaced, extra=old)
-    decoder, encoder = tmp_path / "vae_decoder.onnx", tmp_path / "vae_encoder.onnx"
+    decoder = tmp_path / "vae_decoder.onnx"
     write_vae_decoder(config_of(model), weights, GraphOptions(), decoder)
-    write_vae_encoder(config_of(model), weights, GraphOptions(), encoder)
     got = pixels_before_rounding(decoder, latents)
     assert relative_error(got, decoded(model, latents)) <= TOLERANCES["fp32"]
-    got = outputs_of(encoder, {"images": images})["latents"]
-    assert relative_error(got, encoded(model, images)) <= TOLERANCES["fp32"]
 
 
 @pytest.mark.parametrize(
@@ -227,10 +203,10 @@ def test_a_missing_and_an_unused_tensor_are_named(tmp_path: Path) -> None:
         write_vae_decoder(
             config_of(model), weights(without=[key]), GraphOptions(), tmp_path / "d.onnx"
         )
-    for write, extra in ((write_vae_decoder, "decoder.x"), (write_vae_encoder, "other")):
+    for extra in ("decoder.x", "other"):
         more = weights(extra={extra: torch.ones(2)})
         with pytest.raises(CheckpointError, match=extra):
-            write(config_of(model), more, GraphOptions(), tmp_path / "v.onnx")
+            write_vae_decoder(config_of(model), more, GraphOptions(), tmp_path / "v.onnx")
 
 
 def written_tiny(folder: Path, model: Any, options: GraphOptions, **config: Any) -> Path:
