@@ -225,11 +225,8 @@ def _image_input(item: Condition, images: Sequence[ImageRun], time_ids: Sequence
 
 def _distance(embedding: Embedding, reference: Embedding) -> float:
     """Return the largest distance between arrays, relative to the reference; NaN if any is NaN."""
-    return float(
-        np.max(
-            [
-                np.linalg.norm(array - reference[name]) / np.linalg.norm(reference[name])
-                for name, array in embedding.items()
-            ]
-        )
-    )
+    distances = [
+        np.linalg.norm(array - reference[name]) / np.linalg.norm(reference[name])
+        for name, array in embedding.items()
+    ]
+    return float(np.max(distances))

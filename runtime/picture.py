@@ -77,26 +77,21 @@ def parameters_text(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def edit_map_picture(image: Image.Image, edit_map: NDArray[np.float32]) -> Image.Image:
-    """Draw where safety acted over the dimmed picture: dark red for little, yellow for most.
-
-    Args:
-        image: the picture.
-        edit_map: float32 [h,w]. Its largest value gets the brightest colour, so the colours show
-            the place of the edit and not its strength, which is in the report.
-    """
-    return picture_with_heat(image, grey_from_edit_map(edit_map))
-
-
 def grey_from_edit_map(edit_map: NDArray[np.float32]) -> Image.Image:
-    """Return an edit map, float32 [h,w], as 8-bit grey; its largest value is white."""
+    """Return an edit map, float32 [h,w], as 8-bit grey; its largest value is white.
+
+    So grey shows the place of the edit and not its strength, which is in the report.
+    """
     peak = float(edit_map.max(initial=0.0))
     heat = edit_map / peak if peak > 0 else np.zeros_like(edit_map)
     return Image.fromarray(np.round(heat * 255).astype(np.uint8))
 
 
 def picture_with_heat(image: Image.Image, heat: Image.Image) -> Image.Image:
-    """Draw the output of `grey_from_edit_map` over the dimmed picture, stretched to its size."""
+    """Draw where safety acted over the dimmed picture: dark red for little, yellow for most.
+
+    `heat` is the output of `grey_from_edit_map`; it is stretched to the picture's size.
+    """
     large = heat.resize(image.size, Image.Resampling.BICUBIC)
     alpha = np.asarray(large, np.float32)[..., None] / np.float32(255)
     colour = np.concatenate(

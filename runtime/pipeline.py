@@ -259,7 +259,8 @@ class Pipeline:
             NumericsError: NaN or infinity in the output of a graph.
         """
         with self.executor.lock:
-            run = replace(run, images=_copied(run.images), savings=_copied_savings(run.savings))
+            savings = replace(run.savings) if type(run.savings) is Savings else run.savings
+            run = replace(run, images=_copied(run.images), savings=savings)
             screening = self.check(run, screening=screening)
             self._require_no_latents(latents)
             if callback is not None:
@@ -380,10 +381,6 @@ class Pipeline:
             texts=self._texts,
             policy=self.policy,
         )
-
-
-def _copied_savings(savings: Savings) -> Savings:
-    return replace(savings) if type(savings) is Savings else savings
 
 
 def _copied(images: Sequence[ImageRun]) -> tuple[ImageRun, ...]:

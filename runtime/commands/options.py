@@ -20,7 +20,7 @@ _EXAMPLES = """\
 examples:
   sld-run "a red star at a party"                      with the miniature model
   sld-run "a lighthouse" --bundle sd15 --safety strong --steps 25 --seed 7
-  sld-run "a cat" "a dog" --count 4 --output pets/     eight pictures, numbered
+  sld-run "a cat" "a dog" --count 4 --output pets.png  eight pictures, numbered
   sld-run "a harbour" --report harbour.json --edit-map where.png
   cat prompts.txt | sld-run - --bundle sd15            one prompt a line
   sld-run "a lighthouse" --engine sd15/unet.plan       with TensorRT plans (see sld-build)

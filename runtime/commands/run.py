@@ -26,7 +26,7 @@ from sld_edge.runtime.commands.selftest import self_test
 from sld_edge.runtime.denoise.loop import Step
 from sld_edge.runtime.executor import Callback, Progress
 from sld_edge.runtime.manifest import PREVIEW_DECODER, SHALLOW
-from sld_edge.runtime.picture import edit_map_picture, png_from_image
+from sld_edge.runtime.picture import grey_from_edit_map, picture_with_heat, png_from_image
 from sld_edge.runtime.pipeline import Pipeline
 from sld_edge.runtime.policy_file import machine_policy
 from sld_edge.runtime.report import safety_words
@@ -159,7 +159,7 @@ def _write(
             continue
         write_whole(pictures[index], png_from_image(image, report), replace=settings.force)
         if maps:
-            where = edit_map_picture(image, result.edit_maps[index])
+            where = picture_with_heat(image, grey_from_edit_map(result.edit_maps[index]))
             write_whole(maps[index], png_from_image(where, report), replace=settings.force)
     if settings.report:
         body = json.dumps({"images": result.reports}, indent=1, ensure_ascii=False) + "\n"

@@ -48,7 +48,7 @@ def sampler_table(
     eta: float = 0.0,
     safety_units: SafetyUnits = "noise",
 ) -> SamplerTable:
-    """Return the table of a sampler: it equals diffusers' scheduler with this configuration.
+    """Return the table of a sampler, with the same steps as diffusers' scheduler of that kind.
 
     Args:
         name: one of `SAMPLERS`.
