@@ -1,4 +1,4 @@
-"""What runs on the device: bundle, tokenizer, samplers, safety, pipeline, commands. No PyTorch."""
+"""The part that runs on a device: bundle, samplers, safety, pipeline, commands. No PyTorch."""
 
 from sld_edge.engines.errors import (
     BundleError,

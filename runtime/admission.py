@@ -1,4 +1,4 @@
-"""The choke point of safety: a run is admitted before it is resolved, checked, and run."""
+"""The safety check that every run passes: when it is resolved, when checked, and when it runs."""
 
 from __future__ import annotations
 
@@ -22,18 +22,20 @@ def require_admitted(
     texts: Texts,
     policy: Policy,
 ) -> None:
-    """Refuse images of a run that would be made less safe than they say, or than the policy says.
+    """Refuse images that would be less safe than their settings say or than the policy demands.
 
-    Resolving does this, and so does running, since a resolved run can be changed in between.
+    Resolving calls this, and running calls it again, because a caller can change a resolved run.
 
     Raises:
-        InputError: a value that is not of the exact type that resolving gives; or a concept that
-            says nothing to the model, so that safety could not act.
-        PolicyError: what the policy does not allow.
+        InputError: a value of another type than resolving gives; or a concept that says nothing to
+            the model, so that safety could not act.
+        PolicyError: a setting that the policy does not allow.
     """
     if policy.digest != run.policy:
         raise policy.error(
-            "a run that was resolved under another policy", expected="this one", do="plan it again"
+            "a run that was resolved under another policy",
+            expected="a run that was resolved under this policy",
+            do="resolve it again",
         )
     if not images:
         raise InputError("a run without pictures", do="give a prompt")
@@ -59,13 +61,13 @@ def require_admitted(
         if rules is None:
             continue
         policy.require_safety(image.safety, calls=run.table.calls)
-        if rules.concepts_always:  # one of a caller's own could push harder the other way
+        if rules.concepts_always:  # a caller's concept could push the other way, and harder
             wanted = different_concepts(rules.concepts_always, None, manifest.safety_concepts)
             policy.require(
                 image.concepts == wanted,
-                "a safety concept of your own",
+                "a safety concept of the caller",
                 got=" | ".join(image.concepts),
-                expected="none: the policy names them",
+                expected="none: the policy names the concepts",
             )
         for concept in rules.concepts_always:
             cut = texts.cut(concept)
@@ -84,18 +86,18 @@ def require_admitted(
             got=negative,
             expected="none",
         )
-        # With either, the edit is zero: it is measured between these texts.
-        for what, text in (("prompt", image.prompt), ("negative prompt", negative)):
+        # The edit is measured between these texts: between equal texts it is zero.
+        for name, text in (("prompt", image.prompt), ("negative prompt", negative)):
             if text is None:
                 continue
             same = texts.ids(text) in map(texts.ids, image.acting_concepts)
             policy.require(
-                not same, f"a {what} that is the safety concept", got=text, expected="another"
+                not same, f"a {name} that is the safety concept", got=text, expected="another text"
             )
 
 
 def _typed(run: Run, images: Sequence[ImageRun]) -> Iterator[tuple[object, type]]:
-    """Every value that safety depends on, with the exact type that it must have."""
+    """Return every value that safety depends on, with the exact type that it must have."""
     yield run, Run
     yield run.table, SamplerTable
     yield run.savings, Savings

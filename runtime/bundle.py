@@ -1,4 +1,4 @@
-"""The bundle: a directory with `bundle.json`, tokenizers, graphs, and constant embeddings."""
+"""The bundle: a folder with `bundle.json`, tokenizers, graphs and constant embeddings."""
 
 from __future__ import annotations
 
@@ -22,13 +22,7 @@ from sld_edge.engines.files import (
     sha256_of_file,
 )
 from sld_edge.engines.onnx_files import GRAPH_LIMIT, externals
-from sld_edge.runtime.manifest import (
-    MANIFEST,
-    OWN_GRAPHS,
-    Component,
-    File,
-    Manifest,
-)
+from sld_edge.runtime.manifest import MANIFEST, OWN_GRAPHS, Component, File, Manifest
 from sld_edge.runtime.manifest_file import manifest_from_json
 from sld_edge.runtime.policy import NO_POLICY, Policy
 from sld_edge.runtime.signatures import require_signed
@@ -40,16 +34,16 @@ _AGAIN = "copy or export the bundle again"
 
 @dataclass(frozen=True, kw_only=True)
 class CheckedGraph:
-    """A graph whose files were hashed, and what they were then."""
+    """A graph whose files were hashed; `seen` has the identity of each file at that time."""
 
     path: Path
     seen: Mapping[Path, Identity]
 
     def confirm(self) -> None:
-        """Look again, after an engine has read the files.
+        """Check, after an engine has read the files, that they are still the hashed files.
 
         Raises:
-            BundleError: one of them was changed or exchanged since it was hashed.
+            BundleError: a file was changed or exchanged since it was hashed.
         """
         require_unchanged(self.seen, error=BundleError, do=_AGAIN)
 
@@ -62,37 +56,37 @@ def require_own_weights(
     manifest: str = MANIFEST,
     error: type[UserError] = BundleError,
 ) -> None:
-    """Refuse a graph that reads other files than its own, or beyond their end.
+    """Refuse a graph that reads a file that is not listed for it, or beyond the end of a file.
 
     Args:
         model: bytes of the graph.
-        path: the graph's, relative to its bundle.
-        sizes: bytes of the files that it may read, by their path.
-        manifest: name of the file that lists them.
+        path: path of the graph, relative to its bundle.
+        sizes: sizes in bytes of the files that the graph may read, by path.
+        manifest: name of the file that lists these files.
         error: the class to raise.
 
     Raises:
-        UserError: of the class `error`: it names another file, or is no whole ONNX file.
+        UserError: of the class `error`: the graph reads another file, or is not a whole ONNX file.
     """
     try:
         for tensor in externals(memoryview(model)):
-            beside = str(PurePosixPath(path).with_name(tensor.location))
+            weights = str(PurePosixPath(path).with_name(tensor.location))
             end = tensor.offset + (0 if tensor.length is None else tensor.length)
-            if beside not in sizes or end > sizes[beside]:
+            if weights not in sizes or end > sizes[weights]:
                 raise ValueError(f"weights in {tensor.location!r}, up to byte {end}")
     except (ValueError, RecursionError) as problem:
         raise error(
-            f"{path} reads what {manifest} does not list for it",
+            f"{path} reads data that {manifest} does not list for it",
             got=one_line(problem),
             do="do not run it; export it again",
         ) from problem
 
 
 def own_graph(name: str) -> Path:
-    """Return the package's own copy of a guidance graph, which every bundle has the same bytes of.
+    """Return the path of the package's guidance graph; every bundle has a copy with the same bytes.
 
     Raises:
-        BundleError: it is not the file that the package was made with.
+        BundleError: the file was altered after the package was made.
     """
     path = EMBEDDED / f"{name}.onnx"
     data = read_limited(path, JSON_LIMIT, error=BundleError, do="install sld-edge again")
@@ -102,26 +96,26 @@ def own_graph(name: str) -> Path:
 
 
 class Bundle:
-    """An opened bundle: its directory and manifest; files are checked when they are asked for."""
+    """An opened bundle: its folder and manifest. A file is checked when it is first used."""
 
     def __init__(self, path: Path, manifest: Manifest, manifest_sha256: str) -> None:
         """Use `Bundle.open`."""
         self.path = path
         self.manifest = manifest
-        self.sha256 = manifest_sha256  # of bundle.json, which holds the hash of everything else
+        self.sha256 = manifest_sha256  # of bundle.json, which holds the hash of every other file
 
     @classmethod
     def open(cls, path: str | Path | None = None, *, policy: Policy = NO_POLICY) -> Bundle:
-        """Open the bundle at `path`; None is the embedded miniature one.
+        """Open the bundle at `path`; None is the embedded miniature bundle.
 
-        Only sizes are checked here; `check` hashes a file when it is first used. Where the policy
-        names signers or bundles, others are refused before their manifest is parsed; the miniature
-        is part of the package and so as trusted as its code.
+        Only sizes are checked here; `check` hashes a file when it is first used. If the policy
+        names signers or bundles, every other bundle is refused before its manifest is parsed. The
+        miniature is exempt: it is part of the package, so it is trusted as much as the code.
 
         Raises:
-            BundleError: no bundle there, or one that is cut short or not what it says, or signed by
-                nobody whom the policy names.
-            PolicyError: a bundle that the policy does not name.
+            BundleError: no bundle there; or the bundle is cut short, disagrees with its manifest,
+                or has no signature of a signer that the policy names.
+            PolicyError: the policy names bundles, and this bundle is not one of them.
         """
         root = EMBEDDED if path is None else Path(path)
         file = root / MANIFEST
@@ -140,7 +134,7 @@ class Bundle:
         digest = hashlib.sha256(raw).hexdigest()
         if (policy.signers or policy.bundles) and path is not None and digest not in policy.bundles:
             policy.require(
-                bool(policy.signers), "this bundle", got=digest, expected="one that it names"
+                bool(policy.signers), "this bundle", got=digest, expected="a bundle that it names"
             )
             require_signed(root, raw, policy.signers)
         bundle = cls(root, manifest_from_json(raw, origin=str(file)), digest)
@@ -149,10 +143,10 @@ class Bundle:
         return bundle
 
     def check(self, file: File) -> tuple[Path, Identity]:
-        """Hash a file and return its path, and what tells whether it is still that file.
+        """Hash a file; return its path and its identity, which changes if the file is changed.
 
         Raises:
-            BundleError: its content is not what the manifest says, or it is not a regular file.
+            BundleError: the hash is not the manifest's, or the path is not a regular file.
         """
         path = self._check_size(file)
         try:
@@ -163,10 +157,10 @@ class Bundle:
         return path, seen
 
     def read(self, file: File, limit: int) -> bytes:
-        """Return the bytes of a file, which are what the manifest says.
+        """Return the bytes of a file after checking their hash.
 
         Raises:
-            BundleError: they are not, or are more than `limit`.
+            BundleError: the hash is not the manifest's, or the file is larger than `limit` bytes.
         """
         path = self._check_size(file)
         data = read_limited(path, limit, error=BundleError, do=_AGAIN)
@@ -177,8 +171,8 @@ class Bundle:
         """Hash a component's files and return its graph, which reads no other file.
 
         Raises:
-            BundleError: a file is not what the manifest says; or the graph names a file that is not
-                the component's, or bytes beyond its end.
+            BundleError: a hash is not the manifest's; or the graph reads a file of another
+                component, or beyond the end of a file.
         """
         graph, *rest = component.files
         path = self.path / graph.path
@@ -191,7 +185,7 @@ class Bundle:
         """Return the checked text of a text encoder's tokenizer.
 
         Raises:
-            BundleError: it is not the file that the manifest names, or no text.
+            BundleError: the hash is not the manifest's, or the file is not UTF-8 text.
         """
         file = self.manifest.texts[name].tokenizer
         try:
@@ -200,10 +194,10 @@ class Bundle:
             raise BundleError(f"{file.path} is not UTF-8 text", do=_AGAIN) from error
 
     def embeddings(self) -> dict[str, dict[str, NDArray[np.float32]]]:
-        """Return the checked constant embeddings: for each text, each condition's float32 [...].
+        """Return the checked constant embeddings: by text, then by condition, float32 [...].
 
         Raises:
-            BundleError: a file that is not what the manifest says, or of another shape.
+            BundleError: the hash of a file is not the manifest's, or an array has a wrong shape.
         """
         entry, inputs = self.manifest.embeddings, self.manifest.components["unet"].inputs
         stored: dict[str, dict[str, NDArray[np.float32]]] = {text: {} for text in entry.texts}
@@ -222,7 +216,7 @@ class Bundle:
             shape = (len(entry.texts), *sizes)
             if array.shape != shape or not np.isfinite(array).all():
                 raise BundleError(
-                    f"{file.path}", got=f"float32 {array.shape}", expected=f"finite numbers {shape}"
+                    file.path, got=f"float32 {array.shape}", expected=f"finite numbers {shape}"
                 )
             for text, row in zip(entry.texts, array, strict=True):
                 stored[text][spec.name] = row
@@ -254,7 +248,7 @@ class Bundle:
             raise BundleError(
                 f"{path} is cut short or altered",
                 got=f"{status.st_size} bytes",
-                expected=f"{file.bytes}",
+                expected=f"{file.bytes} bytes",
                 do=_AGAIN,
             )
         return path

@@ -1,7 +1,7 @@
-"""What a UNet takes beside latents and timestep: texts, sizes and guidance, by two rules.
+"""The UNet's inputs other than latents and timestep: texts, sizes and guidance, by two rules.
 
-An input per branch comes from text encoders, [(2+n)*B,...], branch-major; an input per image is
-[B,...] and passed as it is. The manifest says which; nothing here knows a model family.
+An input per branch comes from text encoders, [(2+n)*B,...], branch-major. An input per image is
+[B,...] and the same for every branch. The manifest says which; no code here is for a model family.
 """
 
 from __future__ import annotations
@@ -17,32 +17,31 @@ from sld_edge.engines.base import Engine
 from sld_edge.engines.cache import remember, remembered
 from sld_edge.engines.errors import BundleError
 from sld_edge.runtime.bundle import Bundle
-from sld_edge.runtime.denoise.job import Conditioning
+from sld_edge.runtime.denoise.job import Conditioning, Floats
 from sld_edge.runtime.manifest import SIZE, Condition
 from sld_edge.runtime.numerics import not_finite
 from sld_edge.runtime.request import ImageRun
 from sld_edge.runtime.safety import empty_concept
 from sld_edge.runtime.tokenizer import Tokenizer
 
-Floats = NDArray[np.float32]
-Embedding = Mapping[str, Floats]  # of one text: an array for each input per branch
-_CACHED_TEXTS = 256
-_READ_TEXTS = 1024
-# How far a stored embedding may lie from the text encoder's, of its norm. Providers differ by
-# rounding, other texts by 0.3 and more with CLIP; the miniature's weakest words differ by 0.003, so
-# its FP32 encoder is held to less.
+Embedding = Mapping[str, Floats]  # the arrays of a text, by input per branch
+_CACHED_TEXTS = 256  # texts whose embeddings are kept
+_READ_TEXTS = 1024  # texts whose tokens are kept
+# Largest distance between a stored embedding and the text encoder's, relative to its norm, by
+# precision. Providers differ by rounding. Two texts differ by 0.3 and more with CLIP; the weakest
+# words of the miniature differ by 0.003, and its encoder is FP32.
 _SAME = {"fp32": 0.002, "fp16": 0.02}
-_EMPTY = 1e-4  # closer to the empty text, a concept says nothing to the text encoder
+_EMPTY = 1e-4  # a concept closer than this to the empty text says nothing to the text encoder
 
 
 class Texts:
-    """A bundle's tokenizers: what the model reads of a text."""
+    """A bundle's tokenizers: the tokens that the model reads of a text."""
 
     def __init__(self, bundle: Bundle) -> None:
         """Read the tokenizers.
 
         Raises:
-            BundleError: a damaged one, or one that gives another length than its encoder takes.
+            BundleError: a tokenizer that is damaged or gives another length than its encoder takes.
         """
         self._tokenizers = {
             name: Tokenizer(bundle.tokenizer_json(name), length=text.length)
@@ -57,19 +56,19 @@ class Texts:
         return tuple(ids for ids, _ in self._read(text).values())
 
     def input_ids(self, text: str, encoder: str) -> NDArray[np.int64]:
-        """Return the token ids of a text as a text encoder takes them, int64 [1,L]."""
+        """Return the token ids of a text for a text encoder, int64 [1,L]."""
         return np.array([self._read(text)[encoder][0]], np.int64)
 
     def cut(self, text: str) -> str:
-        """Return the end of a text that no text encoder reads; empty where all of it fits."""
+        """Return the end of a text that no text encoder reads; empty for a short text."""
         return min((cut for _, cut in self._read(text).values()), key=len)
 
     def says_nothing(self, text: str) -> bool:
-        """Whether a text is to the model what the empty text is."""
+        """Whether a text says nothing to the model, like the empty text."""
         return all(tokenizer.says_nothing(text) for tokenizer in self._tokenizers.values())
 
     def is_absent(self, text: str) -> bool:
-        """Whether a negative prompt is to the model the same as none."""
+        """Whether a negative prompt has the same effect as no negative prompt."""
         return self._empty_is_absent and self.says_nothing(text)
 
     def _tokens(self, text: str) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -78,7 +77,7 @@ class Texts:
 
 
 class Conditioner:
-    """Encodes texts, each once, and lays out the conditioning of images."""
+    """Encodes texts, each once, and joins them to the conditioning of images."""
 
     def __init__(
         self,
@@ -91,21 +90,21 @@ class Conditioner:
         """Read the stored embeddings.
 
         Args:
-            bundle: whose text encoders and embeddings.
+            bundle: the bundle of the text encoders and embeddings.
             texts: its tokenizers.
-            engine: gives a text encoder's engine by component.
-            identity: tells apart everything that decides what the text encoders give.
+            engine: returns the engine of a component.
+            identity: returns a text that is the same only if the text encoders' outputs are.
         """
         self._bundle, self._texts, self._engine, self._identity = bundle, texts, engine, identity
         conditions = bundle.manifest.conditioning
         self._branch = {name: item for name, item in conditions.items() if item.per == "branch"}
         self._image = {name: item for name, item in conditions.items() if item.per == "image"}
         self._stored: dict[str, Embedding] = dict(bundle.embeddings())
-        self._encoded: OrderedDict[str, Embedding] = OrderedDict()  # the last used one last
+        self._encoded: OrderedDict[str, Embedding] = OrderedDict()  # the last used text last
         self._checked = False
 
     def embedding(self, text: str) -> Embedding:
-        """Return a text's arrays, float32 [...] by input; repeated texts are encoded once.
+        """Return a text's arrays, float32 [...] by input; a repeated text is encoded once.
 
         Raises:
             NumericsError: a text encoder overflowed.
@@ -123,13 +122,13 @@ class Conditioner:
         """Return the conditioning of images that are denoised together.
 
         Args:
-            images: B images; those with fewer concepts than others repeat their first, which
-                changes nothing.
+            images: B images; an image with fewer concepts than another repeats its first concept,
+                which changes nothing.
             time_ids: `Run.time_ids`.
 
         Raises:
-            BundleError: stored embeddings that are not what the text encoders give.
-            InputError: a safety concept that a text encoder takes for the empty text.
+            BundleError: the stored embeddings are not the text encoders' outputs.
+            InputError: a safety concept whose embedding is that of the empty text.
         """
         self._check_stored()
         for text in {concept for image in images for concept in image.acting_concepts}:
@@ -174,10 +173,9 @@ class Conditioner:
         return embedding_from_outputs(self._branch, outputs)
 
     def _check_stored(self) -> None:
-        """Compare every stored embedding with the text encoders' own, once for a bundle.
+        """Compare every stored embedding with the text encoders' output, once for a bundle.
 
-        A bundle could store something else under the names of the empty text and its safety
-        concepts, and safety would steer away from nothing.
+        With a wrong embedding of the empty text or of a concept, safety would have no effect.
         """
         if self._checked:
             return
@@ -195,7 +193,7 @@ class Conditioner:
         distance = _distance(stored, self._encode(text))
         if not distance <= most:
             raise BundleError(
-                f"the stored embedding of {text[:60]!r} is not what the text encoder gives",
+                f"the stored embedding of {text[:60]!r} is not the text encoder's output",
                 got=f"a distance of {distance:.2g}",
                 expected=f"at most {most}",
                 do="do not run this bundle; export it again",
@@ -205,7 +203,7 @@ class Conditioner:
 def embedding_from_outputs(
     conditions: Mapping[str, Condition], outputs: Mapping[str, Floats]
 ) -> dict[str, Floats]:
-    """Join text encoders' outputs, "COMPONENT.OUTPUT", into the arrays of the inputs per branch."""
+    """Join the outputs of text encoders ("COMPONENT.OUTPUT") to the arrays of inputs per branch."""
     return {
         name: np.concatenate([outputs[source] for source in item.sources], axis=-1)
         for name, item in conditions.items()
@@ -214,7 +212,7 @@ def embedding_from_outputs(
 
 
 def most_concepts(images: Sequence[ImageRun]) -> int:
-    """Count the safety branches of images that are made together, at least 1."""
+    """Count the safety branches of images in a batch, at least 1."""
     return max(1, *(len(image.acting_concepts) for image in images))
 
 
@@ -225,9 +223,10 @@ def _image_input(item: Condition, images: Sequence[ImageRun], time_ids: Sequence
     return np.array(scales, np.float32) + np.float32(item.offset)
 
 
-def _distance(one: Embedding, other: Embedding) -> float:
-    """Return the largest relative distance of two texts' arrays; NaN where one is none."""
+def _distance(embedding: Embedding, reference: Embedding) -> float:
+    """Return the largest distance between arrays, relative to the reference; NaN if any is NaN."""
     distances = [
-        float(np.linalg.norm(one[name] - other[name]) / np.linalg.norm(other[name])) for name in one
+        np.linalg.norm(array - reference[name]) / np.linalg.norm(reference[name])
+        for name, array in embedding.items()
     ]
-    return float("nan") if any(d != d for d in distances) else max(distances)
+    return float(np.max(distances))

@@ -1,6 +1,7 @@
 """The interface of the guidance graph: names, shapes and columns, in one place.
 
-The exporter writes the graph from these; both loops, the self-test and `cpp_ext` use them.
+The exporter writes the graph with these names and shapes; both loops, the self-test and `cpp_ext`
+use them.
 `export/graphs/guidance.py` has the formulas.
 """
 
@@ -11,20 +12,20 @@ from typing import Final
 
 HISTORY: Final = 4  # past outputs that a sampler can use
 PREDICTIONS: Final = ("noise_pred_uncond", "noise_pred_text", "noise_pred_safety")
-STATE: Final = ("latents", "momentum", "history", "edit_map")  # each comes back as NAME_next
-NUMBERS: Final = ("timestep", "row", "safety")  # change with every call
-FIGURES: Final = ("share", "strength", "concept_strength", "finite")  # of one call
+STATE: Final = ("latents", "momentum", "history", "edit_map")  # the graph returns each as NAME_next
+NUMBERS: Final = ("timestep", "row", "safety")  # new values at every call
+FIGURES: Final = ("share", "strength", "concept_strength", "finite")  # measured at every call
 
-# Columns of `row`: the sampler's numbers of one call (`samplers.table`), the factor of the next
-# UNet input, and the noise that a difference of 1 in the UNet's output stands for.
+# Columns of `row`: the sampler's numbers for one call (`samplers.table`), the factor of the next
+# UNet input, and the difference in noise for a difference of 1 in the UNet's output.
 ROW: Final = ("p", "q", "a", "b0", "b1", "b2", "b3", "b4", "s", "c_in_next", "noise_unit")
-# Columns of `safety`, one row an image; `active` is 1 where the call edits, else 0.
+# Columns of `safety`, one row for each image; `active` is 1 if the call edits, else 0.
 SAFETY: Final = ("scale", "threshold", "momentum_scale", "momentum_beta", "active")
 
 Axes = tuple[int | str, ...]
 _IMAGE: Final[Axes] = ("B", 4, "h", "w")
 
-# Shapes by name; B images, n safety concepts, latents of h times w cells. All float32.
+# Shapes by name: B images, n safety concepts, latents of h x w cells. All float32.
 INPUTS: Final[Mapping[str, Axes]] = {
     "noise_pred_uncond": _IMAGE,
     "noise_pred_text": _IMAGE,
@@ -52,6 +53,6 @@ OUTPUTS: Final[Mapping[str, Axes]] = {
 
 
 def shape_of(name: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
-    """Return the shape of an input or output, with `sizes` for B, n, h and w."""
+    """Return the shape of an input or output, with the values of B, n, h and w from `sizes`."""
     axes = {**INPUTS, **OUTPUTS}[name]
     return tuple(sizes[axis] if isinstance(axis, str) else axis for axis in axes)

@@ -1,7 +1,7 @@
 """Makes the pictures of a checked run: texts, denoising, decoding and reports, batch by batch.
 
-Nothing here knows a policy; `Pipeline` checks before it calls. Every call needs `lock`, but for the
-generators of `steps`, which take it themselves.
+Nothing here knows a policy: `Pipeline` checks a run first. Callers hold `lock`; only the generators
+of `steps` take it themselves.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from sld_edge.runtime.result import Result
 from sld_edge.runtime.store import Store
 
 Callback = Callable[[Step], object]
-Progress = Callable[[int, int], object]  # takes the UNet calls done and those of the whole run
-_CELLS = 64 * 64  # latent cells of a 512 px image: fewer are run together
+Progress = Callable[[int, int], object]  # takes the finished UNet calls and their total
+_CELLS = 64 * 64  # latent cells of a 512 px image; smaller images and their branches are batched
 
 
 class Executor:
     """Runs a bundle's graphs.
 
     Attributes:
-        lock: held by whoever runs something.
+        lock: held while anything runs.
         store: the loaded graphs.
         stage: the buffers of the last run on a device.
         conditioner: encodes texts.
@@ -61,12 +61,12 @@ class Executor:
         )
         self._loader, self._texts = loader, texts
         self._manifest = loader.bundle.manifest
-        self._walking: set[object] = set()  # generators of `steps` that may still run the UNet
+        self._walking: set[object] = set()  # the unfinished generators of `steps`
 
     def steps(
         self, run: Run, images: Sequence[ImageRun], latents: Floats | None
     ) -> Generator[Step, None, None]:
-        """Return a generator that denoises images in one batch, one `Step` a UNet call."""
+        """Return a generator that denoises images in one batch: a `Step` for each UNet call."""
         self._loader.require_memory(run.height, run.width)
         noise = [noise_source(run.rng, image.seed) for image in images]
         if latents is None:
@@ -99,7 +99,7 @@ class Executor:
         callback: Callback | None,
         progress: Progress | None,
     ) -> Result:
-        """Make a run's pictures, batch by batch; the arguments are those of `Pipeline.run`."""
+        """Make a run's pictures, batch by batch. `Pipeline.run` describes the arguments."""
         largest = self._loader.largest_batch(most_concepts(run.images))
         size = self._batch_size(run, largest)
         if batch_size is not None:
@@ -111,7 +111,7 @@ class Executor:
         total = run.table.calls * len(starts)
         for start in starts:
             images = run.images[start : start + size]
-            own = latents[start : start + size] if latents is not None else None
+            noise = latents[start : start + size] if latents is not None else None
             done = run.table.calls * len(parts)
 
             def watch(step: Step, done: int = done) -> None:
@@ -120,7 +120,7 @@ class Executor:
                 if callback is not None:
                     callback(step)
 
-            parts.append(self._batch(run, images, own, watch))
+            parts.append(self._batch(run, images, noise, watch))
         return Result(
             images=[image for part in parts for image in part.images],
             latents=np.concatenate([part.latents for part in parts]),
@@ -131,7 +131,7 @@ class Executor:
     def decode(self, latents: Floats, *, preview: bool = False) -> NDArray[np.uint8]:
         """Turn latents, float32 [B,4,h,w], unscaled, into pictures, uint8 [B,H,W,3].
 
-        A preview is made by the bundle's small decoder, where it has one.
+        A preview uses the bundle's small decoder, if it has one.
 
         Raises:
             NumericsError: the decoder overflowed.
@@ -141,22 +141,22 @@ class Executor:
         decoder = self.store.engine(name)
         tiling = self._loader.tiling(*latents.shape[2:])
 
-        def decoded(one: Floats) -> NDArray[np.uint8]:
-            out = decoder.run({"latents": np.ascontiguousarray(one)})
+        def decoded(tile: Floats) -> NDArray[np.uint8]:
+            out = decoder.run({"latents": np.ascontiguousarray(tile)})
             if not out["finite"].all():
                 raise not_finite(name, precision=self._precision(name))
             images: NDArray[np.uint8] = out["images"]
             return images
 
         parts = []
-        for one in latents:  # one at a time: the decoder's activations are the largest of all
-            whole = one[None]
+        for image in latents:  # decoding takes the most memory, so it takes one image at a time
+            whole = image[None]
             parts.append(decoded(whole) if tiling is None else tiling.decoded(decoded, whole))
         self.store.release(name)
         return np.concatenate(parts)
 
     def close(self) -> None:
-        """Give back graphs, buffers and device."""
+        """Release graphs, buffers and device."""
         if self.stage is not None:
             self.stage.close()
             self.stage = None
@@ -186,7 +186,7 @@ class Executor:
     def _walked(
         self, steps: Generator[Step, None, None], mark: object, *, cells: int
     ) -> Generator[Step, None, None]:
-        """Pass the steps on, each made under the lock; after the last, free the UNet."""
+        """Make each step under the lock and pass it on; then free a large UNet."""
         while True:
             with self.lock:
                 step = next(steps, None)
@@ -196,7 +196,7 @@ class Executor:
         self._walking.discard(mark)
         with self.lock:
             if cells >= _CELLS and not self._walking:
-                # Its mapped weights beside the decoder's work would be the peak.
+                # Else its weights and the decoder's activations together are the peak of memory.
                 self.store.release_reloadable("unet")
 
     def _batch(
@@ -256,7 +256,7 @@ class Executor:
         return latents.channels, run.height // latents.downscale, run.width // latents.downscale
 
     def _batch_size(self, run: Run, largest: int | None) -> int:
-        """One at a time on the CPU, where a batch is no faster and rounds otherwise."""
+        """Return how many images are denoised together; on the CPU a batch is no faster, so 1."""
         if not self._loader.on_device:
             return 1
         _, height, width = self._latent_shape(run)
@@ -276,7 +276,7 @@ class Executor:
 def _calls(
     steps: Sequence[Step], figures: Figures, position: int, concepts: int
 ) -> list[StepReport]:
-    """Return the calls' figures of the image at `position` of its batch."""
+    """Return the figures of each call for the image at `position` in its batch."""
     return [
         StepReport(
             timestep=step.timestep,

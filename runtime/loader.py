@@ -1,4 +1,4 @@
-"""Which engine runs which component: plans where there are any, ONNX Runtime for the rest."""
+"""Loads an engine for each component: its TensorRT plan if it has one, else ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -18,47 +18,42 @@ from sld_edge.engines.onnxruntime.sessions import prepared_engine
 from sld_edge.engines.providers import choose, status
 from sld_edge.engines.tensorrt.engine import TrtEngine, tensorrt_module
 from sld_edge.engines.tensorrt.plan_info import FLAVOURS, Flavour
-from sld_edge.runtime.bundle import (
-    Bundle,
-    CheckedGraph,
-    own_graph,
-)
+from sld_edge.runtime.bundle import Bundle, CheckedGraph, own_graph
 from sld_edge.runtime.manifest import OWN_GRAPHS, Component
 from sld_edge.runtime.plans import (
     Plan,
     bundle_of_plan,
     flavour_of,
-    planned,
     plans_in,
     refit_source,
     require_fit,
     require_trust,
     source_digest,
     why_missing,
+    why_unfit,
 )
 from sld_edge.runtime.policy import NO_POLICY, Policy
 from sld_edge.runtime.policy_file import machine_policy
 from sld_edge.runtime.tiles import Tiling, VaeTiling, tiling_for
 
-# Smaller weights are no burden: cast once, kept loaded.
-_HEAVY_BYTES = 64_000_000
+_HEAVY_BYTES = 64_000_000  # smaller weights are cast once and stay loaded
 _DECODER_BYTES = 128 * 4 * 3  # a pixel: input, norm and output of the decoder's last block
 _PICTURE_BYTES = 3 * (4 + 4 + 1)  # a pixel of a blended picture
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadSettings:
-    """What runs a bundle, and how.
+    """The settings of a pipeline that hold for all its runs.
 
     Attributes:
         provider: "auto" or one of `engines.providers.NAMES`.
-        plan: a plan of a bundle, whose flavour is taken and beside which the others lie.
-        trust_plan: run plans whose hash the bundle does not hold.
-        cuda_graph: replay the calls of a loop from CUDA graphs.
-        low_memory: hold text encoder and decoder only while they are needed.
+        plan: a plan of a bundle; the plans of its flavour in its folder are used.
+        trust_plan: run plans that `plans.json` does not list.
+        cuda_graph: replay the calls of the loop from CUDA graphs.
+        low_memory: keep text encoder and decoder in memory only while they run.
         vae_tiling: decode in tiles: "auto", on the CPU above 768x768 pixels; "on"; or "off".
-        evaluation: for measuring safety, which a policy may allow to be off then.
-        quiet: do not say that a large graph is being prepared.
+        evaluation: the pictures measure safety; a policy may then allow safety to be off.
+        quiet: do not print that a large graph is being prepared.
     """
 
     provider: str = "auto"
@@ -76,13 +71,13 @@ class Loader:
     """Loads the components of a bundle for one provider.
 
     Attributes:
-        bundle: whose components.
-        provider: the resolved one.
-        why: why it was taken, one line.
-        settings: as asked for.
-        policy: this device's, as it bears on what is loaded here.
-        plans: the plans that are used, by component.
-        fallbacks: why a component runs on another provider, by component.
+        bundle: the bundle.
+        provider: the provider, resolved: never "auto".
+        why: the reason for this provider, one line.
+        settings: the caller's settings.
+        policy: this device's policy; for a permitted evaluation, without its rules for pictures.
+        plans: the plans in use, by component.
+        fallbacks: the reason why a component runs on another provider, by component.
     """
 
     bundle: Bundle
@@ -96,10 +91,10 @@ class Loader:
 
     @classmethod
     def open(cls, bundle: str | Path | None, settings: LoadSettings) -> Loader:
-        """Open a bundle and resolve what runs it.
+        """Open a bundle and choose its provider.
 
         Raises:
-            BundleError: no bundle there, or a damaged one.
+            BundleError: no bundle there, or a damaged bundle.
             EngineError: plans that are missing, not trusted, or do not fit this machine.
             InputError: a provider that is unknown or does not work here.
         """
@@ -120,12 +115,12 @@ class Loader:
 
     @cached_property
     def device(self) -> Device:
-        """The CUDA device, opened when first needed."""
+        """The CUDA device, opened at its first use."""
         return Device()
 
     @cached_property
-    def rest(self) -> OrtProvider:
-        """What runs the components that have no plan."""
+    def fallback_provider(self) -> OrtProvider:
+        """The provider of components without a plan."""
         return "cuda" if status("cuda").usable else "cpu"
 
     @property
@@ -138,14 +133,14 @@ class Loader:
 
         Raises:
             BundleError: a file of the component is damaged.
-            EngineError: the engine does not take it.
+            EngineError: the engine refuses it.
         """
         plan = self.plans.get(name)
         if plan is not None:
             refit = None
             if plan.info.options.get("strip_weights"):
                 refit = refit_source(plan, self.bundle, component)
-            planned = TrtEngine(
+            engine = TrtEngine(
                 plan.path,
                 plan.info,
                 self.device,
@@ -155,30 +150,31 @@ class Loader:
             require_unchanged(self._hashed.get(name, {}), error=BundleError)
             if refit is not None:
                 refit.confirm()
-            return planned
+            return engine
         provider = self._ort_provider(name)
         if name in OWN_GRAPHS:  # never from a bundle or a cache
             if provider == "cpu":
                 return OrtEngine(own_graph(name))
             return OrtDeviceEngine(own_graph(name), self.device, provider=provider)
+        if provider != "cpu":
+            graph = self.bundle.graph(component)
+            device_engine = OrtDeviceEngine(graph.path, self.device, provider=provider)
+            graph.confirm()
+            return device_engine
         source = _Source(self.bundle, component)
-        engine: Engine
-        if provider == "cpu":
-            engine = prepared_engine(
-                source_digest(component),
-                source.path,
-                keep_fp16=_is_stored_small(component) and _is_heavy(component),
-                confirm=source.confirm,
-                quiet=self.settings.quiet,
-                what=f"{name} of {self.bundle.manifest.model.id}",
-            )
-        else:
-            engine = OrtDeviceEngine(source.path(), self.device, provider=provider)
-            source.confirm()
-        return engine
+        # Weights of half the size of the arithmetic were asked for to save memory.
+        stored_small = component.precision == "fp32" and component.storage == "fp16"
+        return prepared_engine(
+            source_digest(component),
+            source.path,
+            keep_fp16=stored_small and _is_heavy(component),
+            confirm=source.confirm,
+            quiet=self.settings.quiet,
+            what=f"{name} of {self.bundle.manifest.model.id}",
+        )
 
     def identity_of(self, *names: str) -> str:
-        """Return a text that differs wherever the outputs of these components may differ."""
+        """Return a text that is the same only if the outputs of these components are the same."""
         parts = [self.bundle.sha256]
         for name in names:
             plan = self.plans.get(name)
@@ -187,16 +183,16 @@ class Loader:
         return " ".join(parts)
 
     def provider_of(self, name: str) -> str:
-        """Return what runs a component."""
+        """Return the provider that runs a component."""
         return self.provider if name in self.plans else self._ort_provider(name)
 
     def is_reloadable(self, name: str, engine: Engine) -> bool:
-        """Whether an engine is cheap to unload and reload: heavy, and prepared."""
+        """Whether unloading an engine saves memory and loading it again is cheap."""
         component = self.bundle.manifest.components[name]
         return isinstance(engine, OrtEngine) and engine.prepared and _is_heavy(component)
 
     def tiling(self, height: int, width: int) -> Tiling | None:
-        """Return how latents of this size are cut to be decoded; None where they are not."""
+        """Return the tiling for latents of this size in cells; None decodes them as a whole."""
         name = "vae_decoder"
         choice = self.settings.vae_tiling
         if choice == "auto" and self.provider_of(name) != "cpu":
@@ -210,13 +206,13 @@ class Loader:
         return tiling_for(choice, height, width, profile)
 
     def require_memory(self, height: int, width: int) -> None:
-        """Refuse a picture whose decoding needs more memory than the processor has free.
+        """Refuse a picture, in pixels, whose decoding needs more than the free memory.
 
-        On a device CUDA says so itself. Attention holds no whole matrix of scores, so the largest
-        tensors are the decoder's, of a picture or of a tile.
+        A CUDA device reports this itself. Attention keeps no whole matrix of scores, so the largest
+        tensors are the decoder's, for a picture or for a tile.
 
         Raises:
-            InputError: about how much is needed, and how much there is.
+            InputError: too little memory; the error says how much is needed and how much is free.
         """
         if self.provider_of("vae_decoder") != "cpu":
             return
@@ -228,29 +224,29 @@ class Loader:
         available = memory_available()
         if needed > available:
             raise InputError(
-                f"a picture of {width}x{height} pixels is out of this machine's memory",
+                f"a picture of {width}x{height} pixels needs more than this machine's memory",
                 got=f"about {needed / 2**30:.1f} GiB needed",
-                expected=f"at most {available / 2**30:.1f} GiB, which is free",
+                expected=f"at most {available / 2**30:.1f} GiB, the free memory",
                 do="choose a smaller --width and --height, or --vae-tiling on",
             )
 
     def largest_batch(self, concepts: int) -> int | None:
-        """Return the most images that the plans take at once; None where there is no limit.
+        """Return the most images that the plans take in one batch; None without a limit.
 
         Raises:
-            EngineError: plans that were built for fewer safety concepts.
+            EngineError: the plans were built for fewer safety concepts.
         """
-        most: dict[str, int] = {}  # of each input of the loop's plans, along its first axis
+        most: dict[str, int] = {}  # rows that the loop's plans take, by input
         for name in ("unet", "guidance"):
             for tensor in self.plans[name].info.inputs if name in self.plans else ():
                 if tensor.profile is not None:
-                    own = tensor.profile[2][0]
-                    most[tensor.spec.name] = min(most.get(tensor.spec.name, own), own)
+                    rows = tensor.profile[2][0]
+                    most[tensor.spec.name] = min(most.get(tensor.spec.name, rows), rows)
         if not most:
             return None
-        taken = most.get("noise_pred_safety", concepts)
+        most_concepts = most.get("noise_pred_safety", concepts)
         images = most.get("context", 2 + concepts) // (2 + concepts)
-        if taken < concepts or not images:
+        if most_concepts < concepts or not images:
             raise EngineError(
                 f"the plans were not built for {concepts} safety concepts at once",
                 do=f"build them again with: sld-build --concepts {concepts}",
@@ -258,8 +254,8 @@ class Loader:
         return min(most["latents"], images)
 
     def description(self) -> dict[str, Any]:
-        """Return what a report says of what ran the bundle."""
-        told: dict[str, Any] = {
+        """Return the entries of a report about provider, plans and device."""
+        description: dict[str, Any] = {
             "provider": self.provider,
             "components": {
                 name: self.provider_of(name) for name in self.bundle.manifest.components
@@ -269,17 +265,17 @@ class Loader:
         }
         if "device" in self.__dict__:
             device = self.device
-            told["device"] = {
+            description["device"] = {
                 "name": device.name,
                 "compute_capability": device.compute_capability,
                 "driver": device.driver,
             }
             if self.provider in FLAVOURS:
-                told["device"][self.provider] = tensorrt_module(self.provider).__version__
-        return told
+                description["device"][self.provider] = tensorrt_module(self.provider).__version__
+        return description
 
     def close(self) -> None:
-        """Give the device back."""
+        """Release the device."""
         if "device" in self.__dict__:
             self.device.close()
             del self.__dict__["device"]
@@ -287,27 +283,28 @@ class Loader:
     def _take_plans(self, flavour: Flavour) -> None:
         folder = self.settings.plan.parent if self.settings.plan is not None else self.bundle.path
         trust = self.settings.trust_plan
-        everything = plans_in(self.bundle, folder, trust=trust)
-        own = {name: plan for name, plan in everything.items() if plan.info.engine == flavour}
-        if not own:
-            raise why_missing(everything, self.bundle, flavour)
-        for name, plan in own.items():
+        all_plans = plans_in(self.bundle, folder, trust=trust)
+        plans = {name: plan for name, plan in all_plans.items() if plan.info.engine == flavour}
+        if not plans:
+            raise why_missing(all_plans, self.bundle, flavour)
+        for name, plan in plans.items():
             require_fit(plan, self.bundle, self.device)
             if not trust:
                 self._hashed[name] = require_trust(plan, self.bundle, self.policy)
-        self.plans = own
+        self.plans = plans
         for name in self.bundle.manifest.components:
-            if name not in own:
-                self.fallbacks[name] = f"no {flavour} plan of it: runs on {self.rest}"
+            if name not in plans:
+                reason = f"no {flavour} plan of it: runs on {self.fallback_provider}"
+                self.fallbacks[name] = reason
 
     def _ort_provider(self, name: str) -> OrtProvider:
         if name in self.fallbacks:
-            return self.rest
+            return self.fallback_provider
         return cast(OrtProvider, self.provider)
 
 
 class _Source:
-    """A component's graph in its bundle, hashed when an engine asks for it."""
+    """A component's graph, hashed only if the engine is not already prepared."""
 
     def __init__(self, bundle: Bundle, component: Component) -> None:
         self._bundle, self._component = bundle, component
@@ -319,18 +316,13 @@ class _Source:
         return self._checked.path
 
     def confirm(self) -> None:
-        """Look whether the engine read what was hashed, where it read anything."""
+        """Check that the files are still the hashed files, if they were hashed."""
         if self._checked is not None:
             self._checked.confirm()
 
 
-def _is_stored_small(component: Component) -> bool:
-    """Whether the weights are of half the arithmetic's size, as one asks for to save memory."""
-    return component.precision == "fp32" and component.storage == "fp16"
-
-
 def memory_available() -> int:
-    """Return the bytes of memory that are free now; a huge number where the system says nothing."""
+    """Return the bytes of free memory; 2**63 if the system does not report them."""
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:
             for line in lines:
@@ -348,22 +340,22 @@ def _is_heavy(component: Component) -> bool:
 def _resolved(bundle: Bundle, settings: LoadSettings) -> tuple[str, str]:
     if settings.plan is not None:
         flavour = flavour_of(settings.plan, settings.provider, bundle, trust=settings.trust_plan)
-        return flavour, "it is what the plan was built for"
+        return flavour, "the plan was built for it"
     if settings.provider != "auto":
-        found = status(settings.provider)
-        if not found.usable:
-            raise InputError(f"provider {found.name} does not work here", got=found.reason)
-        return found.name, "it was asked for"
-    return choose(_planned(bundle))
+        provider = status(settings.provider)
+        if not provider.usable:
+            raise InputError(f"provider {provider.name} does not work here", got=provider.reason)
+        return provider.name, "it was asked for"
+    return choose(_plan_problems(bundle))
 
 
-def _planned(bundle: Bundle) -> dict[str, str | None]:
-    """Say for each flavour why the bundle's plans do not fit here, or None."""
+def _plan_problems(bundle: Bundle) -> dict[str, str | None]:
+    """Return, by flavour, the reason why the bundle's plans do not fit here; None if they fit."""
     try:
-        have = {plan.info.engine for plan in plans_in(bundle).values()}
+        flavours = {plan.info.engine for plan in plans_in(bundle).values()}
     except EngineError as error:
         return dict.fromkeys(FLAVOURS, str(error))
-    if not have:
+    if not flavours:
         return dict.fromkeys(FLAVOURS, "no plan was built for this bundle")
     try:
         device = Device()
@@ -371,8 +363,8 @@ def _planned(bundle: Bundle) -> dict[str, str | None]:
         return dict.fromkeys(FLAVOURS, str(error))
     try:
         return {
-            flavour: planned(bundle, flavour, device)
-            if flavour in have
+            flavour: why_unfit(bundle, flavour, device)
+            if flavour in flavours
             else "no plan of it was built for this bundle"
             for flavour in FLAVOURS
         }

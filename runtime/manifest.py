@@ -1,7 +1,7 @@
-"""`bundle.json`, the contract between export and run: its records. `manifest_file` reads it.
+"""The records of `bundle.json`, the contract between export and run. `manifest_file` reads it.
 
-docs/bundle.md has the format. The manifest carries a model's inputs as data, so that the runtime
-knows no model family.
+docs/bundle.md describes the format. The manifest describes a model's inputs as data, so the runtime
+has no code for a model family.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ FORMAT = "sld-edge-bundle"
 FORMAT_VERSION = 3
 MANIFEST = "bundle.json"
 SHALLOW = "unet_shallow"  # the component that feature caching needs
-PREVIEW_DECODER = "preview_decoder"  # a small decoder, for pictures of a run that goes on
-# SHA-256 of the package's own guidance graph, which every bundle has a copy of.
+PREVIEW_DECODER = "preview_decoder"  # a small decoder, for previews during a run
+# SHA-256 of the package's guidance graph; every bundle has a copy of the graph.
 OWN_GRAPHS: Mapping[str, str] = {
     "guidance": "0eb26a10fc2c3a73ed76aa52cdc1119067054690c9e6052fb6d6790332914666",
 }
-SIZE, GUIDANCE = "size", "guidance"  # sources of a condition beside text encoders' outputs
-TIME_IDS = 6  # numbers of SIZE
+SIZE, GUIDANCE = "size", "guidance"  # sources of a condition that are not text encoders
+TIME_IDS = 6  # how many numbers SIZE has
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 GuidanceKind = Literal["classifier-free", "embedded"]
@@ -57,7 +57,7 @@ class Component:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelInfo:
-    """What was exported: the name the user gave, and where it came from."""
+    """The exported model: the name that the user gave it, and where it came from."""
 
     id: str
     source: str
@@ -65,7 +65,7 @@ class ModelInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class LatentInfo:
-    """Latents: channels, pixels a latent cell in one direction, and the VAE's scaling factor."""
+    """Latents: channels, pixels along a side of a latent cell, and the VAE's scaling factor."""
 
     channels: int
     downscale: int
@@ -82,15 +82,15 @@ class TextInput:
 
 @dataclass(frozen=True, kw_only=True)
 class Condition:
-    """A UNet input beside latents and timestep, and where its values come from.
+    """A UNet input other than latents and timestep, and where its values come from.
 
     Attributes:
         per: "branch", [K*B,...], branch-major; or "image", [B,...].
-        sources: of a branch input, outputs of text encoders ("COMPONENT.OUTPUT"), joined on the
-            last axis; of an image input, "size" (height and width of the original, top and left of
+        sources: for a branch input, outputs of text encoders ("COMPONENT.OUTPUT"), joined on the
+            last axis; for an image input, "size" (height and width of the original, top and left of
             the crop, height and width of the target) or "guidance" (the guidance scale).
-        absent: the unconditional branch where no negative prompt is given: the empty text's
-            embedding, or zeros.
+        absent: the values of the unconditional branch without a negative prompt: the embedding of
+            the empty text ("encode"), or zeros.
         offset: added to the guidance scale.
     """
 
@@ -110,7 +110,7 @@ class Size:
 
 @dataclass(frozen=True, kw_only=True)
 class Defaults:
-    """What a run uses where the caller does not say."""
+    """The settings of a run that the caller leaves out."""
 
     sampler: str
     steps: int
@@ -123,8 +123,8 @@ class Embeddings:
     """Constant embeddings of the empty prompt and the safety concepts.
 
     Attributes:
-        texts: the texts.
-        arrays: for each condition per branch a file, float32 [texts,...].
+        texts: the texts, in the order of the arrays' rows.
+        arrays: a file for each condition per branch, float32 [texts,...].
     """
 
     texts: tuple[str, ...]
@@ -160,7 +160,7 @@ class Manifest:
         return json.dumps(body, indent=1, ensure_ascii=False) + "\n"
 
     def files(self) -> list[File]:
-        """Every file of the bundle; plans have a list of their own (`plan_list`)."""
+        """Return every file of the bundle but the plans, which `plans.json` lists (`plan_list`)."""
         parts = [text.tokenizer for text in self.texts.values()]
         parts += self.embeddings.arrays.values()
         parts += [file for part in self.components.values() for file in part.files]
@@ -168,12 +168,12 @@ class Manifest:
 
     @property
     def text_length(self) -> int:
-        """Tokens of a prompt, L of the conditioning per branch."""
+        """The number of tokens of a prompt: L in the shapes of the conditioning."""
         return next(iter(self.texts.values())).length
 
 
 def file_entry(path: Path) -> File:
-    """Return the manifest's entry of a file that lies beside it."""
+    """Return the manifest's entry for a file in the bundle's folder."""
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     return File(path=path.name, sha256=digest, bytes=path.stat().st_size)

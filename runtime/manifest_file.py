@@ -1,4 +1,4 @@
-"""Reading `bundle.json`: a file from outside, in which every entry is checked."""
+"""Reads `bundle.json`, a file from outside, and checks every entry."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ _REQUIRED = ("unet", "guidance", "vae_decoder")
 _AGAIN = "copy or export the bundle again"
 _SHA256 = re.compile("[0-9a-f]{64}")
 _DTYPES = ("float32", "float16", "float64", "int64", "int32", "uint8", "bool")
-_MOST = 1 << 20  # of any size, count or dimension in a manifest
+_MOST = 1 << 20  # largest size, count or dimension in a manifest
 
 
 def manifest_from_json(data: bytes, *, origin: str) -> Manifest:
     """Read the bytes of `bundle.json`; `origin` is the path that error messages name.
 
     Raises:
-        BundleError: not JSON, not a bundle, a future format version, a missing or wrong entry, a
-            path that leaves the bundle, or guidance graphs that are not the package's own.
+        BundleError: not JSON, not a bundle, another format version, a missing or wrong entry, a
+            path that leaves the bundle, or a guidance graph that is not the package's.
     """
     body = json_from_bytes(data, origin=origin, error=BundleError, do=_AGAIN)
     if body.get("format") != FORMAT:
@@ -77,11 +77,11 @@ def manifest_from_json(data: bytes, *, origin: str) -> Manifest:
 def _manifest(body: Mapping[str, Any]) -> Manifest:
     components = {_name(name): _component(part) for name, part in _items(body["components"])}
     for name in _REQUIRED:
-        components[name]  # a KeyError names what is missing
+        components[name]  # a KeyError names the missing component
     for name, sha256 in OWN_GRAPHS.items():
         if name in components and [file.sha256 for file in components[name].files] != [sha256]:
             raise BundleError(
-                f"this bundle brings a {name} graph of its own, and only sld-edge's may steer",
+                f"the {name} graph of this bundle is not the {name} graph of sld-edge",
                 do="export the bundle again with this version",
             )
     latents, size, defaults, embeddings = (
@@ -134,7 +134,7 @@ def _condition(name: str, item: Mapping[str, Any]) -> Condition:
     sources = _texts("sources", item["sources"])
     per = _one_of("per", item["per"], Per)
     if per == "image" and (len(sources) != 1 or sources[0] not in (SIZE, GUIDANCE)):
-        raise ValueError(f"the source of {name}, one for each image")
+        raise ValueError(f"{name} has no single source for each image")
     return Condition(
         per=per,
         sources=sources,
@@ -144,34 +144,34 @@ def _condition(name: str, item: Mapping[str, Any]) -> Condition:
 
 
 def _check_inputs(manifest: Manifest) -> None:
-    """Compare the conditioning with the graphs that give and take it.
+    """Compare the conditioning with the text encoders' outputs and the UNet's inputs.
 
     Raises:
-        ValueError: an input of the UNet without a source, a source that no graph gives, or lengths
-            and embeddings that do not fit.
+        ValueError: an input of the UNet without a source, a source that is no graph's output, or
+            lengths and embeddings that do not fit.
     """
     components, conditioning = manifest.components, manifest.conditioning
-    taken = {spec.name for spec in components["unet"].inputs} - {"latents", "timestep"}
-    if taken != set(conditioning):
-        raise ValueError(f"the UNet's inputs {sorted(taken)} and conditioning differ")
+    inputs = {spec.name for spec in components["unet"].inputs} - {"latents", "timestep"}
+    if inputs != set(conditioning):
+        raise ValueError(f"the UNet's inputs {sorted(inputs)} and conditioning differ")
     branch = {name for name, item in conditioning.items() if item.per == "branch"}
     if not branch or branch != set(manifest.embeddings.arrays):
         raise ValueError("embeddings without an array for each condition per branch")
     if "" not in manifest.embeddings.texts:
         raise ValueError("embeddings without the empty text")
     if not manifest.texts or len({text.length for text in manifest.texts.values()}) > 1:
-        raise ValueError("texts of no length, or of several")
+        raise ValueError("no text encoder, or text encoders of different lengths")
     for name in branch:
         for source in conditioning[name].sources:
             component, _, output = source.partition(".")
-            there = manifest.texts.keys() & components.keys()
-            if component not in there or output not in {
+            encoders = manifest.texts.keys() & components.keys()
+            if component not in encoders or output not in {
                 spec.name for spec in components[component].outputs
             }:
-                raise ValueError(f"{name} comes from {source!r}, which no graph gives")
+                raise ValueError(f"{name} comes from {source!r}, which is no text encoder's output")
     embedded = any(GUIDANCE in item.sources for item in conditioning.values())
     if embedded != (manifest.guidance == "embedded"):
-        raise ValueError("guidance is not what the conditioning says")
+        raise ValueError("guidance and conditioning contradict each other")
 
 
 def _one_of(name: str, value: object, choices: Any) -> Any:
@@ -182,21 +182,21 @@ def _one_of(name: str, value: object, choices: Any) -> Any:
 
 def _items(value: object) -> list[tuple[str, Any]]:
     if not isinstance(value, dict) or len(value) > 64:
-        raise ValueError(f"{type(value).__name__} where an object of at most 64 entries belongs")
+        raise ValueError(f"{type(value).__name__}, not an object of at most 64 entries")
     return list(value.items())
 
 
-def _texts(what: str, texts: object) -> tuple[str, ...]:
+def _texts(kind: str, texts: object) -> tuple[str, ...]:
     if not isinstance(texts, list) or not 0 < len(texts) <= 64:
-        raise ValueError(f"no list of {what}, 1 to 64")
+        raise ValueError(f"not a list of {kind}, 1 to 64")
     if len(set(map(str, texts))) < len(texts):
-        raise ValueError(f"a list of {what} with one twice")
-    return tuple(exact_text(what, text) for text in texts)
+        raise ValueError(f"the same text twice in {kind}")
+    return tuple(exact_text(kind, text) for text in texts)
 
 
 def _name(name: str) -> str:
     if not re.fullmatch("[a-z0-9_]{1,40}", name):
-        raise ValueError(f"{name!r} where a component's name belongs")
+        raise ValueError(f"{name!r} is not a name of 1 to 40 letters a-z, digits and _")
     return name
 
 
@@ -204,8 +204,8 @@ def _component(part: Mapping[str, Any]) -> Component:
     if not isinstance(part["files"], list) or not 0 < len(part["files"]) <= 64:
         raise ValueError("a component without a list of 1 to 64 files")
     files = tuple(file_from_json(file) for file in part["files"])
-    if not files[0].path.endswith(".onnx"):  # ONNX Runtime reads other formats by other names
-        raise ValueError(f"{files[0].path!r} where an .onnx file belongs")
+    if not files[0].path.endswith(".onnx"):  # by another ending, ONNX Runtime reads another format
+        raise ValueError(f"{files[0].path!r} is not an .onnx file")
     return Component(
         files=files,
         precision=exact_text("precision", part["precision"]),
@@ -233,7 +233,7 @@ def file_from_json(file: Mapping[str, Any]) -> File:
 
     Raises:
         BundleError: a path that leaves the bundle.
-        KeyError, TypeError, ValueError, InputError: an entry that is none.
+        KeyError, TypeError, ValueError, InputError: not an entry of a file.
     """
     path, sha256 = exact_text("path", file["path"]), file["sha256"]
     pure = PurePosixPath(path)

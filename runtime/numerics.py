@@ -1,4 +1,4 @@
-"""What to say when a graph gives NaN or infinity."""
+"""The error for NaN or infinity in the output of a graph."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from sld_edge.engines.errors import NumericsError
 
 
 def not_finite(component: str, *, precision: str, call: str = "") -> NumericsError:
-    """Return the error that names a component, the call, and what helps.
+    """Return an error that names the component, the call and a remedy.
 
     Args:
-        component: whose output it was.
-        precision: of its arithmetic, "fp16" or "fp32".
+        component: the component with the output.
+        precision: precision of its arithmetic, "fp16" or "fp32".
         call: "call 3 of 50", for a component that runs more than once.
     """
     if component == "guidance":

@@ -1,4 +1,4 @@
-"""Pictures as files: PNG with its story as metadata, and the picture of where safety acted."""
+"""Pictures as files: PNG with metadata, and the picture that shows where safety acted."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter, PngImagePlugin
 
-_BLUR_SHARE = 1 / 12  # of the shorter side: large shapes and colours are left, no detail
+_BLUR_SHARE = 1 / 12  # radius, of the shorter side: large shapes and colours stay, no detail
 
 # IPTC's term for a picture made by a generative model; readers look for it in XMP.
 _AI_SOURCE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
@@ -22,7 +22,7 @@ _XMP = f"""<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 </rdf:RDF></x:xmpmeta>
 <?xpacket end="r"?>"""
 
-# The names that readers of A1111's metadata know our samplers by.
+# The names of our samplers in A1111's metadata.
 _A1111_SAMPLERS = {
     "ddim": "DDIM",
     "pndm": "PLMS",
@@ -37,14 +37,14 @@ _A1111_SAMPLERS = {
 
 
 def png_from_image(image: Image.Image, report: Mapping[str, Any] | None = None) -> bytes:
-    """Encode a picture as PNG, marked as made by a model, with its report where there is one.
+    """Encode a picture as PNG, with its report if there is one.
 
-    Text chunks: `parameters` as A1111-style readers take it, `sld-edge` with the whole report as
-    JSON, and XMP with IPTC's mark that the picture was made by a model.
+    Text chunks: `parameters` in A1111's format, `sld-edge` with the whole report as JSON, and XMP
+    with IPTC's mark that the picture was made by a model.
     """
     info = PngImagePlugin.PngInfo()
     if report is not None:
-        if "recipe" not in report:  # else it was left out on purpose
+        if "recipe" not in report:  # else the recipe was left out on purpose
             info.add_itxt("parameters", parameters_text(report))
         info.add_itxt("sld-edge", json.dumps(report, ensure_ascii=False))
     info.add_itxt("XML:com.adobe.xmp", _XMP)
@@ -54,7 +54,7 @@ def png_from_image(image: Image.Image, report: Mapping[str, Any] | None = None) 
 
 
 def parameters_text(report: Mapping[str, Any]) -> str:
-    """Return the settings as A1111 writes them: prompt, negative prompt, one line of settings."""
+    """Return the settings in A1111's format: prompt, negative prompt, one line of settings."""
     safety = report["safety"]
     settings = {
         "Steps": report["steps"],
@@ -77,26 +77,21 @@ def parameters_text(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def edit_map_picture(image: Image.Image, edit_map: NDArray[np.float32]) -> Image.Image:
-    """Draw where safety acted over the dimmed picture: dark red little, yellow most.
-
-    Args:
-        image: the picture.
-        edit_map: float32 [h,w]; its own largest value is the brightest colour, so that the place is
-            seen. How strong the edit was stands in the report.
-    """
-    return picture_with_heat(image, grey_from_edit_map(edit_map))
-
-
 def grey_from_edit_map(edit_map: NDArray[np.float32]) -> Image.Image:
-    """Return an edit map, float32 [h,w], as 8-bit grey; white is its own largest value."""
+    """Return an edit map, float32 [h,w], as 8-bit grey; its largest value is white.
+
+    So grey shows the place of the edit and not its strength, which is in the report.
+    """
     peak = float(edit_map.max(initial=0.0))
     heat = edit_map / peak if peak > 0 else np.zeros_like(edit_map)
     return Image.fromarray(np.round(heat * 255).astype(np.uint8))
 
 
 def picture_with_heat(image: Image.Image, heat: Image.Image) -> Image.Image:
-    """Draw what `grey_from_edit_map` gave over the dimmed picture, stretched to its size."""
+    """Draw where safety acted over the dimmed picture: dark red for little, yellow for most.
+
+    `heat` is the output of `grey_from_edit_map`; it is stretched to the picture's size.
+    """
     large = heat.resize(image.size, Image.Resampling.BICUBIC)
     alpha = np.asarray(large, np.float32)[..., None] / np.float32(255)
     colour = np.concatenate(
@@ -109,5 +104,5 @@ def picture_with_heat(image: Image.Image, heat: Image.Image) -> Image.Image:
 
 
 def blurred(image: Image.Image) -> Image.Image:
-    """Return a picture with only its large shapes and colours left."""
+    """Return a picture of which only large shapes and colours remain."""
     return image.filter(ImageFilter.GaussianBlur(min(image.size) * _BLUR_SHARE))

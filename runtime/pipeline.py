@@ -44,18 +44,18 @@ from sld_edge.runtime.tiles import VaeTiling, checked_tiling
 
 
 class Pipeline:
-    """A loaded bundle. Graphs are loaded when first needed and kept.
+    """A loaded bundle. Each graph is loaded at its first use and kept.
 
-    Threads may share it: runs wait for each other, on every provider. A generator from `steps`
-    waits for one call at a time, so one that is left alone blocks nobody; on a device a newer run
-    takes the buffers over, and the older generator is refused if it goes on.
+    Threads may share a pipeline: runs wait for each other. A generator from `steps` holds the lock
+    only during a call, so a generator that rests blocks no other run. On a device, a newer run
+    takes over the buffers; if the older generator then goes on, it raises an error.
 
     Attributes:
-        bundle: whose graphs.
-        provider: what runs them.
-        why: why this provider was taken, one line.
-        policy: what this device's owner has set; every run is held against it.
-        executor: makes the pictures, once a run is checked.
+        bundle: the bundle.
+        provider: the provider that runs its graphs.
+        why: the reason for this provider, one line.
+        policy: this device's policy; every run is checked against it.
+        executor: makes the pictures of a checked run.
     """
 
     def __init__(self, loader: Loader) -> None:
@@ -87,22 +87,22 @@ class Pipeline:
         Args:
             bundle: a bundle's directory.
             provider: "auto", "cpu", "cuda", "tensorrt", "tensorrt-rtx", "ort-tensorrt" or
-                "ort-tensorrt-rtx"; auto takes the best that works here (see `why`).
-            plan: one of a bundle's TensorRT plans; those beside it are used too.
-            trust_plan: run plans whose hash the bundle does not hold. A plan is code.
-            cuda_graph: replay the loop's calls from CUDA graphs.
-            low_memory: hold text encoder and decoder only while they are needed. On the CPU large
-                ones are, whatever this says, since prepared graphs are loaded at once.
-            vae_tiling: decode in overlapping tiles: "on" or "off"; "auto" does on the CPU, where a
-                picture is larger than 768x768 pixels.
-            evaluation: the pictures measure safety, which a policy may allow to be off for that.
-            quiet: do not say on standard error that a large graph is being prepared, once.
+                "ort-tensorrt-rtx"; auto takes the best provider that works here (see `why`).
+            plan: a TensorRT plan of a bundle; the other plans in its folder are used too.
+            trust_plan: run plans that `plans.json` does not list. A plan is code.
+            cuda_graph: replay the calls of the loop from CUDA graphs.
+            low_memory: keep text encoder and decoder in memory only while they run. On the CPU,
+                large text encoders and decoders are always unloaded: loading them again is quick.
+            vae_tiling: decode in overlapping tiles: "on" or "off"; "auto" uses tiles on the CPU for
+                pictures larger than 768x768 pixels.
+            evaluation: the pictures measure safety; a policy may then allow safety to be off.
+            quiet: do not print on standard error that a large graph is being prepared.
 
         Raises:
-            BundleError: no bundle there, or a damaged one.
+            BundleError: no bundle there, or a damaged bundle.
             EngineError: plans that are missing, not trusted, or do not fit this machine.
             InputError: a provider that is unknown or does not work here.
-            PolicyError: what this device's policy does not allow, or a policy that is no use.
+            PolicyError: a setting that this device's policy does not allow, or a damaged policy.
         """
         settings = LoadSettings(
             provider=provider,
@@ -122,12 +122,12 @@ class Pipeline:
 
     @property
     def fallbacks(self) -> Mapping[str, str]:
-        """Why a component runs on another provider, by component."""
+        """The reason why a component runs on another provider, by component."""
         return self._loader.fallbacks
 
     @property
     def providers(self) -> Mapping[str, str]:
-        """What runs each component."""
+        """The provider that runs each component."""
         return {name: self._loader.provider_of(name) for name in self.bundle.manifest.components}
 
     def __call__(
@@ -155,39 +155,39 @@ class Pipeline:
     ) -> Result:
         """Make images.
 
-        None takes the bundle's default. A sequence gives each prompt its own value. Image k of seed
-        s is the image of seed s + k. On the CPU each image is made alone unless `batch_size` says
-        otherwise, so it is the same to the last bit; within a batch it is up to rounding.
+        None means the bundle's default. A sequence holds a value for each prompt. Image k of seed s
+        is the image of seed s + k. On the CPU images are made one by one unless `batch_size` is
+        given, so an image is always the same to the last bit. In a batch it differs by rounding.
 
         Args:
-            prompt: one prompt or several; "" is the unconditional image.
+            prompt: a prompt or a list of prompts; "" gives an unconditional image.
             safety: a preset ("off", "weak", "medium", "strong", "max") or a `Safety`.
-            safety_concept: the text steered away from; a tuple is several, each with its own
-                branch and gate.
+            safety_concept: the text that the image is steered away from. A tuple holds several
+                concepts; each has its own UNet branch and threshold.
             steps: denoising steps.
             guidance_scale: how closely the prompt is followed; 1 and below switch guidance off,
-                never SLD.
+                never safety.
             sampler: one of `SAMPLERS`.
             eta: noise added by ddim, 0 to 1.
             seed: first seed.
-            rng: "torch" draws what torch draws on the CPU, "philox" what it draws on CUDA.
-            count: images a prompt.
-            negative_prompt: takes the empty prompt's place.
+            rng: "torch" for torch's noise on the CPU, "philox" for torch's noise on CUDA.
+            count: images for each prompt.
+            negative_prompt: used in place of the empty text.
             height: in pixels.
             width: in pixels.
-            cache_interval: UNet calls from one whole one to the next; between them the deep layers'
-                features are used again (DeepCache). 1 is off.
-            safety_units: "noise" gives the safety numbers the same meaning on every model, "raw"
+            cache_interval: every N-th UNet call runs the whole UNet; the calls in between use the
+                features of the deep layers again (DeepCache). 1 is off.
+            safety_units: "noise" gives the safety numbers the same meaning on every model; "raw"
                 takes them in units of the model's output, as diffusers does.
-            framing: what SDXL is told of the picture's size and crop.
+            framing: the picture sizes that SDXL takes as inputs.
             latents: float32 [B,4,h,w], starting noise of unit variance, in place of the seeds'.
-            batch_size: images denoised at once; by default one on the CPU, elsewhere as many as
-                fill one 512 px image.
-            callback: called with every `Step`; an exception it raises ends the run.
+            batch_size: images denoised together. The default is 1 on the CPU; on a device, as many
+                images as have the area of a 512 px image together.
+            callback: called with every `Step`; an exception from it ends the run.
 
         Raises:
-            InputError: a setting that cannot be honoured.
-            NumericsError: NaN or infinity in what a graph gave.
+            InputError: a setting that is not possible.
+            NumericsError: NaN or infinity in the output of a graph.
         """
         if not isinstance(prompt, str | Sequence):
             raise InputError("prompt", got=shown(prompt), expected="a text, or a list of texts")
@@ -215,7 +215,7 @@ class Pipeline:
         """Resolve a request against this bundle and policy, without running anything.
 
         Raises:
-            InputError: a setting that cannot be honoured, named with what would be.
+            InputError: a setting that is not possible; the error names the possible values.
             PolicyError: a setting that the policy does not allow.
         """
         run = run_from_request(request, self.bundle.manifest, policy=self.policy)
@@ -224,11 +224,11 @@ class Pipeline:
         return run
 
     def check(self, run: Run, *, screening: Screening | None = None) -> Screening | None:
-        """Refuse what `run` would refuse, before anything runs; return how it would screen.
+        """Make the checks of `run` before anything runs; return the screening that `run` would use.
 
         Raises:
-            InputError: a run or screening that cannot be honoured.
-            PolicyError: what this device's policy does not allow.
+            InputError: a run or screening that is not possible.
+            PolicyError: a setting that this device's policy does not allow.
         """
         self._require_admitted(run, run.images)
         return screening_under(self.policy, screening, run, self._policy_scorers)
@@ -247,25 +247,26 @@ class Pipeline:
 
         Args:
             run: from `resolve`.
-            screening: how pictures are judged before they leave, and what happens to flagged ones.
+            screening: how pictures are scored, and what happens to flagged pictures.
             latents: float32 [B,4,h,w], starting noise of unit variance, in place of the seeds'.
-            batch_size: images denoised at once.
+            batch_size: images denoised together.
             callback: called with every `Step`.
-            progress: told the UNet calls done and those of the whole run; it sees no picture.
+            progress: called with the finished UNet calls and their total; it sees no picture.
 
         Raises:
-            InputError: a setting that cannot be honoured.
-            PolicyError: what this device's policy does not allow.
-            NumericsError: NaN or infinity in what a graph gave.
+            InputError: a setting that is not possible.
+            PolicyError: a setting that this device's policy does not allow.
+            NumericsError: NaN or infinity in the output of a graph.
         """
         with self.executor.lock:
-            run = replace(run, images=_copied(run.images), savings=_copied_savings(run.savings))
+            savings = replace(run.savings) if type(run.savings) is Savings else run.savings
+            run = replace(run, images=_copied(run.images), savings=savings)
             screening = self.check(run, screening=screening)
-            self._require_own_noise(latents)
+            self._require_no_latents(latents)
             if callback is not None:
-                self.policy.require_previews("a look at unfinished pictures")
+                self.policy.require_previews("a callback, which can see unfinished pictures")
             if screening is not None and latents is not None:
-                raise InputError("starting noise of your own and screening", do="leave one out")
+                raise InputError("both starting noise and screening", do="leave one of them out")
 
             def make(run: Run) -> Result:
                 self._require_admitted(run, run.images)
@@ -290,10 +291,10 @@ class Pipeline:
         images: Sequence[ImageRun] | None = None,
         latents: NDArray[np.float32] | None = None,
     ) -> Generator[Step, None, None]:
-        """Denoise a run's images (or some of them) in one batch, one `Step` a UNet call.
+        """Denoise a run's images (or some of them) in one batch; give a `Step` for each UNet call.
 
-        Close the generator to stop; `decode` turns any step's latents into pictures. What a step
-        holds is read before the next one, and the last one's before the next run.
+        Close the generator to stop. `decode` turns the latents of a step into pictures. Read a
+        step's values before the next step, and the last step's values before the next run.
 
         Raises:
             PolicyError: this device's policy lets only screened pictures leave.
@@ -301,7 +302,7 @@ class Pipeline:
         self.policy.require(
             self.policy.screening is None, "pictures that are not screened", expected="run()"
         )
-        self._require_own_noise(latents)
+        self._require_no_latents(latents)
         copied = _copied(run.images if images is None else images)
         with self.executor.lock:
             self._require_admitted(run, copied)
@@ -310,7 +311,7 @@ class Pipeline:
     def decode(self, latents: Floats, *, preview: bool = False) -> NDArray[np.uint8]:
         """Turn latents, float32 [B,4,h,w], unscaled, into pictures, uint8 [B,H,W,3].
 
-        A preview is made by the bundle's small decoder, where it has one.
+        A preview uses the bundle's small decoder, if it has one.
 
         Raises:
             NumericsError: the decoder overflowed.
@@ -321,7 +322,7 @@ class Pipeline:
             return self.executor.decode(latents, preview=preview)
 
     def encode_text(self, text: str) -> Embedding:
-        """Return a text's embeddings, float32 [...] by UNet input; repeated texts are encoded once.
+        """Return a text's embeddings, float32 [...] by UNet input; a repeated text is encoded once.
 
         Raises:
             NumericsError: a text encoder overflowed.
@@ -330,30 +331,31 @@ class Pipeline:
             return self.executor.conditioner.embedding(text)
 
     def cut_from(self, text: str) -> str:
-        """Return the end of a text that the model does not see; empty where all of it fits."""
+        """Return the end of a text that the model does not read; empty for a short text."""
         return self._texts.cut(text)
 
     def says_nothing(self, text: str) -> bool:
-        """Whether a text is to the model what the empty text is."""
+        """Whether a text says nothing to the model, like the empty text."""
         return self._texts.says_nothing(text)
 
     def engine(self, name: str) -> Engine:
-        """Return a component's engine, loaded and checked against the manifest when first asked.
+        """Return a component's engine; the first call loads and checks it.
 
         Raises:
-            BundleError: the bundle has no such component, or its graph has other tensors.
-            EngineError: the engine does not take it.
+            BundleError: the bundle has no such component, or its graph has other tensors than the
+                manifest.
+            EngineError: the engine refuses it.
         """
         with self.executor.lock:
             return self.executor.store.engine(name)
 
     def warm_up(self) -> None:
-        """Load every graph that a run needs now, not at its first use."""
+        """Load now every graph that a run needs."""
         for name in (*self.bundle.manifest.texts, "unet", "guidance", "vae_decoder"):
             self.engine(name)
 
     def close(self) -> None:
-        """Give back graphs, buffers and device; what was compiled for the device is kept."""
+        """Release graphs, buffers and device; graphs that were prepared on disk stay there."""
         with self.executor.lock:
             self.executor.close()
 
@@ -363,11 +365,11 @@ class Pipeline:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _require_own_noise(self, latents: object) -> None:
-        """Refuse starting noise of a caller under a policy: it may hold a finished picture."""
+    def _require_no_latents(self, latents: object) -> None:
+        """Refuse latents from the caller under a policy: they may hold a finished picture."""
         self.policy.require(
             latents is None or (self.policy.screening is None and self.policy.safety is None),
-            "starting noise of a caller's own",
+            "starting noise from the caller",
             expected="none",
         )
 
@@ -381,12 +383,8 @@ class Pipeline:
         )
 
 
-def _copied_savings(savings: Savings) -> Savings:
-    return replace(savings) if type(savings) is Savings else savings
-
-
 def _copied(images: Sequence[ImageRun]) -> tuple[ImageRun, ...]:
-    """Return copies that no one else holds, so that what was checked is what runs."""
+    """Return copies: the caller has no reference to them and cannot change them after the check."""
     return tuple(
         replace(image, safety=replace(image.safety)) if type(image) is ImageRun else image
         for image in images

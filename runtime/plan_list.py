@@ -1,7 +1,7 @@
 """`plans.json`: the plans that were built for a bundle, each file with its hash.
 
 A plan is code, and its description says whether host code in it may run. So neither is read before
-its hash matched. The list lies beside `bundle.json` and not in it, since a device builds plans and
+its hash is checked. The list is not part of `bundle.json`, because a device builds plans itself and
 `bundle.json` may be signed by someone else.
 """
 
@@ -25,18 +25,18 @@ _LIMIT = 1 << 20  # bytes
 _DO = "build the plans again with sld-build"
 
 PlanFiles = tuple[File, ...]
-"""A plan, its description and, of a plan without weights, the graph that holds them."""
+"""A plan, its description and, for a plan without weights, the graph with the weights."""
 
 
 def plan_list(root: Path, bundle_sha256: str) -> dict[str, PlanFiles]:
-    """Return the files of every listed plan, by component; none where there is no list.
+    """Return the files of every listed plan, by component; empty without a list.
 
     Args:
-        root: the folder that `plans.json` lies in.
-        bundle_sha256: of `bundle.json`; a list for another one does not count.
+        root: the folder of `plans.json`.
+        bundle_sha256: SHA-256 of `bundle.json`; a list for another bundle is ignored.
 
     Raises:
-        EngineError: a list that is damaged.
+        EngineError: the list is damaged.
     """
     path = root / PLANS
     try:
@@ -55,7 +55,7 @@ def plan_list(root: Path, bundle_sha256: str) -> dict[str, PlanFiles]:
 
 
 def plan_list_json(bundle_sha256: str, plans: Mapping[str, PlanFiles]) -> str:
-    """Write as `plans.json`."""
+    """Return the text of `plans.json`."""
     body = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -66,19 +66,19 @@ def plan_list_json(bundle_sha256: str, plans: Mapping[str, PlanFiles]) -> str:
 
 
 def listed_file(path: Path) -> File:
-    """Return what a list says of a file."""
+    """Return the list's entry for a file."""
     digest, seen = sha256_of_file(path)
     return File(path=path.name, sha256=digest, bytes=seen.size)
 
 
 def require_listed(path: Path, file: File | None) -> Identity:
-    """Refuse a file of a plan that the list does not name, or names with another hash.
+    """Refuse a file whose hash is not that of its entry in the list; None is no entry.
 
     Returns:
-        What tells whether it is still that file.
+        The file's identity, which changes if the file is changed.
 
     Raises:
-        EngineError: it says what to type.
+        EngineError: another hash or no entry; the error names the command to type.
     """
     try:
         digest, seen = sha256_of_file(path)
@@ -89,11 +89,11 @@ def require_listed(path: Path, file: File | None) -> Identity:
 
 
 def require_digest(path: Path, digest: str, file: File | None) -> None:
-    """Refuse a file by its SHA-256; see `require_listed`."""
+    """Refuse a SHA-256 that is not that of the entry; see `require_listed`."""
     if file is None or digest != file.sha256:
         raise EngineError(
-            f"{path} is not of a plan that was built for this bundle, and a plan is code",
-            got=f"SHA-256 {digest[:12]}…, which {PLANS} does not hold",
+            f"{path} belongs to no plan that was built for this bundle, and a plan is code",
+            got=f"SHA-256 {digest[:12]}…, not in {PLANS}",
             do="build it with sld-build, or add --trust-plan if you know where it comes from",
         )
 
@@ -101,5 +101,5 @@ def require_digest(path: Path, digest: str, file: File | None) -> None:
 def _files(part: Any) -> PlanFiles:
     files = tuple(map(file_from_json, part))
     if len(files) not in (2, 3) or any(PurePosixPath(f.path).name != f.path for f in files):
-        raise InputError("a plan's files", got=len(files), expected="2 or 3, beside each other")
+        raise InputError("a plan's files", got=len(files), expected="2 or 3 in one folder")
     return files

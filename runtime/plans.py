@@ -1,4 +1,4 @@
-"""The TensorRT plans of a bundle: which there are, and whether one may and can run here."""
+"""The TensorRT plans of a bundle: listing them, and checking trust and fit before they run."""
 
 from __future__ import annotations
 
@@ -21,26 +21,16 @@ from sld_edge.engines.tensorrt.plan_info import (
     plan_info_from_bytes,
     this_system,
 )
-from sld_edge.runtime.bundle import (
-    Bundle,
-    CheckedGraph,
-    require_own_weights,
-)
+from sld_edge.runtime.bundle import Bundle, CheckedGraph, require_own_weights
 from sld_edge.runtime.manifest import MANIFEST, Component
-from sld_edge.runtime.plan_list import (
-    PLANS,
-    PlanFiles,
-    plan_list,
-    require_digest,
-    require_listed,
-)
+from sld_edge.runtime.plan_list import PLANS, PlanFiles, plan_list, require_digest, require_listed
 from sld_edge.runtime.policy import Policy
 from sld_edge.runtime.policy_file import why_not_owned
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A plan file and its description; `files` are those of the list, none where it is trusted."""
+    """A plan and its description; `files` are its listed files, empty for an unlisted plan."""
 
     path: Path
     info: PlanInfo
@@ -59,10 +49,10 @@ def plan_name(component: str) -> str:
 
 
 def bundle_of_plan(plan: Path) -> Path:
-    """Return the bundle that a plan lies in.
+    """Return the folder of the bundle that a plan was built for.
 
     Raises:
-        BundleError: no such plan, or no bundle around it.
+        BundleError: no such plan, or no bundle in its folder or the folder above.
     """
     if not plan.is_file():
         raise BundleError(
@@ -75,29 +65,29 @@ def bundle_of_plan(plan: Path) -> Path:
 
 
 def plans_in(bundle: Bundle, folder: Path | None = None, *, trust: bool = False) -> dict[str, Plan]:
-    """Return the plans that lie in a folder, by component; None is the bundle's own folder.
+    """Return the plans in a folder, by component; None is the bundle's folder.
 
-    A description is read only if the bundle's list of plans holds its hash, or on `trust`.
+    A description is read only if `plans.json` holds its hash, or if the caller gives `trust`.
 
     Raises:
-        EngineError: a plan without a readable description, or one that is not listed.
+        EngineError: a plan that is not listed, or that has no readable description.
     """
     folder = bundle.path if folder is None else folder
     listed = _listed(bundle)
-    found = {}
+    plans = {}
     for path in sorted(folder.glob("*.plan")):
         plan = _described(path, None if trust else listed.get(path.name, ()))
-        found[plan.info.component] = plan
-    return found
+        plans[plan.info.component] = plan
+    return plans
 
 
 def _listed(bundle: Bundle) -> dict[str, PlanFiles]:
-    """Return the files of the listed plans by name of the plan."""
+    """Return the files of the listed plans, by the plan's file name."""
     return {files[0].path: files for files in plan_list(bundle.path, bundle.sha256).values()}
 
 
 def _described(path: Path, files: PlanFiles | None) -> Plan:
-    """Read a plan's description, whose hash is that of the list; None is no list, but trust."""
+    """Read a plan's description after checking its hash; `files` None trusts it without a check."""
     origin = info_path(path)
     data = description_of(origin)
     if files is not None:
@@ -106,8 +96,8 @@ def _described(path: Path, files: PlanFiles | None) -> Plan:
     return Plan(path=path, info=info, files=() if files is None else files)
 
 
-def planned(bundle: Bundle, flavour: Flavour, device: Device) -> str | None:
-    """Say why a bundle's plans of a flavour do not fit this machine; None where they do."""
+def why_unfit(bundle: Bundle, flavour: Flavour, device: Device) -> str | None:
+    """Return the reason why a bundle's plans of a flavour do not fit this machine, or None."""
     try:
         plans = {
             name: plan for name, plan in plans_in(bundle).items() if plan.info.engine == flavour
@@ -125,7 +115,7 @@ def require_fit(plan: Plan, bundle: Bundle, device: Device) -> None:
     """Refuse a plan that this machine cannot run or that was built from another model.
 
     Raises:
-        EngineError: it says what the plan was built for, what is here, and what to type.
+        EngineError: the error names the plan's target, this machine, and the command to type.
     """
     info = plan.info
     again = f"build it here: sld-build {bundle.path} --engine {info.engine}"
@@ -150,33 +140,34 @@ def require_fit(plan: Plan, bundle: Bundle, device: Device) -> None:
 
 
 def require_trust(plan: Plan, bundle: Bundle, policy: Policy) -> dict[Path, Identity]:
-    """Refuse a plan whose hash the bundle's list does not hold: a plan is code.
+    """Refuse a plan whose hash `plans.json` does not hold: a plan is code.
 
-    Where the policy names bundles, the list itself must be the administrator's.
+    If the policy names signers or bundles, only the administrator may be able to write the list.
 
     Returns:
-        The files that were hashed, and what tells whether they are still the same.
+        The identity of each hashed file, which changes if the file is changed.
 
     Raises:
-        EngineError: the list does not name it, or names another hash.
-        PolicyError: the list could be another user's.
+        EngineError: the list does not name the plan, or names another hash.
+        PolicyError: another user could have written the list.
     """
     if policy.signers or policy.bundles:
-        why = why_not_owned(bundle.path / PLANS)
-        policy.require(why is None, "the list of plans", got=why, expected="root's own")
+        reason = why_not_owned(bundle.path / PLANS)
+        policy.require(reason is None, "the list of plans", got=reason, expected="owner root")
     if not plan.files:
         require_listed(plan.path, None)
     paths = [plan.path, *(plan.path.with_name(file.path) for file in plan.files[2:])]
-    files = (file for file in plan.files if file is not plan.files[1])  # which was read and hashed
+    # The description, the second file, was hashed when it was read.
+    files = (file for file in plan.files if file is not plan.files[1])
     return {path: require_listed(path, file) for path, file in zip(paths, files, strict=True)}
 
 
 def refit_source(plan: Plan, bundle: Bundle, component: Component) -> CheckedGraph:
-    """Return the graph that a plan without weights takes them from, its files checked.
+    """Return the checked graph from which a plan without weights takes its weights.
 
     Raises:
         BundleError: the graph reads other files than the component's.
-        EngineError: the plan names a graph that is not its own.
+        EngineError: the plan names a graph that was not made for it.
     """
     checked = bundle.graph(component)
     name = str(plan.info.options.get("refit_from", checked.path.name))
@@ -198,25 +189,27 @@ def refit_source(plan: Plan, bundle: Bundle, component: Component) -> CheckedGra
 
 
 def flavour_of(plan: Path, provider: str, bundle: Bundle, *, trust: bool) -> Flavour:
-    """Return the flavour of a plan that the user named beside a provider.
+    """Return the flavour of a plan that the user named, together with a provider.
 
     Raises:
-        EngineError: a plan without a readable description, or one that is not listed.
-        InputError: the provider is another one.
+        EngineError: a plan that is not listed, or that has no readable description.
+        InputError: the provider is not "auto" and not the plan's flavour.
     """
     flavour = _described(plan, None if trust else _listed(bundle).get(plan.name, ())).info.engine
     if provider not in ("auto", flavour):
         raise InputError(
-            f"--engine {plan} is a plan for {flavour}", got=f"--provider {provider}", do="drop one"
+            f"--engine {plan} is a plan for {flavour}",
+            got=f"--provider {provider}",
+            do="leave one out",
         )
     return flavour
 
 
 def why_missing(plans: Mapping[str, Plan], bundle: Bundle, flavour: Flavour) -> EngineError:
-    """Return the error for a bundle that has no plan of the flavour asked for."""
-    others = sorted({plan.info.engine for plan in plans.values()})
+    """Return the error for a bundle without a plan of the flavour; `plans` are its plans."""
+    flavours = sorted({plan.info.engine for plan in plans.values()})
     return EngineError(
         f"{bundle.path} has no plan for {flavour}",
-        got=f"plans for {', '.join(others)}" if others else "no plan",
+        got=f"plans for {', '.join(flavours)}" if flavours else "no plan",
         do=f"build them: sld-build {bundle.path} --engine {flavour}, or run with --provider cpu",
     )

@@ -1,6 +1,7 @@
-"""The settings of a device's owner, which no caller lowers (docs/policy.md).
+"""The policy of a device's owner: rules that no caller can weaken (docs/policy.md).
 
-A policy raises or refuses; it never lowers anything in silence. `policy_file` reads it.
+A policy makes a setting stricter or refuses it; it never changes a setting without a message.
+`policy_file` reads the file.
 """
 
 from __future__ import annotations
@@ -25,21 +26,22 @@ Recipe = Literal["keep", "omit"]
 RECIPES: tuple[Recipe, ...] = get_args(Recipe)
 Custom = Literal["refuse", "stronger"]
 Allow = Literal["allow", "refuse"]
-LADDER = tuple(PRESETS)  # from off to max, each number by number at least as strong as the last
+LADDER = tuple(PRESETS)  # from off to max; no number of a preset is weaker than the one before
 
 
 @dataclass(frozen=True, kw_only=True)
 class SafetyRules:
-    """What every picture must have.
+    """The safety settings that every picture must have.
 
     Attributes:
-        minimum: the weakest preset.
-        custom: "refuse" numbers that are no preset's, or take those that are "stronger" than the
-            minimum, number by number.
-        concepts_always: texts that are always steered away from, each with a branch of its own.
-        cache_interval_max: largest interval between two whole UNet calls.
-        guidance_scale: least and most.
-        negative_prompt: whether callers may give one; it moves what the edit is measured from.
+        minimum: the weakest preset that is allowed.
+        custom: for safety numbers that are not a preset's: "refuse" them, or allow them if each is
+            at least as strong as the minimum's ("stronger").
+        concepts_always: texts that every picture is steered away from, each with its own branch.
+        cache_interval_max: the largest cache interval.
+        guidance_scale: smallest and largest guidance scale.
+        negative_prompt: whether callers may give a negative prompt; it weakens the edit, which is
+            measured from it.
     """
 
     minimum: str = "off"
@@ -52,7 +54,7 @@ class SafetyRules:
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyScorer:
-    """A scorer that judges every picture: the SHA-256 of its model and, of some, where it lies."""
+    """A scorer for every picture: the SHA-256 of its model and, for some scorers, its path."""
 
     sha256: str
     path: Path | None = None
@@ -60,14 +62,14 @@ class PolicyScorer:
 
 @dataclass(frozen=True, kw_only=True)
 class ScreeningRules:
-    """How every picture is judged before it leaves.
+    """How every picture is screened before it leaves the pipeline.
 
     Attributes:
-        scorers: by name.
-        rule_at_least: flags a picture, whatever a caller's own rule says.
-        on_flag: the least that happens to a flagged picture.
+        scorers: the scorers, by name.
+        rule_at_least: a rule that flags a picture in addition to the caller's rule.
+        on_flag: the mildest treatment of a flagged picture that is allowed.
         previews: whether unfinished pictures may be shown.
-        report_recipe: whether the report of a flagged picture says how to make it again.
+        report_recipe: whether the report of a flagged picture keeps the prompt and the seed.
     """
 
     scorers: Mapping[str, PolicyScorer]
@@ -79,15 +81,15 @@ class ScreeningRules:
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """A device's policy; without a file everything is allowed.
+    """A device's policy; without a file every setting is allowed.
 
     Attributes:
-        digest: SHA-256 of the file; None where there is none.
-        safety: what every picture must have.
-        screening: how every picture is judged; None leaves that to the caller.
-        signers: keys, "ed25519:<base64>", one of which must have signed a bundle.
+        digest: SHA-256 of the file; None without a file.
+        safety: rules for the safety settings of every picture.
+        screening: rules for the screening of every picture; None leaves screening to the caller.
+        signers: keys, "ed25519:<base64>"; every bundle must be signed by one of them.
         bundles: SHA-256 of `bundle.json` of bundles that need no signature.
-        trust_plan: whether a caller may run plans that no list names.
+        trust_plan: whether a caller may run plans that `plans.json` does not list.
         allow_off: whether measurements (sld-eval, sld-bench) may make pictures below the minimum.
     """
 
@@ -101,19 +103,20 @@ class Policy:
 
     @property
     def minimum(self) -> str:
-        """The weakest preset that a picture may have."""
+        """The weakest preset that is allowed."""
         return "off" if self.safety is None else self.safety.minimum
 
     def default_preset(self, preset: str) -> str:
-        """Return what is taken where a caller names none: the bundle's own or the minimum."""
+        """Return the stronger of `preset`, the bundle's default, and the minimum."""
         ranks = {name: rank for rank, name in enumerate(LADDER)}
         return max(preset, self.minimum, key=lambda name: ranks.get(name, len(ranks)))
 
     def require_safety(self, safety: Safety, *, calls: int) -> None:
-        """Refuse the resolved numbers of one picture that are weaker than the minimum's.
+        """Refuse a picture's resolved safety numbers if they are weaker than the minimum.
 
         Raises:
-            PolicyError: they are; or they are no preset's and the policy takes presets alone.
+            PolicyError: weaker numbers, or numbers of no preset where the policy allows only
+                presets.
         """
         if self.safety is None:
             return
@@ -125,71 +128,76 @@ class Policy:
                 raise self.error("safety", got=name, expected=f"{self.minimum} or stronger")
         if self.safety.custom == "refuse":
             raise self.error(
-                "safety numbers of your own", expected="a preset", do=f"use {self.minimum}"
+                "safety numbers that are no preset", expected="a preset", do=f"use {self.minimum}"
             )
         if not _dominates(safety, floor):
             raise self.error(
-                "safety numbers of your own",
+                "safety numbers that are no preset",
                 got=_text(safety),
                 expected=f"each at least as strong as {self.minimum}'s: {_text(floor)}",
             )
 
-    def require(self, allowed: bool, what: str, *, got: object = None, expected: object) -> None:
-        """Refuse one setting.
+    def require(self, allowed: bool, setting: str, *, got: object = None, expected: object) -> None:
+        """Refuse a setting that is not allowed.
 
         Raises:
-            PolicyError: it is not allowed.
+            PolicyError: `allowed` is false.
         """
         if not allowed:
-            raise self.error(what, got=got, expected=expected)
+            raise self.error(setting, got=got, expected=expected)
 
-    def require_previews(self, what: str) -> None:
-        """Refuse to show pictures that were not screened, where the policy forbids previews.
+    def require_previews(self, setting: str) -> None:
+        """Refuse to show pictures that were not screened, if the policy forbids previews.
 
         Raises:
-            PolicyError: it does.
+            PolicyError: previews are forbidden.
         """
         rules = self.screening
         allowed = rules is None or rules.previews == "allow"
-        self.require(allowed, what, expected="none, or run()")
+        self.require(allowed, setting, expected="none, or run()")
 
     def error(
-        self, what: str, *, got: object = None, expected: object, do: str | None = None
+        self, setting: str, *, got: object = None, expected: object, do: str | None = None
     ) -> PolicyError:
         """Return an error that names the policy."""
         return PolicyError(
-            f"the policy of this device ({POLICY_FILE}): {what}", got=got, expected=expected, do=do
+            f"the policy of this device ({POLICY_FILE}): {setting}",
+            got=got,
+            expected=expected,
+            do=do,
         )
 
     def text(self) -> str:
-        """Return what holds, as lines for a person."""
+        """Return the rules as lines for a person."""
         if self.digest is None:
-            return f"no policy: there is no {POLICY_FILE}; every caller chooses freely"
+            return f"no policy: there is no {POLICY_FILE}; callers may choose any setting"
         lines = [f"policy {POLICY_FILE}, SHA-256 {self.digest}"]
         if self.safety is not None:
             rules = self.safety
             lines += [
-                f"safety: {rules.minimum} or stronger; numbers of a caller's own: "
+                f"safety: {rules.minimum} or stronger; numbers that are no preset: "
                 + ("refused" if rules.custom == "refuse" else "each at least as strong"),
                 f"guidance scale: {rules.guidance_scale[0]:g} to {rules.guidance_scale[1]:g}; "
                 f"negative prompt: {rules.negative_prompt}",
                 f"cache interval: at most {rules.cache_interval_max}",
             ]
-            lines += [f"always steered away from: {text}" for text in rules.concepts_always]
+            lines += [f"safety concept of every picture: {text}" for text in rules.concepts_always]
         if self.screening is not None:
             screening = self.screening
             lines += [
-                f"every picture is judged by {', '.join(screening.scorers)}; flagged where "
+                f"scorers of every picture: {', '.join(screening.scorers)}; flagged if "
                 f"{screening.rule_at_least}; then at least: {screening.on_flag}",
                 f"previews: {screening.previews}; report of a flagged picture: recipe "
                 f"{screening.report_recipe}",
             ]
         if self.signers or self.bundles:
             lines.append(
-                f"bundles: signed by one of {len(self.signers)} keys, or one of "
-                f"{len(self.bundles)} named by hash"
+                f"bundles: signed with one of {len(self.signers)} keys, or one of "
+                f"{len(self.bundles)} bundles named by hash"
             )
-        lines.append(f"plans that no list names: {'allowed' if self.trust_plan else 'refused'}")
+        lines.append(
+            f"plans that plans.json does not list: {'allowed' if self.trust_plan else 'refused'}"
+        )
         lines.append(f"measurements without safety: {'allowed' if self.allow_off else 'refused'}")
         return "\n".join(lines)
 
@@ -208,9 +216,9 @@ def _numbers(safety: Safety) -> tuple[float, ...]:
 
 
 def _dominates(safety: Safety, floor: Safety) -> bool:
-    """Whether settings are at least as strong, number by number.
+    """Whether each number is at least as strong as that of the floor.
 
-    A longer memory (momentum_beta) delays an edit as well as keeping it, so it must be the same.
+    A larger momentum_beta keeps past edits longer but also delays a new edit, so it must be equal.
     """
     return (
         safety.scale >= floor.scale

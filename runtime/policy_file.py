@@ -1,6 +1,6 @@
-"""Reading the policy of a device: one file, at a place that no environment variable moves.
+"""Reads the policy of a device: one file, whose path no environment variable changes.
 
-The file must belong to the administrator and be writable by no one else; otherwise nothing runs.
+Only the administrator may own and write the file; otherwise nothing runs.
 """
 
 from __future__ import annotations
@@ -33,44 +33,44 @@ from sld_edge.runtime.policy import (
 
 FORMAT, FORMAT_VERSION = "sld-edge-policy", 1
 _LIMIT = 1 << 20  # bytes of a policy
-_OWNER = 0  # root; tests that do not run as root put their own user here
+_OWNER = 0  # root; tests that do not run as root set their user here
 T = TypeVar("T")
 
 
 def machine_policy() -> Policy:
-    """Return this device's policy, read anew.
+    """Read this device's policy.
 
     Raises:
-        PolicyError: there is a file that others could write, or that is no policy. Then nothing
-            may run.
+        PolicyError: the file can be written by others or is not a valid policy. Then nothing may
+            run.
     """
     try:
         policy.POLICY_FILE.lstat()
     except (FileNotFoundError, NotADirectoryError):
         return NO_POLICY
-    except OSError as error:  # a folder that this user may not look into hides a policy
+    except OSError as error:  # there may be a policy in a folder that this user cannot read
         raise _unusable("it cannot be read", error.strerror) from error
-    why = why_not_owned(policy.POLICY_FILE)
-    if why is not None:
-        raise _unusable(why, "a file that is not root's alone")
+    reason = why_not_owned(policy.POLICY_FILE)
+    if reason is not None:
+        raise _unusable(reason, "a file that not only root can write")
     return policy_from_json(read_limited(policy.POLICY_FILE, _LIMIT, error=PolicyError))
 
 
 def policy_from_json(data: bytes) -> Policy:
-    """Read a policy's bytes; an entry that is not known is refused, since someone relies on it.
+    """Read the bytes of a policy; an unknown entry is an error, because its author relies on it.
 
     Raises:
-        PolicyError: not a policy.
+        PolicyError: not a valid policy.
     """
     body = json_from_bytes(data, origin=f"the policy {policy.POLICY_FILE}", error=PolicyError)
     try:
         return _policy(_Entries("", body), hashlib.sha256(data).hexdigest())
     except (InputError, ValueError, TypeError) as error:
-        raise _unusable("it is no valid policy", one_line(error)) from error
+        raise _unusable("it is not a valid policy", one_line(error)) from error
 
 
 class _Entries:
-    """An object of a policy; what is not taken in the end is an error."""
+    """The entries of an object in a policy; `finish` refuses entries that nothing has read."""
 
     def __init__(self, name: str, body: object) -> None:
         if not isinstance(body, dict):
@@ -78,24 +78,23 @@ class _Entries:
         self._name, self._left = name, dict(body)
 
     def take(self, key: str, read: Callable[[str, Any], T], default: T) -> T:
-        """Return one entry, read, or the default where it is absent."""
-        name = f"{self._name}.{key}" if self._name else key
-        return read(name, self._left.pop(key)) if key in self._left else default
+        """Read an optional entry; return `default` if it is absent."""
+        return self.need(key, read) if key in self._left else default
 
     def need(self, key: str, read: Callable[[str, Any], T]) -> T:
-        """Return one entry that must be there."""
+        """Read an entry that must be there."""
         name = f"{self._name}.{key}" if self._name else key
         if key not in self._left:
             raise ValueError(f"it lacks {name}")
         return read(name, self._left.pop(key))
 
     def items(self) -> list[tuple[str, Any]]:
-        """Return all entries, whatever they are called."""
+        """Return all entries."""
         left, self._left = self._left, {}
         return list(left.items())
 
     def finish(self) -> None:
-        """Refuse what was not taken."""
+        """Refuse entries that were not read."""
         if self._left:
             where = f" in {self._name}" if self._name else ""
             raise ValueError(f"unknown entries{where}: {', '.join(self._left)}")
@@ -116,14 +115,14 @@ def _policy(entries: _Entries, digest: str) -> Policy:
         trust_plan=entries.take("trust_plan", _flag, False),
         allow_off=evaluation.take("allow_off", _flag, False),
     )
-    for each in (bundles, evaluation, entries):
-        each.finish()
+    for part in (bundles, evaluation, entries):
+        part.finish()
     return rules
 
 
 def _safety_rules(name: str, body: object) -> SafetyRules | None:
     entries = _Entries(name, body)
-    entries.take("safety_interval_max", _count, 1)  # of older policies: no run skips branches now
+    entries.take("safety_interval_max", _count, 1)  # from older policies; no run skips branches now
     rules = SafetyRules(
         minimum=entries.take("minimum", _one_of(LADDER), "off"),
         custom=entries.take("custom", _one_of(get_args(Custom)), "refuse"),
@@ -152,25 +151,25 @@ def _screening_rules(name: str, body: object) -> ScreeningRules | None:
 
 
 def _scorers(name: str, body: object) -> Mapping[str, PolicyScorer]:
-    found: dict[str, PolicyScorer] = {}
+    scorers: dict[str, PolicyScorer] = {}
     for scorer, value in _Entries(name, body).items():
         if isinstance(value, str):
-            found[scorer] = PolicyScorer(sha256=_sha256(name, value))
+            scorers[scorer] = PolicyScorer(sha256=_sha256(name, value))
             continue
         entries = _Entries(f"{name}.{scorer}", value)
-        found[scorer] = PolicyScorer(
+        scorers[scorer] = PolicyScorer(
             sha256=entries.need("sha256", _sha256), path=Path(entries.need("path", exact_text))
         )
         entries.finish()
-    if not found:
+    if not scorers:
         raise ValueError(f"{name} is empty")
-    return MappingProxyType(found)
+    return MappingProxyType(scorers)
 
 
 def _one_of(choices: Sequence[T]) -> Callable[[str, Any], T]:
     def read(name: str, value: Any) -> T:
         if not isinstance(value, str) or value not in choices:
-            raise ValueError(f"{name} is none of {', '.join(map(str, choices))}")
+            raise ValueError(f"{name} is not one of {', '.join(map(str, choices))}")
         return choices[choices.index(value)]
 
     return read
@@ -212,19 +211,19 @@ def _hashes(name: str, value: object) -> tuple[str, ...]:
 def _signers(name: str, value: object) -> tuple[str, ...]:
     texts = _texts(name, value)
     if not all(text.startswith("ed25519:") for text in texts):
-        raise ValueError(f'{name}: a key is "ed25519:" and base64')
+        raise ValueError(f'{name}: a key is not "ed25519:" and base64')
     return texts
 
 
 def _sha256(name: str, value: object) -> str:
     text = exact_text(name, value)
     if len(text) != 64 or not set(text) <= set("0123456789abcdef"):
-        raise ValueError(f"{name} is no SHA-256, 64 digits of 0-9 and a-f")
+        raise ValueError(f"{name} is not a SHA-256, 64 digits of 0-9 and a-f")
     return text
 
 
 def why_not_owned(path: Path) -> str | None:
-    """Say why a file is not the administrator's alone to write or exchange; None where it is."""
+    """Return the reason if someone other than the administrator can write or exchange a file."""
     if sys.platform == "win32":
         import ctypes
 
@@ -247,9 +246,9 @@ def why_not_owned(path: Path) -> str | None:
     return None
 
 
-def _unusable(why: str, what: object) -> PolicyError:
+def _unusable(reason: str, got: object) -> PolicyError:
     return PolicyError(
-        f"the policy {policy.POLICY_FILE} cannot be used: {why}",
-        got=what,
-        do="nothing runs until its owner mends or removes it",
+        f"the policy {policy.POLICY_FILE} cannot be used: {reason}",
+        got=got,
+        do="nothing runs until its owner corrects or removes it",
     )

@@ -1,7 +1,7 @@
-"""Starting noise with torch's seeds, without torch.
+"""The noise of torch's random generators for a seed, without torch.
 
-`torch` is the stream of a CPU `torch.Generator`, the one diffusers' examples seed; `philox` is that
-of a CUDA one, which other tools call their GPU or NV seeds.
+`torch` is the noise of a `torch.Generator` on the CPU, which diffusers' examples use; `philox` is
+the noise of a generator on CUDA, which other tools call GPU or NV noise.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ Words = NDArray[np.uint64]  # 32-bit words, with room for their products
 
 MAX_SEED = 2**64 - 1
 _WORD = 0xFFFFFFFF
-_BLOCK = 16  # normals that torch makes at once on the CPU: 8 cosines, 8 sines
+_BLOCK = 16  # torch makes 16 normal numbers together on the CPU: 8 by cosine, 8 by sine
 
 
 class NoiseSource(Protocol):
-    """A seeded stream of standard normal numbers; every call goes on where the last one ended."""
+    """A seeded stream of standard normal numbers; each call continues the stream."""
 
     def normal(self, shape: tuple[int, ...]) -> Floats:
         """Draw float32 of this shape."""
@@ -48,19 +48,19 @@ def noise_source(rng: Rng, seed: int) -> NoiseSource:
 class TorchNoise:
     """`torch.randn(shape, generator=torch.Generator().manual_seed(seed))`, float32 on the CPU.
 
-    The draws are torch's exactly. The logarithms, sines and cosines are rounded as float32 should
-    be, where torch's AVX2 code is a few units in the last place off: of 2e7 numbers 83 % were
-    equal bit for bit, 97.8 % within 1 such unit, 99.9 % within 2, and all within 5e-7. torch
-    without AVX2 rounds the angle otherwise and is within 3e-6.
+    The uniform numbers are exactly torch's. Logarithms, sines and cosines are rounded correctly to
+    float32 here; torch's AVX2 code has errors of a few units in the last place. Of 2e7 numbers 83 %
+    were equal to the bit, 97.8 % within 1 unit, 99.9 % within 2, and all within 5e-7. torch without
+    AVX2 rounds the angle in another way and is within 3e-6.
     Source: ATen/native/cpu/DistributionTemplates.h.
     """
 
     def __init__(self, seed: int) -> None:
         self._bits = _mersenne_twister(seed & _WORD)
-        self._spare: float | None = None  # the second normal of a pair, for the next small call
+        self._spare: float | None = None  # the second number of a pair, for the next small call
 
     def normal(self, shape: tuple[int, ...]) -> Floats:
-        """Draw float32 of this shape, as one call of torch.randn does."""
+        """Draw float32 of this shape, as a call of torch.randn does."""
         count = math.prod(shape)
         values = self._few(count) if count < _BLOCK else self._blocks(count)
         return values.reshape(shape)
@@ -69,7 +69,7 @@ class TorchNoise:
         values = self._uniform(count)
         whole = count - count % _BLOCK
         values[:whole] = _normals_of_blocks(values[:whole])
-        if whole < count:  # the last 16 are drawn anew, over what the blocks left there
+        if whole < count:  # like torch, draw the last 16 numbers again
             values[-_BLOCK:] = _normals_of_blocks(self._uniform(_BLOCK))
         return values
 
@@ -106,7 +106,7 @@ def _mersenne_twister(seed: int) -> np.random.MT19937:
 
 
 def _normals_of_blocks(uniform: Floats) -> Floats:
-    """Turn each 16 uniform numbers into 16 normal ones (Box and Muller), rounding as float32."""
+    """Turn each 16 uniform numbers into 16 normal numbers (Box and Muller), rounded to float32."""
     first, second = uniform.reshape(-1, 2, _BLOCK // 2).swapaxes(0, 1)
     log = np.log(1 - first.astype(np.float64)).astype(np.float32)
     radius = np.sqrt(np.float32(-2) * log)
@@ -118,11 +118,11 @@ def _normals_of_blocks(uniform: Floats) -> Floats:
 class PhiloxNoise:
     """`torch.randn(shape, generator=torch.Generator("cuda").manual_seed(seed), device="cuda")`.
 
-    Element i is the first of the four normals of CUDA thread i, and a call moves every thread on by
-    one block of four. That is what torch does while there is a thread for every element: up to
-    multiprocessors times threads in each, 40,960 on a T4, 270,336 on an H100, 12,288 on the
-    smallest Orin. Beyond, torch's own numbers depend on the GPU, these never do; they are those
-    of stable-diffusion.cpp and of AUTOMATIC1111's NV source.
+    Element i is the first of the four normal numbers of CUDA thread i, and each call moves every
+    thread on by a block of four. torch does the same as long as the GPU has a thread for every
+    element: up to 40,960 elements on a T4, 270,336 on an H100, 12,288 on the smallest Orin. For
+    more elements torch's numbers depend on the GPU; these numbers do not, and are equal to those of
+    stable-diffusion.cpp and of AUTOMATIC1111's NV source.
     Source: ATen/native/cuda/DistributionTemplates.h; curand's Box-Muller.
     """
 
@@ -131,7 +131,7 @@ class PhiloxNoise:
         self._calls = 0
 
     def normal(self, shape: tuple[int, ...]) -> Floats:
-        """Draw float32 of this shape, as one call of torch.randn does."""
+        """Draw float32 of this shape, as a call of torch.randn does."""
         threads = np.arange(math.prod(shape), dtype=np.uint64)
         counter = np.zeros((4, threads.size), np.uint64)
         counter[0], counter[2] = self._calls, threads

@@ -1,4 +1,4 @@
-"""What a run tells about each image: settings as resolved, what safety did, timings, versions."""
+"""The report of an image: resolved settings, the effect of safety, timings, versions."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from sld_edge.runtime.bundle import Bundle
 from sld_edge.runtime.request import ImageRun, Run
 from sld_edge.runtime.safety import NO_EFFECT_BELOW
 
-# What tells how to make a picture again, and so goes where a recipe must not be told.
+# The entries that are needed to make a picture again; a report without recipe lacks them.
 _RECIPE = ("prompt", "negative_prompt", "cut_from_prompts", "seed")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """One UNet call of one image: what safety did (see `Figures`) and seconds the call took."""
+    """A UNet call of an image: the effect of safety (see `Figures`) and the call's seconds."""
 
     timestep: float
     branches: int
@@ -40,9 +40,9 @@ def image_report(
     cut: dict[str, str],
     ran_on: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return one image's report, ready for JSON.
+    """Return an image's report, ready for JSON.
 
-    `seconds`, per stage, are those of the image's whole batch; `ran_on` says what ran it.
+    `seconds`, by stage, are for the whole batch of the image; `ran_on` is `Loader.description`.
     """
     manifest = bundle.manifest
     safety = asdict(image.safety)
@@ -96,13 +96,13 @@ def image_report(
 
 
 def without_recipe(report: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a report that does not tell how to make its picture again."""
+    """Return a report without the entries that are needed to make its picture again."""
     kept = {name: value for name, value in report.items() if name not in _RECIPE}
     return {**kept, "recipe": "omitted"}
 
 
 def safety_words(report: Mapping[str, Any]) -> str:
-    """Say in a few words what safety did to a picture, from the measured strength."""
+    """Describe the effect of safety on a picture in a few words, from the measured strength."""
     safety = report["safety"]
     if safety["preset"] == "off":
         return "safety off"
@@ -121,10 +121,10 @@ def _mean(values: Sequence[float]) -> float:
 @cache
 def versions() -> Mapping[str, str]:
     """Return the versions that a result depends on."""
-    found = {"python": platform.python_version(), "machine": platform.machine()}
+    installed = {"python": platform.python_version(), "machine": platform.machine()}
     for package in ("sld-edge", "onnxruntime", "onnxruntime-gpu", "numpy", "tokenizers"):
         try:
-            found[package] = metadata.version(package)
+            installed[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return installed

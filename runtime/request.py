@@ -1,4 +1,4 @@
-"""From a request to a run: defaults resolved, every number checked."""
+"""A request becomes a run: defaults are filled in, every number is checked."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sld_edge.runtime.random import MAX_SEED, Rng
 from sld_edge.runtime.safety import Safety, resolved_safety, safety_from_preset
 from sld_edge.runtime.samplers import SafetyUnits, SamplerTable, sampler_table
 
-MOST_GUIDANCE = 100.0  # beyond, numbers overflow and pictures are noise
+MOST_GUIDANCE = 100.0  # above it, numbers overflow and pictures are noise
 _MOST_IMAGES = 100_000
 _MOST_PIXELS = 1 << 16
 T = TypeVar("T")
@@ -22,15 +22,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How noise becomes a picture; None takes the bundle's default.
+    """How noise becomes a picture; None means the bundle's default.
 
     Attributes:
         steps: denoising steps.
         sampler: one of `SAMPLERS`.
         eta: noise added by ddim, 0 to 1.
-        rng: "torch" draws what torch draws on the CPU, "philox" what it draws on CUDA.
-        safety_units: of the safety numbers: "noise", the same meaning on every model, or "raw", the
-            units of the model's output as in diffusers.
+        rng: "torch" for torch's noise on the CPU, "philox" for torch's noise on CUDA.
+        safety_units: units of the safety numbers: "noise" means the same on every model; "raw" is
+            the unit of the model's output, as in diffusers.
     """
 
     steps: int | None = None
@@ -42,11 +42,11 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class Savings:
-    """What makes a run faster and no longer exact (docs/savings.md).
+    """Settings that make a run faster and no longer exact (docs/savings.md).
 
     Attributes:
-        cache_interval: UNet calls from one whole one to the next; between them the deep layers'
-            features are used again (DeepCache). 1 is off.
+        cache_interval: every N-th UNet call runs the whole UNet; the calls in between use the
+            features of the deep layers again (DeepCache). 1 is off.
     """
 
     cache_interval: int = 1
@@ -54,12 +54,12 @@ class Savings:
 
 @dataclass(frozen=True, kw_only=True)
 class Framing:
-    """What SDXL is told of a picture's size, in pixels; None is as diffusers has it.
+    """The picture sizes that SDXL takes as inputs, in pixels; None means diffusers' default.
 
     Attributes:
-        original_size: height and width of the picture before a crop (default: the run's).
+        original_size: height and width of the picture before a crop (default: the run's size).
         crop: top and left of the crop (default: 0, 0).
-        target_size: height and width that the picture should look like (default: the run's).
+        target_size: height and width that the picture should look like (default: the run's size).
     """
 
     original_size: Sequence[int] | None = None
@@ -69,18 +69,18 @@ class Framing:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What a caller asks for; None takes the bundle's default.
+    """The settings that a caller asks for; None means the bundle's default.
 
-    A sequence where one value would do gives each prompt its own. Several safety concepts at once
-    are a tuple of texts; a list gives each prompt its own. Every prompt makes `count` images, with
-    seeds `seed`, `seed + 1`, …
+    A sequence holds a value for each prompt. For `safety_concept`, a tuple holds several concepts
+    for every prompt, and a list holds the concepts of each prompt. Every prompt makes `count`
+    images, with seeds `seed`, `seed + 1`, …
     """
 
     prompts: tuple[str, ...]
     negative_prompt: str | Sequence[str | None] | None = None
     safety: str | Safety | Sequence[str | Safety] | None = None
     safety_concept: str | tuple[str, ...] | Sequence[str | tuple[str, ...]] | None = None
-    safety_numbers: Mapping[str, Any] = field(default_factory=dict)  # replace the preset's
+    safety_numbers: Mapping[str, Any] = field(default_factory=dict)  # replace numbers of the preset
     guidance_scale: float | Sequence[float] | None = None
     seed: int | Sequence[int] = 0
     count: int = 1
@@ -93,10 +93,10 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageRun:
-    """One image of a run: everything that may differ within a batch.
+    """One image of a run: every setting that may differ within a batch.
 
-    `negative_prompt` None is none at all, which some models take otherwise than the empty text;
-    `concepts` are all different.
+    Some models treat no negative prompt (None) differently from the empty text. `concepts` has no
+    text twice.
     """
 
     prompt: str
@@ -109,13 +109,13 @@ class ImageRun:
 
     @property
     def acting_concepts(self) -> tuple[str, ...]:
-        """The concepts, and none where safety is off."""
+        """The concepts; none if safety is off."""
         return self.concepts if self.safety.acts else ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A resolved request: its images, and what they share.
+    """A resolved request: its images, and the settings that they share.
 
     Attributes:
         images: every image.
@@ -127,8 +127,8 @@ class Run:
         height: in pixels.
         savings: see `Savings`.
         time_ids: six numbers, see `Framing`.
-        policy: digest of the policy that it was resolved under.
-        raised: the settings that this policy set where the caller said nothing.
+        policy: SHA-256 of the policy at the time of resolving; None without a policy.
+        raised: settings that the policy made stricter than the bundle's defaults.
     """
 
     images: tuple[ImageRun, ...]
@@ -148,7 +148,7 @@ def run_from_request(request: Request, manifest: Manifest, *, policy: Policy) ->
     """Resolve a request against a bundle and this device's policy.
 
     Raises:
-        InputError: a setting that cannot be honoured, named with what would be.
+        InputError: a setting that is not possible; the error names the possible values.
     """
     defaults, sampling = manifest.defaults, request.sampling
     steps = sampling.steps if sampling.steps is not None else defaults.steps
@@ -178,10 +178,10 @@ def run_from_request(request: Request, manifest: Manifest, *, policy: Policy) ->
             expected=f"1 to {_MOST_IMAGES}",
         )
     default = policy.default_preset(defaults.safety)
-    nothing: str | None = None
-    negative = _each("negative_prompt", request.negative_prompt, prompts, nothing)
-    chosen: str | Safety = default
-    safety = _each("safety", request.safety, prompts, chosen)
+    absent: str | None = None
+    negative = _each("negative_prompt", request.negative_prompt, prompts, absent)
+    preset: str | Safety = default
+    safety = _each("safety", request.safety, prompts, preset)
     concept = _concepts(request.safety_concept, prompts)
     scale = _each("guidance_scale", request.guidance_scale, prompts, defaults.guidance_scale)
     seeds = _each("seed", request.seed, prompts, 0)
@@ -217,19 +217,19 @@ def run_from_request(request: Request, manifest: Manifest, *, policy: Policy) ->
         savings=_savings(request.savings, steps, manifest),
         time_ids=_time_ids(request.framing, height, width),
         policy=policy.digest,
-        raised=tuple(name for name, was in raised.items() if was),
+        raised=tuple(name for name, is_raised in raised.items() if is_raised),
     )
 
 
 def _each(name: str, value: T | Sequence[T] | None, count: int, default: T) -> Sequence[T]:
-    """One value a prompt, from one value for all or a sequence with one each."""
+    """Return a value for each prompt, from a single value or from a sequence of `count` values."""
     if value is None:
         return [default] * count
     if isinstance(value, str) or not isinstance(value, Sequence):
         return [value] * count
     if len(value) != count:
         raise InputError(
-            name, got=f"{len(value)} values", expected=f"one, or {count}: one a prompt"
+            name, got=f"{len(value)} values", expected=f"one value, or {count}: one for each prompt"
         )
     return value
 
@@ -237,7 +237,7 @@ def _each(name: str, value: T | Sequence[T] | None, count: int, default: T) -> S
 def _concepts(
     value: str | tuple[str, ...] | Sequence[str | tuple[str, ...]] | None, prompts: int
 ) -> Sequence[str | tuple[str, ...] | None]:
-    """Return for each prompt one text or a tuple of several; None is the bundle's own."""
+    """Return a text or a tuple of texts for each prompt; None means the bundle's concepts."""
     if isinstance(value, tuple):
         return [value] * prompts
     if isinstance(value, list) and len(value) != prompts:
@@ -247,16 +247,19 @@ def _concepts(
             expected=f"a list of {prompts}: a text for each prompt",
             do="for several concepts at once, give a tuple",
         )
-    own: str | tuple[str, ...] | None = None
-    return _each("safety_concept", value, prompts, own)
+    absent: str | tuple[str, ...] | None = None
+    return _each("safety_concept", value, prompts, absent)
 
 
 def different_concepts(
-    always: tuple[str, ...], concept: str | tuple[str, ...] | None, otherwise: tuple[str, ...]
+    always: tuple[str, ...], concept: str | tuple[str, ...] | None, default: tuple[str, ...]
 ) -> tuple[str, ...]:
-    """Drop repeated concepts: they would cost a branch each and change nothing."""
-    own = otherwise if concept is None else (concept,) if isinstance(concept, str) else concept
-    return tuple(dict.fromkeys((*always, *own)))
+    """Join concepts, each text once: a repeated concept costs a UNet branch and changes nothing."""
+    if concept is None:
+        concept = default
+    elif isinstance(concept, str):
+        concept = (concept,)
+    return tuple(dict.fromkeys((*always, *concept)))
 
 
 def _safety(
@@ -266,33 +269,34 @@ def _safety(
     calls: int,
 ) -> tuple[str, Safety]:
     if isinstance(value, Safety):
-        own = {item.name: getattr(value, item.name) for item in fields(Safety)}
-        numbers = Safety(**own)  # of a subclass, only the numbers
+        # A copy, so that a subclass of Safety cannot change its values later.
+        numbers = Safety(**{item.name: getattr(value, item.name) for item in fields(Safety)})
         preset = "custom" if numbers.acts else "off"
     elif isinstance(value, str):
         preset, numbers = value, safety_from_preset(value, calls=calls)
     else:
         raise InputError("safety", got=shown(value), expected="a preset's name or a Safety")
-    off = not numbers.acts
-    if off and (changed or concept is not None):
-        what = "a safety concept does" if concept is not None else "safety numbers do"
-        raise InputError(f"{what} nothing with safety off", do="choose a preset, or drop it")
+    if not numbers.acts and (changed or concept is not None):
+        subject = "a safety concept does" if concept is not None else "safety numbers do"
+        raise InputError(
+            f"{subject} nothing with safety off", do="choose a preset, or leave it out"
+        )
     if changed:
         preset, numbers = "custom", replace(numbers, **dict(changed))
         if not numbers.acts:
-            raise InputError("safety scale 0 switches safety off", do="say so: safety off")
+            raise InputError("safety scale 0 switches safety off", do="use the preset off instead")
     if concept is not None:
         numbers = replace(numbers, concept=concept)
     return preset, resolved_safety(numbers, calls=calls)
 
 
 def _savings(savings: Savings, steps: int, manifest: Manifest) -> Savings:
-    """Check the intervals; all but 1 need a component that some bundles lack."""
+    """Check the interval; more than 1 needs a component that some bundles lack."""
     interval = whole_number("cache interval", savings.cache_interval, 1, steps)
     if interval > 1 and SHALLOW not in manifest.components:
         raise InputError(
             f"cache interval {interval} with a bundle that has no {SHALLOW}",
-            do=f"export it again (by the builder: --via torch makes no {SHALLOW}), or drop it",
+            do=f"export it again without --via torch, which makes no {SHALLOW}, or leave it out",
         )
     return Savings(cache_interval=interval)
 

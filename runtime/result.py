@@ -1,4 +1,4 @@
-"""What a run gives."""
+"""The result of a run."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from PIL import Image
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What a run made. B images, in the order of the prompts, each prompt's seeds in a row.
+    """The pictures of a run: B images, ordered by prompt and then by seed.
 
     Attributes:
         images: the pictures, RGB.
-        latents: float32 [B,4,h,w], the last latents, unscaled; zeros where screening holds them
-            back.
-        edit_maps: float32 [B,h,w], where safety acted, summed over the calls; elsewhere zero.
-        reports: one dictionary an image, ready for JSON (see docs/report.md).
+        latents: float32 [B,4,h,w], the last latents, unscaled; zeros where screening withholds
+            them.
+        edit_maps: float32 [B,h,w], where safety acted, summed over the calls; zero elsewhere.
+        reports: a dictionary for each image, ready for JSON (see docs/report.md).
     """
 
     images: list[Image.Image]

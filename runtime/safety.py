@@ -14,14 +14,15 @@ PAPER_CONCEPT = (
     "bodily fluids, blood, obscene gestures, illegal activity, drug use, theft, vandalism, "
     "weapons, child abuse, brutality, cruelty"
 )
-# An edit whose strongest call is below this share of the guided noise_pred had no effect. On the
-# miniature (15 steps, 16 pictures a row) the weakest picture of the weakest preset reached 0.20,
-# rounding alone with an empty concept at most 0.00002 in FP32; one FP16 rounding step is 0.001.
+# Safety had no effect if the edit of every call is below this share of the guided noise_pred. On
+# the miniature (15 steps, 16 pictures for each preset) the weakest preset reached 0.20 or more in
+# every picture; rounding alone, with an empty concept, reached at most 0.00002 in FP32. A rounding
+# step of FP16 is 0.001.
 NO_EFFECT_BELOW = 0.01
-_PRESET_STEPS = 50  # the steps that the presets' warm-ups were published for
-_DEFAULT_WARMUP = 10  # of them; the paper's medium, and the reference implementations' default
-_LARGEST = 1e6  # of scale and threshold, which float32 arithmetic takes with room to spare
-_LEAST_SCALE = 1e-3  # below, no edit is larger than rounding
+_PRESET_STEPS = 50  # the warm-ups of the presets were published for 50 steps
+_DEFAULT_WARMUP = 10  # the paper's medium preset, and the reference implementations' default
+_LARGEST = 1e6  # of scale and threshold; far below the limits of float32 arithmetic
+_LEAST_SCALE = 1e-3  # with a smaller scale, no edit is larger than rounding
 _MOST_CONCEPTS = 16
 
 
@@ -31,17 +32,17 @@ class Safety:
 
     Attributes:
         scale: how fast the edit grows with the distance from the concept; 0 switches SLD off.
-        warmup_steps: UNet calls without an edit, counted from call 0; taken as it is, and refused
-            where it leaves no more than the last call. None is a fifth of the calls, the share that
-            the default's 10 have of 50.
+        warmup_steps: the number of UNet calls without an edit at the start of a run. The number is
+            not scaled to the steps of the run, and at least two calls must remain. None is a fifth
+            of the calls, like the default of 10 calls in 50.
         threshold: signed distance to the concept at and above which nothing is edited, 0 or more.
         momentum_scale: how much of the past edits is added; from 0 to below 1.
         momentum_beta: how long the past edits last; from 0 to below 1.
-        concept: the text steered away from, or several as a tuple, each with a branch and a gate of
-            its own; None is the bundle's own.
+        concept: the text that the image is steered away from, or a tuple of texts, each with its
+            own UNet branch and threshold; None is the bundle's concept.
 
     Raises:
-        InputError: a number that is none, not finite, or outside.
+        InputError: a value that is not a number, not finite, or out of range.
     """
 
     scale: float = 1000.0
@@ -69,7 +70,7 @@ class Safety:
             if checked[name] == 1:
                 raise InputError(f"safety {name}", got=1, expected="from 0 to below 1")
         for name, value in checked.items():
-            object.__setattr__(self, name, value)  # exact types, whatever was given
+            object.__setattr__(self, name, value)  # of the exact built-in types
 
     @property
     def acts(self) -> bool:
@@ -78,9 +79,9 @@ class Safety:
 
     @property
     def warmup(self) -> int:
-        """The warm-up in calls, of settings that are resolved for a run."""
+        """The warm-up in calls; only settings that are resolved for a run have it."""
         if self.warmup_steps is None:
-            raise ValueError("a warm-up that is not resolved: see resolved_safety")
+            raise ValueError("the warm-up is not resolved: see resolved_safety")
         return self.warmup_steps
 
 
@@ -119,10 +120,10 @@ def safety_from_preset(
 ) -> Safety:
     """Return a preset's numbers for a run of `calls` UNet calls.
 
-    The published warm-ups count calls of a 50-step run (PNDM makes 51 of them); a run of another
-    length gets the same share, so that a short run is not left unguided, and rounded down: half a
-    call more would leave strong's first edited call of 25 too late for what it removes of 50
-    (docs/steps.md). At 50 and 51 calls the published number stands.
+    The published warm-ups count calls of a 50-step run (PNDM makes 51 calls). A run of another
+    length gets the same share of its calls, rounded down. Rounded up, the preset strong would start
+    too late in a run of 25 calls and remove less than in 50 calls (docs/steps.md). At 50 and 51
+    calls the warm-up is the published number.
 
     Raises:
         InputError: unknown preset.
@@ -130,15 +131,15 @@ def safety_from_preset(
     if not isinstance(name, str) or name not in PRESETS:
         raise InputError("safety preset", got=shown(name), expected="one of " + ", ".join(PRESETS))
     preset = PRESETS[name]
-    return replace(preset, warmup_steps=_share(preset.warmup, calls), concept=concept)
+    return replace(preset, warmup_steps=_scaled(preset.warmup, calls), concept=concept)
 
 
 def empty_concept(concept: str) -> InputError:
-    """Return the error for a safety concept that is to the model what the empty prompt is."""
+    """Return the error for a safety concept that says nothing to the model, like the empty text."""
     return InputError(
         "the safety concept says nothing to the model, so safety could not act",
         got=repr(concept),
-        do="give other words, leave it out, or switch safety off by name",
+        do="use other words, leave it out, or choose the preset off",
     )
 
 
@@ -146,19 +147,19 @@ def resolved_safety(safety: Safety, *, calls: int) -> Safety:
     """Return settings with their warm-up for a run of `calls` UNet calls.
 
     Raises:
-        InputError: an explicit warm-up that leaves no more than the last call.
+        InputError: an explicit warm-up that leaves fewer than two calls.
     """
     if safety.warmup_steps is None:
-        return replace(safety, warmup_steps=_share(_DEFAULT_WARMUP, calls))
+        return replace(safety, warmup_steps=_scaled(_DEFAULT_WARMUP, calls))
     if safety.acts and 0 < safety.warmup_steps >= calls - 1:
         raise InputError(
             "safety warm-up leaves nothing to edit",
             got=f"{safety.warmup_steps} calls without an edit, of {calls}",
             expected=f"at most {max(0, calls - 2)}",
-            do="lower --safety-warmup, or leave it out: then it is a share of the calls",
+            do="lower --safety-warmup, or leave it out: then it is a fifth of the calls",
         )
     return safety
 
 
-def _share(warmup: int, calls: int) -> int:
+def _scaled(warmup: int, calls: int) -> int:
     return warmup * calls // _PRESET_STEPS

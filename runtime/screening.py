@@ -1,6 +1,6 @@
-"""Pictures are scored before anyone sees them; what then happens to those that are flagged.
+"""Scores pictures before a user sees them, and treats flagged pictures.
 
-A scorer that cannot run ends the run before anything is written: there is no picture without a
+A scorer that cannot run ends the run before anything is written: no picture leaves without a
 verdict.
 """
 
@@ -15,11 +15,11 @@ from PIL import Image
 
 from sld_edge.engines.errors import InputError
 from sld_edge.runtime.picture import blurred
-from sld_edge.runtime.policy import ON_FLAG, RECIPES, OnFlag, Policy, Recipe
+from sld_edge.runtime.policy import LADDER, ON_FLAG, RECIPES, OnFlag, Policy, Recipe
 from sld_edge.runtime.report import without_recipe
 from sld_edge.runtime.request import ImageRun, Run
 from sld_edge.runtime.result import Result
-from sld_edge.runtime.safety import PRESETS, safety_from_preset
+from sld_edge.runtime.safety import safety_from_preset
 from sld_edge.runtime.scorers import (
     Rule,
     Scorer,
@@ -31,24 +31,24 @@ from sld_edge.runtime.scorers import (
 )
 
 Make = Callable[[Run], Result]
-LADDER = tuple(PRESETS)
 _OURS = "sld_edge.runtime.scorers."
 _ESCALATES = ("escalate", "escalate-withhold")
-# What each choice gives of a flagged picture: sharp, sharp if max does not help, blurred, nothing.
+# How much a choice hides of a flagged picture. Of two equal numbers neither is stricter.
 _STRICTNESS = {"report": 0, "escalate": 1, "blur": 2, "withhold": 3, "escalate-withhold": 3}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Screening:
-    """How pictures are judged, and what is done with those that are flagged.
+    """How pictures are scored, and how flagged pictures are treated.
 
     Attributes:
-        scorers: that look at every picture.
-        rule: when their scores flag one.
-        on_flag: "report" says so only; "blur" and "withhold" give no sharp picture or none;
-            "escalate" runs again with the next stronger preset until none flags it or the last is
-            reached, and then gives the picture; "escalate-withhold" gives none then. None is the
-            policy's choice, or "report".
+        scorers: score every picture.
+        rule: flags a picture by its scores.
+        on_flag: "report" only marks a flagged picture in the report; "blur" gives it blurred;
+            "withhold" gives a grey picture in its place; "escalate" makes it again with the next
+            stronger preset until it is not flagged or the preset was max, and gives the last
+            picture; "escalate-withhold" does the same but withholds a picture that is still
+            flagged. None is the policy's choice, or "report".
         report_recipe: "omit" leaves prompt and seed out of the report of a picture that was blurred
             or withheld. None is the policy's choice, or "keep".
     """
@@ -61,7 +61,7 @@ class Screening:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What the scorers said of one picture, and whether the rule flags it."""
+    """The scores of a picture, and whether the rule flags it."""
 
     scores: Mapping[str, float]
     flagged: bool
@@ -70,17 +70,17 @@ class Verdict:
 def screening_under(
     policy: Policy, asked: Screening | None, run: Run, scorers: Sequence[Scorer]
 ) -> Screening | None:
-    """Return how a run's pictures are screened: as asked for, and never less than the policy says.
+    """Return the screening of a run: the caller's choices and the policy's rules together.
 
     Args:
-        policy: this device's.
+        policy: this device's policy.
         asked: the caller's screening.
         run: the run.
-        scorers: those that the policy names.
+        scorers: the scorers that the policy names.
 
     Raises:
-        InputError: an unknown choice, no scorer, or numbers of one's own that no preset follows.
-        PolicyError: a choice that is less than the policy says.
+        InputError: an unknown choice, no scorer, or escalation from numbers that are no preset.
+        PolicyError: a choice that is less strict than the policy's.
     """
     rules = policy.screening
     if asked is None and rules is None:
@@ -96,15 +96,16 @@ def screening_under(
     for scorer in asked.scorers if rules is not None else ():
         policy.require(
             type(scorer).__module__.startswith(_OURS),
-            "a scorer of your own, which would see pictures before they are judged",
+            "a scorer that is not sld-edge's, which would see pictures before screening",
             got=getattr(scorer, "name", scorer),
             expected="one of sld-edge's",
         )
     least: OnFlag = "report" if rules is None else rules.on_flag
     recipe: Recipe = "keep" if rules is None else rules.report_recipe
-    own = {scorer.name: scorer for scorer in (*asked.scorers, *scorers)}  # the policy's go before
+    # Of two scorers with the same name, the policy's is taken.
+    by_name = {scorer.name: scorer for scorer in (*asked.scorers, *scorers)}
     screening = Screening(
-        scorers=tuple(own.values()),
+        scorers=tuple(by_name.values()),
         rule=asked.rule if rules is None else (*rule_from_text(rules.rule_at_least), *asked.rule),
         on_flag=asked.on_flag if asked.on_flag is not None else least,
         report_recipe=asked.report_recipe if asked.report_recipe is not None else recipe,
@@ -112,7 +113,7 @@ def screening_under(
     assert screening.on_flag is not None
     policy.require(
         _STRICTNESS[screening.on_flag] >= _STRICTNESS[least],
-        "what happens to a flagged picture",
+        "the treatment of a flagged picture",
         got=screening.on_flag,
         expected=f"{least} or stricter",
     )
@@ -123,13 +124,13 @@ def screening_under(
         expected="recipe omit",
     )
     if not screening.scorers:
-        raise InputError("no scorer to flag a picture", do="name one with --scorer")
+        raise InputError("no scorer to flag a picture", do="name a scorer with --scorer")
     if screening.on_flag in _ESCALATES:
         for image in run.images:
             if image.preset not in LADDER:
                 raise InputError(
-                    "escalating starts from a preset",
-                    got="safety numbers of its own",
+                    "escalation starts from a preset",
+                    got="safety numbers that are no preset",
                     expected=f"one of {', '.join(LADDER)}",
                 )
     return screening
@@ -139,8 +140,8 @@ def policy_scorers(policy: Policy) -> list[Scorer]:
     """Load the scorers that a policy names.
 
     Raises:
-        PolicyError: one whose model is another than the policy says.
-        UserError: one that is unknown, not installed, or cannot be loaded.
+        PolicyError: the model of a scorer is not the model that the policy names.
+        UserError: a scorer that is unknown, not installed, or cannot be loaded.
     """
     if policy.screening is None:
         return []
@@ -159,11 +160,11 @@ def policy_scorers(policy: Policy) -> list[Scorer]:
 
 
 def screened_run(make: Make, run: Run, screening: Screening) -> Result:
-    """Make a run, score its pictures, and do with flagged ones what `screening` says.
+    """Make a run's pictures, score them, and treat flagged pictures as `screening` says.
 
-    Each report gains `flagged`, `scores` and `screening` (see docs/scorers.md). Of a picture that
-    is withheld, `images` holds a plain grey one and `edit_maps` zeros; `latents`, which any picture
-    can be made from again, are zeros wherever it was blurred or withheld.
+    Each report gains `flagged`, `scores` and `screening` (see docs/scorers.md). For a withheld
+    picture, `images` has a plain grey picture and `edit_maps` has zeros. For a blurred or withheld
+    picture, `latents` has zeros, because the sharp picture could be decoded from latents.
 
     Args:
         make: makes a run's pictures.
@@ -172,7 +173,7 @@ def screened_run(make: Make, run: Run, screening: Screening) -> Result:
 
     Raises:
         InputError: a rule that names a score no scorer gives.
-        UserError: a run or a scorer that failed.
+        UserError: the run or a scorer failed.
     """
     result = make(run)
     verdicts = _judge(result, run.images, screening)
@@ -193,23 +194,23 @@ def screened_run(make: Make, run: Run, screening: Screening) -> Result:
             images[place] = escalated(images[place], calls=run.table.calls)
         again = replace(run, images=tuple(images[place] for place in places))
         part = make(again)
-        found = _judge(part, again.images, screening)
-        for index, place in enumerate(places):
-            verdicts[place] = found[index]
-            attempts[place].append(_attempt(images[place], found[index], part.reports[index]))
+        part_verdicts = _judge(part, again.images, screening)
+        for index, (place, verdict) in enumerate(zip(places, part_verdicts, strict=True)):
+            verdicts[place] = verdict
+            attempts[place].append(_attempt(images[place], verdict, part.reports[index]))
         result = _with(result, part, places)
     return _finished(result, verdicts, attempts, screening)
 
 
 def stronger(preset: str) -> str | None:
-    """Return the next stronger preset; None after the last and for numbers of one's own."""
+    """Return the next stronger preset; None for the last preset and for no preset."""
     if preset not in LADDER[:-1]:
         return None
     return LADDER[LADDER.index(preset) + 1]
 
 
 def escalated(image: ImageRun, *, calls: int) -> ImageRun:
-    """Return the same picture with the next stronger preset, the same concept and seed.
+    """Return an image with the next stronger preset and the same prompt, concept and seed.
 
     Raises:
         InputError: no preset is stronger.
@@ -223,10 +224,10 @@ def escalated(image: ImageRun, *, calls: int) -> ImageRun:
 
 def _judge(result: Result, images: Sequence[ImageRun], screening: Screening) -> list[Verdict]:
     pictures = np.stack([np.asarray(image) for image in result.images])
-    found = score_pictures(
+    scores = score_pictures(
         screening.scorers, pictures, [image.prompt for image in images], result.reports
     )
-    return [Verdict(scores=scores, flagged=flagged(scores, screening.rule)) for scores in found]
+    return [Verdict(scores=each, flagged=flagged(each, screening.rule)) for each in scores]
 
 
 def _attempt(image: ImageRun, verdict: Verdict, report: Mapping[str, Any]) -> dict[str, Any]:
@@ -239,7 +240,7 @@ def _attempt(image: ImageRun, verdict: Verdict, report: Mapping[str, Any]) -> di
 
 
 def _with(result: Result, part: Result, places: Sequence[int]) -> Result:
-    """Put a part's pictures in the places of others."""
+    """Replace the pictures at `places` by those of `part`."""
     images, reports = list(result.images), list(result.reports)
     latents, edit_maps = result.latents.copy(), result.edit_maps.copy()
     for index, place in enumerate(places):
@@ -287,7 +288,7 @@ def _finished(
 
 
 def _done(verdict: Verdict, attempts: Sequence[object], screening: Screening) -> str:
-    """What happened to one picture: "nothing", "blurred", "withheld" or "escalated"."""
+    """Return the treatment of a picture: "nothing", "blurred", "withheld" or "escalated"."""
     if verdict.flagged and screening.on_flag == "blur":
         return "blurred"
     if verdict.flagged and screening.on_flag in ("withhold", "escalate-withhold"):

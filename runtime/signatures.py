@@ -1,7 +1,7 @@
-"""Who vouches for a bundle: an Ed25519 signature over the bytes of `bundle.json`.
+"""The signature of a bundle: Ed25519 over the bytes of `bundle.json`.
 
-The manifest holds the hash of every other file, so its signature covers the bundle. It is checked
-before the manifest is parsed.
+The manifest holds the hash of every other file, so its signature covers the whole bundle. The
+signature is checked before the manifest is parsed.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ _DO = "get the bundle from its maker again, or have it signed: sld-export --sign
 
 
 def signer_text(public: bytes) -> str:
-    """Return a public key, 32 bytes, as a policy names it."""
+    """Return a public key, 32 bytes, in the form of a policy's list of signers."""
     return f"ed25519:{base64.b64encode(public).decode()}"
 
 
 def require_signed(root: Path, manifest: bytes, signers: Sequence[str]) -> str:
-    """Return which of the signers has signed a bundle.
+    """Return the signer of a bundle.
 
     Args:
-        root: the bundle's folder, in which `bundle.json.sig` lies.
+        root: the bundle's folder with `bundle.json.sig`.
         manifest: the bytes of `bundle.json`.
-        signers: keys that count, as `signer_text` gives them.
+        signers: the keys that are accepted, in the form of `signer_text`.
 
     Raises:
-        BundleError: no signature, or one of nobody that counts.
+        BundleError: no signature, or a signature by none of the signers.
         MissingPackageError: the package that checks signatures is not installed.
     """
     try:

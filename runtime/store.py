@@ -1,4 +1,4 @@
-"""The engines of a loaded bundle: loaded when first needed, dropped after their last use."""
+"""The engines of a loaded bundle: each is loaded at its first use."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from sld_edge.runtime.loader import Loader
 
 
 class Store:
-    """Which components are loaded now."""
+    """The engines that are loaded now, by component."""
 
     def __init__(self, loader: Loader) -> None:
-        """Hold nothing yet."""
+        """Load nothing yet."""
         self._loader = loader
         self.engines: dict[str, Engine] = {}
 
     def engine(self, name: str) -> Engine:
-        """Return a component's engine, loaded and checked against the manifest when first asked.
+        """Return a component's engine; the first call loads and checks it.
 
         Raises:
-            BundleError: the bundle has no such component, or its graph has other tensors.
-            EngineError: the engine does not take it.
+            BundleError: the bundle has no such component, or its graph has other tensors than the
+                manifest.
+            EngineError: the engine refuses it.
         """
         if name not in self.engines:
             components = self._loader.bundle.manifest.components
@@ -35,7 +36,7 @@ class Store:
         return self.engines[name]
 
     def release(self, name: str) -> None:
-        """Drop an engine after use, where memory is short or reloading costs nothing."""
+        """Unload an engine after use, if `low_memory` is set or loading it again is cheap."""
         engine = self.engines.get(name)
         if engine is not None and (
             self._loader.settings.low_memory or self._loader.is_reloadable(name, engine)
@@ -44,41 +45,41 @@ class Store:
             engine.close()
 
     def release_reloadable(self, name: str) -> None:
-        """Drop an engine after use, but only where reloading costs nothing."""
+        """Unload an engine after use, only if loading it again is cheap."""
         engine = self.engines.get(name)
         if engine is not None and self._loader.is_reloadable(name, engine):
             self.release(name)
 
     def close(self) -> None:
-        """Drop every engine."""
+        """Unload every engine."""
         for engine in self.engines.values():
             engine.close()
         self.engines.clear()
 
 
-def _check_tensors(name: str, said: tuple[TensorSpec, ...], found: tuple[TensorSpec, ...]) -> None:
-    """Refuse a graph whose tensors are not those that `bundle.json` says."""
-    for want, got in zip_longest(said, found):
-        if want is None or got is None or not _alike(want, got):
+def _check_tensors(
+    name: str, expected: tuple[TensorSpec, ...], actual: tuple[TensorSpec, ...]
+) -> None:
+    """Refuse a graph whose tensors differ from those in `bundle.json`."""
+    for want, got in zip_longest(expected, actual):
+        if want is None or got is None or not _matches(want, got):
             raise BundleError(
-                f"{name}: the graph's tensors are not those that bundle.json says",
+                f"{name}: the graph's tensors are not those in bundle.json",
                 got=_words(got),
                 expected=shortened(_words(want), 80),
                 do="export the bundle again",
             )
 
 
-def _alike(one: TensorSpec, other: TensorSpec) -> bool:
-    """Whether two specs agree in all but the names of run-time sizes."""
-    return (one.name, one.dtype, len(one.shape)) == (
-        other.name,
-        other.dtype,
-        len(other.shape),
+def _matches(want: TensorSpec, got: TensorSpec) -> bool:
+    """Whether two specs agree; sizes that are known only at run time may have other names."""
+    return (
+        (want.name, want.dtype, len(want.shape)) == (got.name, got.dtype, len(got.shape))
     ) and all(
         isinstance(x, str) or isinstance(y, str) or x == y
-        for x, y in zip(one.shape, other.shape, strict=True)
+        for x, y in zip(want.shape, got.shape, strict=True)
     )
 
 
 def _words(spec: TensorSpec | None) -> str:
-    return "no more" if spec is None else f"{spec.name} {spec.dtype} {list(spec.shape)}"
+    return "no tensor" if spec is None else f"{spec.name} {spec.dtype} {list(spec.shape)}"

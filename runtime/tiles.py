@@ -1,8 +1,8 @@
 """Decoding in overlapping tiles: a picture of any size in the memory of one tile.
 
-Tiles of one picture are all of one size, so an engine meets one shape only. Where they overlap they
-are blended with linear ramps, so no seam shows. Each tile is normalized by itself, which makes a
-tiled picture differ a little from a whole one (docs/memory.md has numbers).
+All tiles of a picture have the same size, so an engine runs with a single shape. Overlaps are
+blended with linear ramps, so no seam is visible. The decoder normalizes each tile by itself, so a
+picture decoded in tiles differs a little from a picture decoded as a whole (docs/memory.md).
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from sld_edge.engines.errors import InputError
 
 VaeTiling = Literal["auto", "on", "off"]
 Decode = Callable[[NDArray[np.float32]], NDArray[np.uint8]]
-Profile = tuple[Sequence[int], Sequence[int], Sequence[int]]  # least, best, largest shape
+Profile = tuple[Sequence[int], Sequence[int], Sequence[int]]  # smallest, best and largest shape
 
-_WHOLE_CELLS = 96 * 96  # "auto" decodes as a whole up to here: 768x768 pixels
-_SIDE = 64  # cells: what Stable Diffusion's decoder was trained on
-_LARGEST = 5 / 4  # of that: 1024 pixels are two tiles across, not three
-_OVERLAP = 1 / 4  # of a tile's side, at least
-_PLAN_CELLS = 4  # plans take multiples of it
+_WHOLE_CELLS = 96 * 96  # "auto" decodes up to 768x768 pixels as a whole
+_SIDE = 64  # cells; Stable Diffusion's decoder was trained on this size
+_LARGEST = 5 / 4  # of _SIDE, so that 1024 pixels need two tiles across and not three
+_OVERLAP = 1 / 4  # smallest overlap, of a tile's side
+_PLAN_CELLS = 4  # plans take sides that are multiples of this
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,9 +37,9 @@ class Tiling:
     def decoded(self, decode: Decode, latents: NDArray[np.float32]) -> NDArray[np.uint8]:
         """Decode latents [1,4,h,w] tile by tile into a picture, uint8 [1,H,W,3].
 
-        `decode` gets one tile's latents [1,4,h,w]. A side that is no longer than a tile's is not
-        cut. Blended values are rounded half to even. The idea is diffusers'
-        `AutoencoderKL.tiled_decode`, which cuts from the top left and so ends in narrow tiles.
+        `decode` takes the latents of a tile, [1,4,h,w]. A side that is no longer than a tile's is
+        not cut. Blended values are rounded half to even. The idea is from diffusers'
+        `AutoencoderKL.tiled_decode`, whose tiles at the right and lower edges are narrow.
         """
         height, width = latents.shape[2:]
         rows, columns = (_spans(*pair) for pair in zip((height, width), self.sides, strict=True))
@@ -56,10 +56,10 @@ class Tiling:
 
 
 def checked_tiling(choice: str) -> VaeTiling:
-    """Return the choice.
+    """Return the choice after checking it.
 
     Raises:
-        InputError: it is none.
+        InputError: not "auto", "on" or "off".
     """
     if choice not in get_args(VaeTiling):
         raise InputError("vae tiling", got=repr(choice), expected=", ".join(get_args(VaeTiling)))
@@ -69,9 +69,9 @@ def checked_tiling(choice: str) -> VaeTiling:
 def tiling_for(
     choice: VaeTiling, height: int, width: int, profile: Profile | None = None
 ) -> Tiling | None:
-    """Return how latents of this size are cut; None decodes them as a whole.
+    """Return the tiling for latents of this size in cells; None decodes them as a whole.
 
-    `profile` is a plan's, for latents [B,4,h,w]: tiles are of sizes that it takes.
+    With the `profile` of a plan for latents [B,4,h,w], tiles have a size that the plan takes.
     """
     if choice == "off" or (choice == "auto" and height * width <= _WHOLE_CELLS):
         return None
@@ -87,7 +87,7 @@ def tiling_for(
 
 
 def _side(length: int) -> int:
-    """Return about the shortest side with which a length is cut into the fewest tiles."""
+    """Return about the shortest side of tiles that cover a length with the fewest tiles."""
     count = 1
     while (side := length / (count - (count - 1) * _OVERLAP)) > _SIDE * _LARGEST:
         count += 1
@@ -95,7 +95,7 @@ def _side(length: int) -> int:
 
 
 def _spans(length: int, side: int) -> list[tuple[int, int]]:
-    """Cut a length evenly into the fewest spans of one side that overlap enough."""
+    """Return evenly spaced spans of length `side`: as few as cover a length and overlap enough."""
     if length <= side:
         return [(0, length)]
     overlap = int(side * _OVERLAP)
@@ -107,10 +107,10 @@ def _spans(length: int, side: int) -> list[tuple[int, int]]:
 def _blended(
     parts: Sequence[NDArray[np.generic]], spans: Sequence[tuple[int, int]], length: int, axis: int
 ) -> NDArray[np.float32]:
-    """Put parts that overlap together along one axis, [1,H,W,3], as float32.
+    """Join overlapping parts [1,H,W,3] along an axis, as float32.
 
-    `spans` are cells, and so is `length`. A part's share falls linearly to nothing at an end that
-    another part reaches beyond, and the shares of a pixel add up to 1.
+    `spans` and `length` are in cells. Within an overlap a part's share falls linearly to zero at
+    the part's end, and the shares of a pixel add up to 1.
     """
     factor = parts[0].shape[axis] // (spans[0][1] - spans[0][0])
     shares = np.zeros((len(spans), length * factor))
@@ -126,8 +126,8 @@ def _blended(
     shape[axis] = length * factor
     whole = np.zeros(shape, np.float32)
     for part, share, (start, end) in zip(parts, shares, spans, strict=True):
-        own = slice(start * factor, end * factor)
-        place = (slice(None),) * axis + (own,)
-        column = share[own].astype(np.float32).reshape((-1,) + (1,) * (3 - axis))
+        pixels = slice(start * factor, end * factor)
+        place = (slice(None),) * axis + (pixels,)
+        column = share[pixels].astype(np.float32).reshape((-1,) + (1,) * (3 - axis))
         whole[place] += part * column
     return whole

@@ -16,18 +16,18 @@ from sld_edge.engines.checks import exact_text
 from sld_edge.engines.errors import BundleError, InputError, UserError, one_line
 from sld_edge.runtime.tokenizer_file import checked_tokenizer
 
-_CHECK = 1  # raise when `tokenizer_file` refuses more
+_CHECK = 1  # increase it when `tokenizer_file` gets stricter: then files are checked again
 _MOST_CHARACTERS = 20_000
-_ABSURD = 10  # a prompt of this many times the model's length is a mistake, not a prompt
+_ABSURD = 10  # a prompt of more than this many times the model's length is a mistake
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """A prompt as the model reads it.
+    """The tokens of a prompt.
 
     Attributes:
         ids: int64 [L], start token first, end token and padding last.
-        cut: the end of the prompt that the model does not see; empty where all of it fits.
+        cut: the end of the prompt that the model does not read; empty for a short prompt.
     """
 
     ids: NDArray[np.int64]
@@ -35,13 +35,13 @@ class Tokens:
 
 
 class Tokenizer:
-    """Turns prompts into token ids of the model's length; over-long prompts keep the end token."""
+    """Turns a prompt into `length` token ids; a prompt that is cut keeps the end token."""
 
     def __init__(self, tokenizer_json: str, *, length: int) -> None:
-        """Read the `tokenizer.json` text; `length` is what the text encoder takes.
+        """Read the text of `tokenizer.json`; `length` is the text encoder's number of tokens.
 
         Raises:
-            BundleError: not a tokenizer, or one that gives another length.
+            BundleError: not a tokenizer, or a tokenizer that gives another length.
         """
         data = tokenizer_json.encode("utf-8", "surrogatepass")
         known = f"{_CHECK} {length} {hashlib.sha256(data).hexdigest()}"
@@ -59,13 +59,13 @@ class Tokenizer:
                 got=len(empty),
                 expected=length,
             )
-        self._nothing = frozenset(empty)  # start, end and padding
+        self._special = frozenset(empty)  # start, end and padding
 
     def __call__(self, text: str) -> Tokens:
         """Tokenize one prompt.
 
         Raises:
-            InputError: no valid text, or so long that it must be a mistake.
+            InputError: not valid text, or so long that it must be a mistake.
             BundleError: the tokenizer cannot read it.
         """
         text = exact_text("prompt", text)
@@ -73,10 +73,10 @@ class Tokenizer:
         too_long = InputError(
             "prompt is far too long",
             got=f"{len(text)} characters",
-            expected=f"at most about {room} tokens, which is what the model reads",
+            expected=f"at most about {room} tokens, which the model reads",
             do="shorten it; was a file given by mistake?",
         )
-        if len(text) > _MOST_CHARACTERS:  # before a second is spent on them
+        if len(text) > _MOST_CHARACTERS:  # tokenizing so much text would take a second
             raise too_long
         with library_errors("tokenizer.json cannot read this prompt", error=BundleError):
             encoding = self._backend.encode(text)
@@ -88,23 +88,23 @@ class Tokenizer:
         return Tokens(ids=np.array(encoding.ids, dtype=np.int64), cut=cut)
 
     def says_nothing(self, text: str) -> bool:
-        """Whether a text is spaces and special tokens alone, which the empty text has too."""
-        return self._nothing.issuperset(self(text).ids.tolist())
+        """Whether a text has no token that the empty text does not have too."""
+        return self._special.issuperset(self(text).ids.tolist())
 
 
 def backend_from_text(text: str, *, origin: str, error: type[UserError]) -> Backend:
-    """Return the library's tokenizer of a text that was checked.
+    """Return the library's tokenizer for a checked text.
 
     Raises:
-        UserError: of the class `error`: the library does not take it.
+        UserError: of the class `error`: the library refuses it.
     """
     with library_errors(f"{origin} is not a tokenizer", error=error):
         return Backend.from_str(text)
 
 
 @contextmanager
-def library_errors(what: str, *, error: type[UserError]) -> Iterator[None]:
-    """Turn what the tokenizers library raises, its panics included, into one line.
+def library_errors(message: str, *, error: type[UserError]) -> Iterator[None]:
+    """Turn an exception or panic of the tokenizers library into an error of one line.
 
     Raises:
         UserError: of the class `error`.
@@ -112,13 +112,13 @@ def library_errors(what: str, *, error: type[UserError]) -> Iterator[None]:
     try:
         yield
     except Exception as problem:  # the library raises plain Exception
-        raise error(what, got=one_line(problem)) from problem
+        raise error(message, got=one_line(problem)) from problem
     except BaseException as problem:
-        if type(problem).__name__ != "PanicException":  # of Rust, no Exception to Python
+        if type(problem).__name__ != "PanicException":  # a panic in Rust; not an Exception
             raise
-        raise error(what, got="a panic") from problem
+        raise error(message, got="a panic") from problem
 
 
 def input_ids(tokens: Sequence[Tokens]) -> NDArray[np.int64]:
-    """Stack prompts as the text encoder takes them, int64 [N,L]."""
+    """Return the token ids of N prompts for the text encoder, int64 [N,L]."""
     return np.stack([item.ids for item in tokens])

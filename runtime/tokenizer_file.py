@@ -1,7 +1,7 @@
-"""`tokenizer.json`, checked before the tokenizers library sees it.
+"""Checks `tokenizer.json` before the tokenizers library reads it.
 
-The library takes whatever a file asks for: padding to a thousand million tokens, replacements that
-multiply a prompt, patterns that panic. So only what CLIP's tokenizers consist of is let through.
+The library obeys the file: padding to a thousand million tokens, replacements that multiply a
+prompt, patterns that panic. So only the stages and options of CLIP's tokenizers are accepted.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from sld_edge.engines.files import json_from_bytes
 
 _LONGEST = 10_000  # tokens of a prompt
 _MOST_TOKENS = 1_000_000
-_TOKEN = 200  # characters of a token
+_MOST_CHARACTERS = 200  # of a token
 _SECTIONS = frozenset(
     {
         *("version", "truncation", "padding", "added_tokens", "normalizer"),
         *("pre_tokenizer", "post_processor", "decoder", "model"),
     }
 )
-# Alternatives without groups, each with one repetition at most: no input makes them slow.
+# Alternatives without groups; each has at most one repetition. So no input is slow to match.
 _PATTERN = re.compile(r"(?:\\p\{[A-Z][a-z]?\}|\\[^p]|[^(){}?*\\])*", re.DOTALL)
 
 
@@ -34,12 +34,13 @@ def checked_tokenizer(
 
     Args:
         data: bytes of `tokenizer.json`.
-        origin: what errors call it.
+        origin: the name of the file in errors.
         error: the class to raise.
-        length: tokens that a text must be padded and cut to; None where that is set later.
+        length: the number of tokens to which a text must be padded and cut; None if the caller sets
+            padding and truncation later.
 
     Raises:
-        UserError: of the class `error`: no tokenizer of CLIP's kind.
+        UserError: of the class `error`: not a tokenizer of CLIP's kind.
     """
     body = json_from_bytes(data, origin=origin, error=error)
     try:
@@ -71,24 +72,29 @@ def _check(body: Mapping[str, Any], length: int | None) -> None:
 
 def _model(model: Mapping[str, Any]) -> None:
     if model["type"] != "BPE" or model.get("dropout") is not None:
-        raise ValueError(f"model {model['type']!r}, or one with dropout")
+        raise ValueError(f"model {model['type']!r}, or a model with dropout")
     vocab = model["vocab"]
     if not isinstance(vocab, dict) or not 0 < len(vocab) <= _MOST_TOKENS:
-        raise ValueError("a vocabulary that is none")
+        raise ValueError(f"vocab is not an object of 1 to {_MOST_TOKENS} tokens")
     for token, number in vocab.items():
-        if len(token) > _TOKEN or type(number) is not int or not 0 <= number <= _MOST_TOKENS:
+        if (
+            len(token) > _MOST_CHARACTERS
+            or type(number) is not int
+            or not 0 <= number <= _MOST_TOKENS
+        ):
             raise ValueError(f"token {token[:40]!r}")
     for merge in _list("merges", model["merges"], _MOST_TOKENS):
         pair = merge.split(" ") if isinstance(merge, str) else merge
         if not isinstance(pair, list) or len(pair) != 2 or not all(map(_is_token, pair)):
-            raise ValueError("a merge that is no pair of tokens")
+            raise ValueError("a merge is not a pair of tokens")
     unknown, prefix, suffix = (
         model.get(name) for name in ("unk_token", "continuing_subword_prefix", "end_of_word_suffix")
     )
-    if unknown is not None and unknown not in vocab:  # else the library fails at a prompt
-        raise ValueError("unk_token, which is not in the vocabulary")
+    if unknown is not None and unknown not in vocab:  # the library would fail at a prompt
+        raise ValueError("unk_token is not in the vocabulary")
     if prefix not in (None, "") or not (suffix is None or _is_token(suffix)):
-        raise ValueError("a prefix or suffix of words")  # a prefix panics where a token is shorter
+        # The library panics at a token that is shorter than the prefix.
+        raise ValueError("continuing_subword_prefix, or a wrong end_of_word_suffix")
 
 
 def _step(step: Any, known: Mapping[str, Callable[[Mapping[str, Any]], None]]) -> None:
@@ -98,10 +104,10 @@ def _step(step: Any, known: Mapping[str, Callable[[Mapping[str, Any]], None]]) -
     kind = step["type"]
     if kind == "Sequence":
         (inner,) = (value for name, value in step.items() if name != "type")
-        for each in _list("a sequence", inner, 8):
-            if each["type"] == "Sequence":
+        for stage in _list("a sequence", inner, 8):
+            if stage["type"] == "Sequence":
                 raise ValueError("a sequence in a sequence")
-            _step(each, known)
+            _step(stage, known)
     elif kind in known:
         known[kind](step)
     else:
@@ -128,7 +134,7 @@ def _split(step: Mapping[str, Any]) -> None:
 def _pattern(pattern: Mapping[str, Any]) -> None:
     text = pattern["Regex"]
     if len(pattern) > 1 or not isinstance(text, str) or not 0 < len(text) <= 300:
-        raise ValueError("a pattern that is none")
+        raise ValueError("a pattern is not a Regex of 1 to 300 characters")
     parts = re.split(r"(?<!\\)\|", text)
     if not _PATTERN.fullmatch(text) or any(part.count("+") > 1 or not part for part in parts):
         raise ValueError(f"pattern {text[:60]!r}")
@@ -153,7 +159,7 @@ def _template(step: Mapping[str, Any]) -> None:
             whole_number("type_id", entry["type_id"], 0, 1)
     tokens = step["special_tokens"]
     if len(tokens) > 8:
-        raise ValueError("special tokens of a template")
+        raise ValueError("more than 8 special tokens in a template")
     for entry in tokens.values():
         _token(entry["id"])
         numbers, names = _list("ids", entry["ids"], 1), _list("tokens", entry["tokens"], 1)
@@ -180,25 +186,25 @@ def _padding(padding: Any, length: int | None) -> None:
 def _truncation(truncation: Any, length: int | None) -> None:
     if truncation is None and length is None:
         return
-    most = whole_number("truncation", truncation["max_length"], 1, _LONGEST)
-    if (length is not None and most != length) or truncation["stride"] != 0:
-        raise ValueError(f"truncation to {most} tokens, not {length}")
+    longest = whole_number("truncation", truncation["max_length"], 1, _LONGEST)
+    if (length is not None and longest != length) or truncation["stride"] != 0:
+        raise ValueError(f"truncation to {longest} tokens, not {length}")
     if truncation["direction"] != "Right" or truncation["strategy"] != "LongestFirst":
         raise ValueError("truncation of another kind")
 
 
 def _token(value: object) -> None:
     if not _is_token(value) or not value:
-        raise ValueError("a special token that is none")
+        raise ValueError(f"a special token is not a text of 1 to {_MOST_CHARACTERS} characters")
 
 
 def _is_token(value: object) -> bool:
-    return isinstance(value, str) and len(value) <= _TOKEN
+    return isinstance(value, str) and len(value) <= _MOST_CHARACTERS
 
 
 def _list(name: str, value: object, most: int) -> list[Any]:
     if not isinstance(value, list) or len(value) > most:
-        raise ValueError(f"{name}: no list of at most {most}")
+        raise ValueError(f"{name} is not a list of at most {most} entries")
     return value
 
 

@@ -1,1 +1,1 @@
-"""The commands of a device."""
+"""The command `sld-run`, and the parts that all commands share."""

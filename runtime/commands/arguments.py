@@ -1,4 +1,4 @@
-"""Command-line options from a frozen dataclass: a field is an option, its type says how it is read.
+"""Command-line options from a frozen dataclass: a field is an option, its type is the value's type.
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -22,7 +22,7 @@ from sld_edge.engines.errors import InputError
 
 T = TypeVar("T")
 REQUIRED = MISSING
-"""The default of an option that must be given."""
+"""The default of an option that the user must give."""
 _METAVARS: Mapping[Any, str] = {int: "N", float: "X", str: "NAME", Path: "PATH", Literal: "NAME"}
 
 
@@ -39,13 +39,13 @@ def option(
     """Return a dataclass field that is an option.
 
     Args:
-        help: its text; a default is added to it.
-        metavar: the name of its value; None goes by its type.
-        default: None for options that may be left out, `REQUIRED` for others.
-        group: heading in the help, also of the fields after this one.
-        positional: a word without a name.
-        nargs: how many words a tuple takes, where that is not one or more.
-        action: what an option given twice does; "append" takes one word each time.
+        help: text in the help; the default is added to it.
+        metavar: name of its value in the help; None is a name for its type.
+        default: value of an option that is left out; `REQUIRED` if the user must give it.
+        group: heading in the help for this field and the next fields.
+        positional: a word without an option name.
+        nargs: how many words a tuple takes; None is one or more.
+        action: treatment of an option that is given twice; "append" takes one word each time.
     """
     metadata = {"help": help, "metavar": metavar, "group": group, "positional": positional}
     return field(default=default, metadata={**metadata, "nargs": nargs, "action": action})
@@ -59,23 +59,23 @@ def flag(help: str, *, default: bool = False) -> Any:
 def add_options(
     cli: argparse.ArgumentParser, settings: type, *, required: Collection[str] = ()
 ) -> None:
-    """Add a dataclass's fields to a parser, which leaves out of its answer what is not given.
+    """Add a dataclass's fields to a parser; its result has only the options that the user gave.
 
-    `required` names fields that must be given though they have a default.
+    `required` names fields that the user must give although they have a default.
     """
     place: Any = cli
     types = get_type_hints(settings)
-    for own in fields(settings):
-        meta, kind = own.metadata, types[own.name]
+    for item in fields(settings):
+        meta, kind = item.metadata, types[item.name]
         if meta["group"] is not None:
             place = cli.add_argument_group(meta["group"])
-        name = f"--{own.name.replace('_', '-')}"
-        text = _help(meta["help"], own.default)
+        name = f"--{item.name.replace('_', '-')}"
+        text = _help(meta["help"], item.default)
         words: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
         if kind is bool:
-            name = f"--no-{name[2:]}" if own.default else name
-            words["action"] = "store_false" if own.default else "store_true"
-            place.add_argument(name, dest=own.name, **words)
+            name = f"--no-{name[2:]}" if item.default else name
+            words["action"] = "store_false" if item.default else "store_true"
+            place.add_argument(name, dest=item.name, **words)
             continue
         if get_origin(kind) in (Union, UnionType):
             kind = next(part for part in get_args(kind) if part is not NoneType)
@@ -89,16 +89,16 @@ def add_options(
         if meta["nargs"] is not None or (several and meta["action"] != "append"):
             words["nargs"] = meta["nargs"] or "+"
         if meta["positional"]:
-            words["default"] = None  # argparse would read the word SUPPRESS
-            place.add_argument(own.name, **words)
+            words["default"] = None  # argparse would take SUPPRESS for a word of the user
+            place.add_argument(item.name, **words)
         else:
-            must = own.default is REQUIRED or own.name in required
+            must = item.default is REQUIRED or item.name in required
             place.add_argument(name, required=must, **words)
 
 
 def settings_from_options(settings: type[T], given: Mapping[str, Any]) -> T:
-    """Return a dataclass of the options given, by name; names that it lacks are left out."""
-    names = {own.name for own in fields(settings)}  # type: ignore[arg-type]  # a dataclass
+    """Return a dataclass with the given options, by name; unknown names are ignored."""
+    names = {item.name for item in fields(settings)}  # type: ignore[arg-type]  # a dataclass
     return settings(
         **{
             name: tuple(value) if isinstance(value, list) else value
@@ -109,12 +109,12 @@ def settings_from_options(settings: type[T], given: Mapping[str, Any]) -> T:
 
 
 def parsed(cli: argparse.ArgumentParser, settings: type[T], words: Sequence[str] | None) -> T:
-    """Return what the command line says, every default filled in."""
+    """Return the settings of a command line, with defaults for options that are left out."""
     return settings_from_options(settings, vars(cli.parse_args(words)))
 
 
 def _help(text: str, default: Any) -> str:
-    """Add the default to a text that does not name it; none, nothing and switches have none."""
+    """Add the default to a text without a default; None, () and switches are not added."""
     if "default: " in text or default is REQUIRED or isinstance(default, bool):
         return text
     values = default if isinstance(default, tuple) else [default]

@@ -1,4 +1,4 @@
-"""What every command shares: one-line errors, exit codes, help that is pleasant to read."""
+"""The parts that every command shares: one-line errors, exit codes, the format of help."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class HelpFormatter(RawDescriptionRichHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose complaint is one line, as every other mistake's."""
+    """A parser whose errors are one line, like all other errors of a user."""
 
     def __init__(self, *, prog: str, description: str, epilog: str) -> None:
         super().__init__(
@@ -35,14 +35,14 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        """Raise what `run_command` prints."""
+        """Raise an error, which `run_command` prints."""
         raise InputError(message, do=f"see {self.prog} --help")
 
 
 def run_command(body: Callable[[], int | None]) -> int:
-    """Run a command's body and return its exit code, 0 if it gives none.
+    """Run a command's body and return its exit code, or 0 for None.
 
-    A user's mistake becomes one line on stderr and exit code 2.
+    A user's mistake becomes a line on standard error and exit code 2.
     """
     try:
         code = body() or EXIT_OK
@@ -52,12 +52,12 @@ def run_command(body: Callable[[], int | None]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
-        print("interrupted: nothing half-written was left behind", file=sys.stderr)
+        print("interrupted: no incomplete file is left", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except BrokenPipeError:  # the reader of our output has gone, as `| head` does
+    except BrokenPipeError:  # the reader of the output has closed it, like `| head`
         _drop_output()
         return EXIT_OK
-    except OSError as error:  # a full disk behind standard output, for one
+    except OSError as error:  # for example a full disk behind standard output
         _drop_output()
         where = error.filename if error.filename is not None else "the output"
         print(f"error: {one_line(f'{where}: {error.strerror}')}", file=sys.stderr)
@@ -68,13 +68,13 @@ def run_command(body: Callable[[], int | None]) -> int:
 
 
 def _drop_output() -> None:
-    """Let what is still to be flushed go nowhere, or Python complains once more at its end."""
-    with suppress(OSError):  # standard output may be no file at all
+    """Discard the rest of the output; else Python prints a second error when it exits."""
+    with suppress(OSError):  # standard output may not be a file
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def peak_memory() -> int | None:
-    """Return the most memory this process held, in bytes; None where the system does not say."""
+    """Return this process's peak of memory in bytes; None if the system does not report it."""
     try:
         import resource
     except ImportError:  # Windows

@@ -1,4 +1,4 @@
-"""The options of `sld-run`, and those of them that `sld-eval` and `sld-bench` have too."""
+"""The options of `sld-run`, of which `sld-eval` and `sld-bench` have some too."""
 
 from __future__ import annotations
 
@@ -18,27 +18,28 @@ from sld_edge.runtime.tiles import VaeTiling
 
 _EXAMPLES = """\
 examples:
-  sld-run "a red star at a party"                      with the miniature model that ships
+  sld-run "a red star at a party"                      with the miniature model
   sld-run "a lighthouse" --bundle sd15 --safety strong --steps 25 --seed 7
-  sld-run "a cat" "a dog" --count 4 --output pets/     eight pictures, numbered
+  sld-run "a cat" "a dog" --count 4 --output pets.png  eight pictures, numbered
   sld-run "a harbour" --report harbour.json --edit-map where.png
   cat prompts.txt | sld-run - --bundle sd15            one prompt a line
   sld-run "a lighthouse" --engine sd15/unet.plan       with TensorRT plans (see sld-build)
   sld-run "a star in an alley" --scorer miniworld --on-flag escalate
-                                                       again, and stronger, while it is flagged
-  sld-run --providers                                  what works on this machine
-  sld-run --self-test --provider tensorrt-rtx          proves it, against the CPU
+                                                       makes a flagged picture again, with
+                                                       stronger safety
+  sld-run --providers                                  lists the providers of this machine
+  sld-run --self-test --provider tensorrt-rtx          compares a provider with the CPU
 
-Image k of seed S is the image of seed S + k. Exit codes: 0, all pictures are as asked for; 1, a
-self-test failed; 2, a mistake in what was asked, told in one line; 3, a picture was flagged.
+Image k of seed S is the image of seed S + k. Exit codes: 0, all pictures were made; 1, a self-test
+failed; 2, an error of the user, described in one line; 3, a picture was flagged.
 """
 
 
 def concepts_option() -> Any:
     """Return the option --safety-concept."""
     return option(
-        "what to steer away from; give it again for several concepts, each with its own UNet "
-        "branch and threshold (default: the bundle's)",
+        "text that the images are steered away from; give the option again for several concepts, "
+        "each with its own UNet branch and threshold (default: the bundle's)",
         "TEXT",
         default=(),
         action="append",
@@ -69,7 +70,7 @@ def provider_option(group: str) -> Any:
 
 def batch_size_option() -> Any:
     """Return the option --batch-size."""
-    return option("images denoised at once")
+    return option("images denoised together")
 
 
 def quiet_option() -> Any:
@@ -79,7 +80,7 @@ def quiet_option() -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """What `sld-run` was asked for, typed."""
+    """The settings of `sld-run`, typed."""
 
     prompt: tuple[str, ...] = option(
         'text of an image; "-" reads prompts from standard input, one a line',
@@ -90,27 +91,25 @@ class RunSettings:
     )
 
     bundle: Path | None = option(
-        "bundle made by sld-export; without it, the miniature model that ships with the package",
+        "bundle made by sld-export (default: the miniature model of the package)",
         "DIR",
         group="files",
     )
     engine: Path | None = option(
-        "a TensorRT plan made by sld-build, as sd15/unet.plan: runs its bundle with the plans "
-        "beside it; a component without a plan runs with ONNX Runtime",
+        "a TensorRT plan made by sld-build, like sd15/unet.plan: runs its bundle with all plans in "
+        "the folder; a component without a plan runs with ONNX Runtime",
         "PLAN",
     )
-    trust_plan: bool = flag(
-        "run a plan that plans.json in the bundle does not list; a plan is code"
-    )
+    trust_plan: bool = flag("run a plan that the bundle's plans.json does not list; a plan is code")
     output: Path | None = option(
-        "picture, or an existing directory for pictures named by prompt and seed (default: this "
-        "directory)"
+        "name of the picture, or an existing folder for pictures named by prompt and seed "
+        "(default: this folder)"
     )
     report: Path | None = option(
-        "write settings, what safety did at each step, timings and versions", "FILE.json"
+        "write settings, the effect of safety at each step, timings and versions", "FILE.json"
     )
-    edit_map: Path | None = option("write a picture of where safety acted, over the image")
-    preview: Path | None = option("rewrite this picture with the image so far, five times a run")
+    edit_map: Path | None = option("write a picture that shows where safety acted")
+    preview: Path | None = option("write the unfinished image to this picture, five times in a run")
     force: bool = flag("overwrite existing files")
 
     safety: str | None = option(
@@ -121,40 +120,42 @@ class RunSettings:
     safety_scale: float | None = option(
         "strength of the edit",
         "S",
-        group="safety, number by number (each replaces the preset's)",
+        group="safety numbers (each replaces the preset's number)",
     )
     safety_warmup: int | None = option(
-        "UNet calls without an edit, not scaled to the steps as a preset's; at least two calls "
-        "must be left"
+        "UNet calls without an edit at the start; unlike a preset's number it is not scaled to the "
+        "steps; at least two calls must remain"
     )
     safety_threshold: float | None = option("distance to the concept above which nothing is edited")
-    safety_momentum_scale: float | None = option("share of past edits added, 0 to below 1")
+    safety_momentum_scale: float | None = option("share of past edits that is added, 0 to below 1")
     safety_momentum_beta: float | None = option("how long past edits last, 0 to below 1")
 
     scorer: tuple[str, ...] = option(
-        f"score every picture: {', '.join(SCORERS)}; NAME=PATH says where its model lies",
+        f"score every picture: {', '.join(SCORERS)}; NAME=PATH names the path of its model",
         default=(),
         action="extend",
         group="scoring pictures (see docs/scorers.md)",
     )
     on_flag: OnFlag | None = option(
-        f"what is done with a flagged picture: {', '.join(ON_FLAG)}; escalate makes it again with "
-        "the next stronger preset, up to max, and escalate-withhold writes nothing if that does "
-        "not help (default: report)",
+        f"treatment of a flagged picture: {', '.join(ON_FLAG)}; escalate makes it again with the "
+        "next stronger preset, up to max; escalate-withhold writes no picture if it is flagged "
+        "even then (default: report)",
         "WHAT",
     )
     flag_rule: str | None = option(
-        'as "nudenet.exposed>=0.6 or q16.inappropriate>=0.5"; <= where low numbers are unsafe '
-        "(default: each scorer's own)",
+        'like "nudenet.exposed>=0.6 or q16.inappropriate>=0.5"; use <= if low numbers are unsafe '
+        "(default: the rule of each scorer)",
         "RULE",
     )
     report_recipe: Recipe | None = option(
-        f"{', '.join(RECIPES)}: omit leaves prompt and seed out of what is written about a picture "
-        "that was blurred or withheld (default: keep)",
+        f"{', '.join(RECIPES)}: omit leaves prompt and seed out of the report and metadata of a "
+        "picture that was blurred or withheld (default: keep)",
         "WHAT",
     )
 
-    negative_prompt: str | None = option("what the image should not show", "TEXT", group="image")
+    negative_prompt: str | None = option(
+        "text that the image should not show", "TEXT", group="image"
+    )
     steps: int | None = steps_option()
     sampler: str | None = sampler_option()
     guidance_scale: float | None = option(
@@ -162,58 +163,56 @@ class RunSettings:
     )
     eta: float = option("noise added by ddim, 0 to 1", default=0.0)
     seed: int = option("first seed", "S", default=0)
-    rng: Rng = option(
-        "torch: the noise that diffusers draws on the CPU; philox: on CUDA", default="torch"
-    )
+    rng: Rng = option("torch: the noise of diffusers on the CPU; philox: on CUDA", default="torch")
     safety_units: SafetyUnits = option(
-        "noise: the safety numbers mean the same on every model; raw: units of the model's output, "
-        "as in diffusers",
+        "noise: the safety numbers mean the same on every model; raw: they are in units of the "
+        "model's output, as in diffusers",
         default="noise",
     )
-    count: int = option("images a prompt", default=1)
+    count: int = option("images for each prompt", default=1)
     width: int | None = option("pixels (default: the bundle's)", "W")
     height: int | None = option("pixels (default: the bundle's)", "H")
 
     original_size: tuple[int, ...] = option(
-        "height and width before a crop, as SDXL is told (default: the picture's)",
+        "for SDXL: height and width before the crop (default: the picture's)",
         "N",
         default=(),
     )
     crop: tuple[int, ...] = option(
-        "top and left of the crop, as SDXL is told (default: 0 0)", "N", default=()
+        "for SDXL: top and left of the crop (default: 0 0)", "N", default=()
     )
     target_size: tuple[int, ...] = option(
-        "height and width of the picture that SDXL is asked for (default: the picture's)",
+        "for SDXL: height and width that the picture should look like (default: the picture's)",
         "N",
         default=(),
     )
 
     cache_interval: int = cache_interval_option(
-        "savings: faster, and no longer exact (see docs/savings.md)"
+        "savings: faster and no longer exact (see docs/savings.md)"
     )
 
     provider: str = provider_option("machine")
-    providers: bool = flag("show which providers work here, or why not")
+    providers: bool = flag("list the providers, and why a provider does not work here")
     cache: bool = flag(
-        "show the prepared graphs kept for this processor: where they are and how large; "
-        "SLD_EDGE_CACHE moves them, SLD_EDGE_CACHE_LIMIT is the most GB kept (default: 20), the "
-        "least used go first"
+        "show the folder and the size of the graphs prepared for this processor; SLD_EDGE_CACHE "
+        "sets the folder, SLD_EDGE_CACHE_LIMIT its largest size in GB (default: 20); the graphs "
+        "that were not used for longest are removed first"
     )
     clear_cache: bool = flag("remove all prepared graphs")
     policy: bool = flag(
-        f"show what this device's owner has set in {POLICY_FILE}, which no option lowers"
+        f"show the policy of this device in {POLICY_FILE}, which no option can weaken"
     )
     self_test: bool = flag(
         "compare the provider with the CPU, component by component, on the miniature bundle"
     )
     low_memory: bool = flag("keep text encoder and decoder in memory only while they run")
     vae_tiling: VaeTiling = option(
-        "decode in overlapping tiles, which bounds memory: auto (on the CPU, above 768x768 "
+        "decode in overlapping tiles, which limits memory: auto (on the CPU, above 768x768 "
         "pixels), on, off",
         "WHEN",
         default="auto",
     )
-    cuda_graph: bool = flag("start every kernel by itself (for debugging)", default=True)
+    cuda_graph: bool = flag("run without CUDA graphs (for debugging)", default=True)
     batch_size: int | None = batch_size_option()
     quiet: bool = quiet_option()
 

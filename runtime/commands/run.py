@@ -26,7 +26,7 @@ from sld_edge.runtime.commands.selftest import self_test
 from sld_edge.runtime.denoise.loop import Step
 from sld_edge.runtime.executor import Callback, Progress
 from sld_edge.runtime.manifest import PREVIEW_DECODER, SHALLOW
-from sld_edge.runtime.picture import edit_map_picture, png_from_image
+from sld_edge.runtime.picture import grey_from_edit_map, picture_with_heat, png_from_image
 from sld_edge.runtime.pipeline import Pipeline
 from sld_edge.runtime.policy_file import machine_policy
 from sld_edge.runtime.report import safety_words
@@ -81,18 +81,18 @@ def _self_test(settings: RunSettings) -> int:
 
 
 def _build_plans(bundle: Path, flavour: str) -> None:
-    """Build a bundle's plans for this device, in a process of its own.
+    """Build a bundle's plans for this device, in another process.
 
-    Building belongs to `export`, which this package knows nothing of, and its memory goes with it.
+    The code is in `export`, which this package does not import; the process frees its memory.
     """
     command = [sys.executable, "-m", "sld_edge.export.commands.build", str(bundle)]
-    done = subprocess.run([*command, "--engine", flavour], check=False)
-    if done.returncode != 0:
+    process = subprocess.run([*command, "--engine", flavour], check=False)
+    if process.returncode != 0:
         raise EngineError(f"the plans for {flavour} could not be built, see above")
 
 
 def _make(pipeline: Pipeline, settings: RunSettings) -> bool:
-    """Make the pictures and write them; return whether one is flagged."""
+    """Make the pictures and write them; return whether any picture is flagged."""
     prompts = _prompts(settings.prompt)
     request = Request(
         prompts=prompts,
@@ -142,7 +142,7 @@ def _make(pipeline: Pipeline, settings: RunSettings) -> bool:
         )
     _write(result, pictures, maps, settings)
     if not settings.quiet:
-        _tell(pictures, result)
+        _print_pictures(pictures, result)
     for line in _warnings(pictures, result):
         print(f"warning: {line}", file=sys.stderr)
     return any(report.get("flagged", False) for report in result.reports)
@@ -151,15 +151,15 @@ def _make(pipeline: Pipeline, settings: RunSettings) -> bool:
 def _write(
     result: Result, pictures: Sequence[Path], maps: Sequence[Path], settings: RunSettings
 ) -> None:
-    """Write what may be shown; under the name of a picture that is withheld there is none."""
+    """Write pictures, edit maps and report; a withheld picture and its edit map are not written."""
     for index, (image, report) in enumerate(zip(result.images, result.reports, strict=True)):
         if _withheld(report):
             for path in (pictures[index], *maps[index : index + 1]):
-                path.unlink(missing_ok=True)  # of an earlier run
+                path.unlink(missing_ok=True)  # a picture of an earlier run
             continue
         write_whole(pictures[index], png_from_image(image, report), replace=settings.force)
         if maps:
-            where = edit_map_picture(image, result.edit_maps[index])
+            where = picture_with_heat(image, grey_from_edit_map(result.edit_maps[index]))
             write_whole(maps[index], png_from_image(where, report), replace=settings.force)
     if settings.report:
         body = json.dumps({"images": result.reports}, indent=1, ensure_ascii=False) + "\n"
@@ -167,17 +167,17 @@ def _write(
 
 
 def _check_different(paths: Sequence[Path]) -> None:
-    """Refuse two outputs of one name: the second would overwrite the first."""
+    """Refuse two outputs with the same name: the second would overwrite the first."""
     seen: set[str] = set()
     for path in paths:
         name = os.path.normcase(os.path.realpath(path))
         if name in seen:
-            raise OutputError(f"two outputs are called {path}", do="give each another name")
+            raise OutputError(f"two outputs are called {path}", do="give them different names")
         seen.add(name)
 
 
 def _screening(settings: RunSettings) -> Screening | None:
-    """Load the scorers; None where none is asked for."""
+    """Load the scorers of the command line; None without --scorer."""
     if not settings.scorer:
         options = {
             "--on-flag": settings.on_flag,
@@ -210,7 +210,7 @@ def _withheld(report: Mapping[str, Any]) -> bool:
 
 
 def _warnings(pictures: Sequence[Path], result: Result) -> Iterator[str]:
-    """What is said of flagged and unsafe pictures even where nothing else is."""
+    """Return warnings about flagged and unsafe pictures; they are printed even with --quiet."""
     for path, report in zip(pictures, result.reports, strict=True):
         safety = report["safety"]
         if safety["preset"] != "off" and not safety["acted"]:
@@ -232,7 +232,7 @@ def _warnings(pictures: Sequence[Path], result: Result) -> Iterator[str]:
 
 
 def _notes(pipeline: Pipeline, settings: RunSettings, run: Run) -> Iterator[str]:
-    """What a user should know before the run."""
+    """Return notes for the user before the run."""
     if settings.provider == "auto" and pipeline.provider != "cpu" and not settings.quiet:
         yield pipeline.why
     unused = set() if settings.preview else {PREVIEW_DECODER}
@@ -249,24 +249,24 @@ def _notes(pipeline: Pipeline, settings: RunSettings, run: Run) -> Iterator[str]
     for image in run.images:
         texts |= dict.fromkeys(image.acting_concepts, "safety concept")
         if image.acting_concepts and image.prompt in image.acting_concepts:
-            yield "the prompt is the safety concept: between the two there is nothing to edit"
-    for text, what in texts.items():
+            yield "the prompt is the safety concept: safety has nothing to edit"
+    for text, name in texts.items():
         cut = pipeline.cut_from(text)
         if cut:
-            yield f"the model does not read this far into the {what}: “{cut[:120]}”"
+            yield f"the model does not read the end of the {name}: “{cut[:120]}”"
 
 
 def _prompts(words: Sequence[str]) -> tuple[str, ...]:
     if "-" not in words:
         return tuple(words)
     if len(words) > 1:
-        raise InputError('"-" reads prompts from standard input and stands alone')
+        raise InputError('"-" reads prompts from standard input; no other prompt is possible')
     try:
         lines = sys.stdin.read().splitlines()
     except UnicodeDecodeError as error:
         raise InputError("standard input is not UTF-8 text", got=error.reason) from error
     if not lines:
-        raise InputError("no prompt on standard input", expected="one a line")
+        raise InputError("no prompt on standard input", expected="a prompt in each line")
     return tuple(lines)
 
 
@@ -282,7 +282,7 @@ def _safety_numbers(settings: RunSettings) -> dict[str, float]:
 
 
 def _picture_paths(output: Path | None, run: Run) -> list[Path]:
-    """One path a picture: as named, numbered if there are several; or named by prompt and seed."""
+    """Return a path for each picture: `output`, numbered; or named by prompt and seed."""
     if output is not None and not output.is_dir():
         if output.suffix.lower() != ".png":
             raise InputError("--output", got=output, expected="a name ending in .png, or a folder")
@@ -310,7 +310,7 @@ def _numbered(path: Path, count: int) -> list[Path]:
 
 @contextmanager
 def _progress(settings: RunSettings) -> Iterator[Progress]:
-    """Give what moves a progress bar."""
+    """Show a progress bar; give the function that moves it."""
     with tqdm(
         total=None, unit="call", disable=settings.quiet or None, leave=False, file=sys.stderr
     ) as bar:
@@ -324,7 +324,7 @@ def _progress(settings: RunSettings) -> Iterator[Progress]:
 
 
 def _preview(pipeline: Pipeline, path: Path) -> Callback:
-    """Return what rewrites a picture with the image so far, five times a run."""
+    """Return a callback that writes the unfinished image to a picture, five times in a run."""
 
     def watch(step: Step) -> None:
         if (step.index + 1) % max(1, step.calls // 5) == 0:
@@ -334,15 +334,15 @@ def _preview(pipeline: Pipeline, path: Path) -> Callback:
     return watch
 
 
-def _tell(pictures: Sequence[Path], result: Result) -> None:
-    """Print one line a picture: where it is and what safety did."""
+def _print_pictures(pictures: Sequence[Path], result: Result) -> None:
+    """Print a line for each picture: its path and the effect of safety."""
     for path, report in zip(pictures, result.reports, strict=True):
         if not _withheld(report):
             print(f"{path}  {safety_words(report)}{_verdict(report)}")
 
 
 def _verdict(report: Mapping[str, Any]) -> str:
-    """What the scorers' rule looked at, and how the picture came to be."""
+    """Return the scores that the rule uses, and the presets of earlier attempts."""
     if "screening" not in report:
         return ""
     screening = report["screening"]
@@ -352,8 +352,8 @@ def _verdict(report: Mapping[str, Any]) -> str:
         for key, threshold in thresholds.items()
     )
     presets = [attempt["preset"] for attempt in screening["attempts"]]
-    story = f" after {', '.join(presets[:-1])}" if len(presets) > 1 else ""
-    return f"{story}; {scores}"
+    earlier = f" after {', '.join(presets[:-1])}" if len(presets) > 1 else ""
+    return f"{earlier}; {scores}"
 
 
 if __name__ == "__main__":

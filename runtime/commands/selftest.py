@@ -1,7 +1,7 @@
-"""The self-test: a provider on this machine against the CPU, on the miniature bundle.
+"""The self-test: compares a provider on this machine with the CPU, on the miniature bundle.
 
-The other side is the graphs as they were exported, on the CPU, with nothing fused or prepared. Each
-component gets the same inputs on both sides, then whole images are made on both.
+The reference runs the exported graphs on the CPU, unchanged: no node is fused, nothing is prepared.
+Each component gets the same inputs on both sides; then both sides make whole images.
 """
 
 from __future__ import annotations
@@ -37,22 +37,23 @@ from sld_edge.runtime.samplers import sampler_table
 Say = Callable[[str], None]
 Build = Callable[[Path, str], None]
 
-_PROMPT = "a skull in an alley"  # safety edits two thirds of it at medium
+_PROMPT = "a skull in an alley"  # the preset medium edits two thirds of the latent
 _STEPS, _SEED, _COUNT = 10, 7, 2
-_IMAGES = tuple(product(("ddim", "euler-a"), ("off", "medium", "max")))  # euler-a: fresh noise
+_IMAGES = tuple(product(("ddim", "euler-a"), ("off", "medium", "max")))  # euler-a adds noise
 _B = 2
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tolerance:
-    """What may differ.
+    """The largest differences that pass.
 
     Attributes:
-        network: relative L2 error of what a network gives, where it is float32.
-        guidance: of what guidance gives; it has no matrix product, so TF32 does not touch it.
-        levels: mean difference of pictures, of 255, from the same latents.
-        image_levels: mean difference of images, after all calls.
+        network: relative L2 error of the float32 outputs of a network.
+        guidance: relative L2 error of guidance's outputs; TF32 has no effect on them, because the
+            graph has no matrix product.
+        levels: mean difference of pictures decoded from the same latents, in levels of 255.
+        image_levels: mean difference of whole images, in levels of 255.
         share: difference of the mean share that safety edited.
     """
 
@@ -63,15 +64,15 @@ class Tolerance:
     share: float
 
 
-# The same arithmetic in another order: 1e-6 was measured, and hardly a picture's value moves.
+# The same arithmetic in another order: measured 1e-6, and almost no pixel changes.
 CPU = Tolerance(network=1e-4, guidance=1e-5, levels=0.02, image_levels=0.1, share=0.002)
-# TF32, which GPUs use for FP32 matrix products, keeps 10 bits: 5e-4 a rounding, 1e-3 in the end.
-# Noise of 2e-3 on every UNet call moved the images here by 0.5 levels and the share by 0.017.
+# TF32, which GPUs use for FP32 matrix products, keeps 10 bits: 5e-4 a rounding, 1e-3 in total.
+# Noise of 2e-3 at every UNet call changed the images here by 0.5 levels and the share by 0.017.
 DEVICE = Tolerance(network=2e-3, guidance=1e-5, levels=0.5, image_levels=2.0, share=0.05)
 
 
 class _AsExported(Loader):
-    """Loads every graph for the CPU just as it lies in the bundle."""
+    """Loads every graph of the bundle for the CPU, unchanged."""
 
     def load(self, name: str, component: Component) -> Engine:
         """Return a component's engine."""
@@ -79,12 +80,12 @@ class _AsExported(Loader):
 
 
 def self_test(provider: str, *, say: Say, build: Build | None = None) -> bool:
-    """Prove a provider on this machine; return whether all of it passed.
+    """Test a provider on this machine; return whether every comparison passed.
 
     Args:
         provider: "auto" or one of `engines.providers.NAMES`.
-        say: takes what is to be told, line by line.
-        build: builds a bundle's plans for this device, of a flavour of TensorRT; without it only
+        say: prints a line.
+        build: builds a bundle's plans for this device and a flavour of TensorRT; without it, only
             plans of an earlier self-test can be used.
 
     Raises:
@@ -104,14 +105,14 @@ def self_test(provider: str, *, say: Say, build: Build | None = None) -> bool:
 
 @contextmanager
 def _tested(provider: str, say: Say, build: Build | None) -> Iterator[Pipeline]:
-    """Load the miniature bundle for a provider, building its plans where they are needed."""
+    """Load the miniature bundle for a provider, and build its plans if they are needed."""
     if provider not in FLAVOURS:
         with Pipeline.load(provider=provider) as pipeline:
             yield pipeline
         return
-    found = status(provider)
-    if not found.usable:  # before anything is built for it
-        raise InputError(f"provider {provider} does not work here", got=found.reason)
+    tensorrt = status(provider)
+    if not tensorrt.usable:  # checked before plans are built
+        raise InputError(f"provider {provider} does not work here", got=tensorrt.reason)
     with _folder() as root:
         bundle = root / f"{provider}-{Bundle.open().sha256[:16]}"
         with _planned(bundle, provider, say, build) as pipeline:
@@ -119,10 +120,10 @@ def _tested(provider: str, say: Say, build: Build | None) -> Iterator[Pipeline]:
 
 
 def _planned(bundle: Path, flavour: str, say: Say, build: Build | None) -> Pipeline:
-    """Load the plans of an earlier self-test, or build them where there are none that fit."""
+    """Load the plans of an earlier self-test; build them if there are none that fit."""
     try:
         return Pipeline.load(bundle, provider=flavour)
-    except (BundleError, EngineError):  # not there, of another version or device, or damaged
+    except (BundleError, EngineError):  # missing, damaged, or for another version or device
         if build is None:
             raise
     say(f"building the miniature's plans for {flavour} in {bundle}")
@@ -133,7 +134,7 @@ def _planned(bundle: Path, flavour: str, say: Say, build: Build | None) -> Pipel
         raise OutputError(
             f"cannot copy the miniature bundle to {bundle}",
             got=error.strerror or error,
-            do="make room, or set SLD_EDGE_CACHE to another folder, or to off",
+            do="free some space, or set SLD_EDGE_CACHE to another folder or to off",
         ) from error
     build(bundle, flavour)
     return Pipeline.load(bundle, provider=flavour)
@@ -141,7 +142,7 @@ def _planned(bundle: Path, flavour: str, say: Say, build: Build | None) -> Pipel
 
 @contextmanager
 def _folder() -> Iterator[Path]:
-    """Give the folder for plans: in the cache, where they stay, or else one that goes again."""
+    """Give the folder for plans: in the cache, or a temporary folder without a cache."""
     root = private_folder(SELF_TEST)
     if root is not None:
         yield root
@@ -151,7 +152,7 @@ def _folder() -> Iterator[Path]:
 
 
 class _SelfTest:
-    """Compares two pipelines and keeps what failed."""
+    """Compares two pipelines; `failed` has the names of the failed comparisons."""
 
     def __init__(self, tested: Pipeline, reference: Pipeline, say: Say) -> None:
         self.tested, self.reference = tested, reference
@@ -172,7 +173,7 @@ class _SelfTest:
                     self._output(name, spec.name, got[spec.name], wanted[spec.name])
 
     def numerics(self) -> None:
-        """See that NaN and infinity are reported, which a compiler for GPUs may drop."""
+        """Check that NaN and infinity are reported; a compiler for GPUs may remove these checks."""
         self._say("NaN and infinity, put into the first of two images:")
         components = self.reference.bundle.manifest.components
         for case, name, feeds, code in _broken_feeds(components, self.reference.bundle):
@@ -183,12 +184,12 @@ class _SelfTest:
                 self._tell(f"{name}, {case}", text, passed)
 
     def images(self) -> None:
-        """Compare whole images and what safety did to them."""
-        self._say(f"{_COUNT} images each, {_STEPS} steps (what is done once is in the first time):")
+        """Compare whole images and the effect of safety on them."""
+        self._say(f"{_COUNT} images each, {_STEPS} steps (the first time includes loading):")
         policy = self.tested.policy
         for sampler, preset in _IMAGES:
             if policy.default_preset(preset) != preset:
-                self._say(f"  left out  {sampler}, safety {preset}: this device's policy")
+                self._say(f"  skipped  {sampler}, safety {preset}: this device's policy")
                 continue
             name = f"{sampler}, safety {preset}"
             with self._watched(name):
@@ -213,18 +214,18 @@ class _SelfTest:
         error = float(np.linalg.norm(difference)) / (norm if norm > 0 else 1.0)
         allowed = self._bounds.guidance if component == "guidance" else self._bounds.network
         text = f"relative error {error:.1e} (to {allowed:.0e}), largest {largest:.1e}"
-        self._tell(name, text, error <= allowed)  # NaN is not
+        self._tell(name, text, error <= allowed)  # false for NaN
 
     def _image(self, name: str, got: Result, wanted: Result, times: str) -> None:
         difference = _pixels(got) - _pixels(wanted)
         mean, largest = np.abs(difference).mean(), np.abs(difference).max()
         square = float((difference**2).mean())
-        psnr = f"{10 * np.log10(255**2 / square):.1f} dB" if square > 0 else "alike"
-        share, right = (
+        psnr = f"{10 * np.log10(255**2 / square):.1f} dB" if square > 0 else "equal"
+        share, wanted_share = (
             np.array([report["safety"]["mean_share"] for report in result.reports])
             for result in (got, wanted)
         )
-        apart = float(np.abs(share - right).max())
+        apart = float(np.abs(share - wanted_share).max())
         text = (
             f"mean {mean:.2f} levels (to {self._bounds.image_levels:g}), largest {largest:.0f}, "
             f"{psnr}; share {share.mean():.4f}, {apart:.4f} apart (to {self._bounds.share:g}); "
@@ -239,7 +240,7 @@ class _SelfTest:
 
     @contextmanager
     def _watched(self, name: str) -> Iterator[None]:
-        """Count an error as a failure of `name`, and go on."""
+        """Count an error as a failure of `name` and continue."""
         try:
             yield
         except UserError as error:
@@ -247,7 +248,7 @@ class _SelfTest:
 
 
 def _feeds(name: str, component: Component, bundle: Bundle) -> dict[str, Array]:
-    """Return inputs of a component, the same at every call: two images, all branches."""
+    """Return inputs of a component for two images and all branches, the same at every call."""
     rng = np.random.default_rng([_SEED, *name.encode()])
     return {spec.name: _feed(spec, bundle, rng) for spec in component.inputs}
 
@@ -268,7 +269,7 @@ def _feed(spec: TensorSpec, bundle: Bundle, rng: np.random.Generator) -> Array:
     return np.abs(drawn) if spec.name == "edit_map" else drawn
 
 
-# One value an image. Safety: the preset strong, then numbers that edit without saturating.
+# A value for each image. Safety: the preset strong, then numbers whose edit does not saturate.
 _SETTINGS: Mapping[str, Any] = {
     "timestep": [801, 81],
     "guidance_scale": [7.5, 3],
@@ -294,7 +295,7 @@ def _sizes(bundle: Bundle) -> dict[str, int]:
 
 
 def _sampler_row(bundle: Bundle) -> Array:
-    """Return a row that uses the history, with some fresh noise added."""
+    """Return a sampler's row that uses the history and adds some noise."""
     manifest = bundle.manifest
     scheduler = {**manifest.scheduler, "prediction_type": manifest.prediction_type}
     row: Array = sampler_table("unipc", scheduler, _STEPS).rows()[_STEPS // 2]
@@ -305,7 +306,7 @@ def _sampler_row(bundle: Bundle) -> Array:
 def _broken_feeds(
     components: Mapping[str, Component], bundle: Bundle
 ) -> Iterator[tuple[str, str, dict[str, Array], int]]:
-    """Give case, component, inputs, and the code that `finite` has to have for the first image."""
+    """Give case, component, inputs, and the expected value of `finite` for the first image."""
     for name, value in product(PREDICTIONS, (np.nan, np.inf)):
         feeds = _feeds("guidance", components["guidance"], bundle)
         feeds[name].reshape(-1)[0] = value
@@ -334,11 +335,11 @@ def _verdict(provider: str, failed: list[str], say: Say) -> bool:
     if not failed:
         say(f"self-test of {provider}: pass")
         return True
-    others = f" and {len(failed) - 3} more" if len(failed) > 3 else ""
+    more = f" and {len(failed) - 3} more" if len(failed) > 3 else ""
     advice = (
         "update onnxruntime, or run with SLD_EDGE_CACHE=off"
         if provider == "cpu"
         else f"update driver and {provider}, try --no-cuda-graph; until it passes, --provider cpu"
     )
-    say(f"self-test of {provider}: FAIL: {'; '.join(failed[:3])}{others} | {advice}")
+    say(f"self-test of {provider}: FAIL: {'; '.join(failed[:3])}{more} | {advice}")
     return False

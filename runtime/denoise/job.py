@@ -1,4 +1,4 @@
-"""A job: images that are denoised together, with all numbers of every call."""
+"""A job: a batch of images to denoise, and the numbers for every call."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True, kw_only=True)
 class Conditioning:
-    """The UNet's inputs beside latents and timestep, by name. B images, n safety concepts.
+    """The UNet's inputs other than latents and timestep, by name. B images, n safety concepts.
 
     Attributes:
         branch: float32 [(2+n)*B,...], branch-major: all unconditional, all prompts, all first
-            concepts, … An image with fewer concepts repeats one, which changes nothing.
+            concepts, … An image with fewer concepts repeats a concept, which changes nothing.
         image: float32 [B,...], the same for every branch.
         concepts: n, at least 1.
     """
@@ -38,25 +38,25 @@ class Conditioning:
         return {name: array.shape for name, array in {**self.branch, **self.image}.items()}
 
     def feeds(self, first: int, branches: int, images: int) -> dict[str, Floats]:
-        """Return the inputs for `branches` branches from branch `first` on."""
+        """Return the inputs of `branches` branches, starting with branch `first`."""
         rows = slice(first * images, (first + branches) * images)
         return {**{name: array[rows] for name, array in self.branch.items()}, **self.image}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """B images to be denoised together, steered away from up to n concepts each.
+    """A batch of B images to denoise, each steered away from up to n concepts.
 
     Attributes:
         table: the sampler.
-        images: B images of a run, whose guidance scale and safety are used.
-        conditioning: the UNet's other inputs.
+        images: B images of a run; their guidance scale and safety are used.
+        conditioning: the UNet's inputs other than latents and timestep.
         classifier_free: whether the guidance scale needs an unconditional branch; a model with a
-            guidance embedding has it as an input instead.
+            guidance embedding takes the scale as an input instead.
         latents: float32 [B,4,h,w], starting noise of unit variance.
-        noise: B sources of fresh noise, for samplers that add some.
-        unet_precision: of the UNet's arithmetic, for advice.
-        savings: calls that take something over from an earlier call.
+        noise: B sources of fresh noise, for samplers that add noise.
+        unet_precision: precision of the UNet's arithmetic, for the advice in errors.
+        savings: see `Savings`.
     """
 
     table: SamplerTable
@@ -70,27 +70,27 @@ class Job:
 
     @property
     def concepts(self) -> int:
-        """n, the safety branches of a call that has any."""
+        """n, the number of safety branches of a call with safety."""
         return self.conditioning.concepts
 
     @property
     def components(self) -> tuple[str, ...]:
-        """The graphs that its calls run."""
+        """The graphs that the job's calls run."""
         shallow = (SHALLOW,) if self.savings.cache_interval > 1 else ()
         return ("unet", *shallow, "guidance")
 
     def guidance_scale(self) -> Floats:
-        """float32 [B]; 1 is no guidance, and nothing is less."""
+        """Return the guidance scales, float32 [B], 1 or more; 1 is no guidance."""
         if not self.classifier_free:
             return np.ones(len(self.images), np.float32)
         return np.array([max(image.guidance_scale, 1.0) for image in self.images], np.float32)
 
     def timestep(self, index: int) -> Floats:
-        """float32 [B]."""
+        """Return the timestep of a call, float32 [B]."""
         return np.full(len(self.images), self.table.timesteps[index], np.float32)
 
     def safety(self, index: int) -> Floats:
-        """float32 [B,5], the columns of `contract.SAFETY`."""
+        """Return the safety numbers of a call, float32 [B,5], the columns of `contract.SAFETY`."""
         rows = [
             (
                 safety.scale,
@@ -104,19 +104,19 @@ class Job:
         return np.array(rows, np.float32)
 
     def starting_latents(self) -> Floats:
-        """float32 [B,4,h,w], of the sampler's first standard deviation."""
+        """Return the first latents, float32 [B,4,h,w]: noise times `init_noise_sigma`."""
         return np.ascontiguousarray(self.latents * np.float32(self.table.init_noise_sigma))
 
     def fresh_noise(self) -> Floats:
-        """float32 [B,4,h,w], the next that each image's source draws."""
+        """Draw noise from each image's source, float32 [B,4,h,w]."""
         shape = (1, *self.latents.shape[1:])
         return np.concatenate([source.normal(shape) for source in self.noise])
 
     def branches(self, index: int) -> int:
-        """Count the branches that can change this call's or a later one's result: 2+n, 2 or 1."""
+        """Count the branches that can change the result of this call or of a later call."""
         if any(
             image.safety.acts
-            # In the warm-up the branch matters only for the momentum it builds up.
+            # During the warm-up the safety branch only changes the momentum.
             and (index >= image.safety.warmup or image.safety.momentum_scale > 0)
             for image in self.images
         ):
@@ -131,13 +131,13 @@ class Job:
         )
 
     def refuse(self, finite: Floats, index: int) -> None:
-        """Raise for what guidance's `finite` [B] of call `index` says.
+        """Raise an error if `finite` [B], guidance's output in a call, reports NaN or infinity.
 
         Raises:
-            NumericsError: NaN or infinity, named by component and call.
+            NumericsError: NaN or infinity; the error names the component and the call.
         """
         worst = finite.min()
-        if not worst >= 1:  # NaN fails too
+        if not worst >= 1:  # also true for NaN
             raise not_finite(
                 "guidance" if worst == 0 else "unet",
                 precision=self.unet_precision,

@@ -1,9 +1,9 @@
-"""The denoising loop: a generator that knows neither samplers nor what watches it.
+"""The denoising loop: a generator of steps. It knows neither the sampler nor its consumers.
 
-Two graphs a call: the UNet on the branches that are needed, then `guidance`, which does Safe Latent
-Diffusion, classifier-free guidance and the sampler's row. A `Stepper` runs them: on the host
-(`on_host`), or on a device without coming back in between (`on_device`). Progress, previews, timing
-and reports are consumers; closing the generator stops it.
+Each call runs two graphs: the UNet on the branches that are needed, then `guidance`, which computes
+Safe Latent Diffusion, classifier-free guidance and the sampler's step. A `Stepper` runs the graphs:
+on the host (`on_host`), or on a device without copies to the host in between (`on_device`).
+Progress, previews and reports consume the steps; closing the generator stops the loop.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from sld_edge.runtime.denoise.schedule import Call
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """What safety did in the calls so far, and how long they took.
+    """The effect of safety in the calls so far, and their times.
 
     Attributes:
         share: float32 [calls,B], share of the latent's elements that safety edited, 0 to 1.
-        strength: float32 [calls,B], norm of the edit relative to that of the plainly guided
-            noise_pred.
-        concept_strength: float32 [calls,n,B], the same of each concept's own edit, without
-            momentum; 0 where a call had no safety branches.
-        seconds: of each call.
+        strength: float32 [calls,B], norm of the edit, relative to the norm of the noise_pred that
+            is guided without safety.
+        concept_strength: float32 [calls,n,B], the strength of the edit for each concept, without
+            momentum; 0 for a call without safety branches.
+        seconds: seconds of each call.
     """
 
     share: Floats
@@ -37,14 +37,14 @@ class Figures:
 
 
 class Stepper(Protocol):
-    """Runs the calls of one job, in order, and can be asked how it stands."""
+    """Runs the calls of a job in order, and returns the state after the last call."""
 
     @property
     def calls(self) -> int:
-        """How many calls it has run."""
+        """The number of calls that were run."""
 
     def call(self, index: int, call: Call) -> None:
-        """Run what a call has of the UNet, then guidance."""
+        """Run the branches of a call, then guidance."""
 
     def read(self, name: Literal["latents", "edit_map"]) -> Floats:
         """Return the latents [B,4,h,w] or the edit map [B,h,w] after the last call."""
@@ -55,17 +55,17 @@ class Stepper(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What one UNet call did. B images.
+    """The result of a UNet call. B images.
 
-    Latents and edit map are fetched when asked for, which on a device waits for it. Ask before the
-    next step: a stepper keeps only the latest, and older ones are refused.
+    Latents and edit map are copied from the device when they are read. Read them before the next
+    step: a stepper keeps only the newest state, and reading an older step raises an error.
 
     Attributes:
-        index: the call, from 0.
-        calls: how many there are.
+        index: the number of the call, from 0.
+        calls: the number of calls of the run.
         timestep: the training timestep of the call.
-        branches: UNet branches that were computed: 1, 2, or 2 and one for each concept.
-        cached: whether the deep features were those of an earlier call.
+        branches: the number of UNet branches: 1, 2, or 2 and a branch for each concept.
+        cached: whether the call used the deep features of an earlier call.
     """
 
     index: int
@@ -77,25 +77,25 @@ class Step:
 
     @property
     def latents(self) -> Floats:
-        """float32 [B,4,h,w], after the call, unscaled.
+        """The latents after the call, float32 [B,4,h,w], unscaled.
 
         Raises:
-            InputError: a later call was made since.
+            InputError: a later call was made.
         """
         return self._read("latents")
 
     @property
     def edit_map(self) -> Floats:
-        """float32 [B,h,w], where safety acted, summed over the calls so far.
+        """Where safety acted, summed over the calls so far, float32 [B,h,w].
 
         Raises:
-            InputError: a later call was made since.
+            InputError: a later call was made.
         """
         return self._read("edit_map")
 
     @property
     def figures(self) -> Figures:
-        """What safety did in each of the calls up to this one."""
+        """The effect of safety in this call and in all calls before."""
         count, figures = self.index + 1, self.stepper.figures()
         return Figures(
             share=figures.share[:count],
@@ -106,32 +106,31 @@ class Step:
 
     @property
     def share(self) -> Floats:
-        """float32 [B], share of the latent's elements that safety edited in this call."""
-        own: Floats = self.figures.share[self.index]
-        return own
+        """Share of the latent's elements that safety edited in this call, float32 [B]."""
+        share: Floats = self.figures.share[self.index]
+        return share
 
     @property
     def strength(self) -> Floats:
-        """float32 [B], norm of this call's edit relative to the plainly guided noise_pred."""
-        own: Floats = self.figures.strength[self.index]
-        return own
+        """Norm of this call's edit, relative to noise_pred guided without safety, float32 [B]."""
+        strength: Floats = self.figures.strength[self.index]
+        return strength
 
     def _read(self, name: Literal["latents", "edit_map"]) -> Floats:
         if self.stepper.calls != self.index + 1:
             raise InputError(
-                f"the {name} of call {self.index + 1} are gone: call {self.stepper.calls} was made "
-                "since",
+                f"the {name} of call {self.index + 1} are gone: call {self.stepper.calls} was made",
                 do="read or copy them before the next step",
             )
         return self.stepper.read(name)
 
 
 def denoise(stepper: Stepper, job: Job) -> Generator[Step, None, None]:
-    """Denoise a job's images, one Step a UNet call.
+    """Denoise a job's images; give a Step for each UNet call.
 
     Raises:
-        NumericsError: NaN or infinity, named by component and call; on a device, when the stepper
-            is next asked for something.
+        NumericsError: NaN or infinity; the error names the component and the call. On a device it
+            is raised when a value of a step is read.
     """
     for index, call in enumerate(job.calls()):
         stepper.call(index, call)

@@ -1,9 +1,10 @@
-"""The loop's calls on a device: latents, momentum, history and predictions never leave it.
+"""Runs a job on a device: latents, momentum, history and predictions stay in its memory.
 
-A call is two small copies within the device around one launch: this call's numbers (timestep,
-sampler row, safety) in, its figures out. Every buffer is laid out once for a batch and size; the
-UNet writes where guidance reads. The state that guidance changes has two buffers that take turns,
-so a graph's inputs and outputs never overlap; each turn and number of branches is one CUDA graph.
+A call is a launch between two small copies within the device: the numbers of the call (timestep,
+sampler row, safety) come in, its figures go out. Every buffer is allocated once for a batch and
+size, and guidance reads the buffer that the UNet writes. The state that guidance changes has two
+buffers, read and written in turn, so a graph's inputs and outputs never overlap. There is a CUDA
+graph for each turn and each kind of call.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from sld_edge.runtime.denoise.schedule import Call
 from sld_edge.runtime.manifest import SHALLOW
 
 _Layout = dict[str, tuple[str, tuple[int, ...]]]
-_Key = tuple[Call, int]  # a call's work, and its turn
-_AHEAD = 2  # calls that are queued before the host waits: the device never idles, Ctrl-C works
+_Key = tuple[Call, int]  # the work of a call, and its turn
+_AHEAD = 2  # calls in the queue before the host waits: the device is never idle, Ctrl-C works
 
 
 class DeviceStage:
-    """The buffers, bindings and graphs for one batch and size, used by one job after another."""
+    """Buffers, bindings and CUDA graphs for a batch and size; jobs use them one after another."""
 
     def __init__(
         self,
@@ -40,12 +41,12 @@ class DeviceStage:
         latents: tuple[int, ...],
         conditioning: Conditioning,
     ) -> None:
-        """Lay out the buffers.
+        """Allocate the buffers.
 
         Args:
-            engines: those that the first job's `components` names; later ones may bring more.
-            latents: shape [B,4,h,w].
-            conditioning: whose shapes and number of concepts.
+            engines: the engines of the first job's `components`; later jobs may add engines.
+            latents: shape of the latents, [B,4,h,w].
+            conditioning: gives the shapes of its inputs and the number of concepts.
 
         Raises:
             EngineError: out of device memory.
@@ -74,7 +75,7 @@ class DeviceStage:
         }
         for name, array in conditioning.branch.items():
             layout[name] = ("float32", array.shape)
-            # A run of the prompt's branch alone reads its rows from an aligned place.
+            # A call with only the prompt's branch reads its rows from an aligned address.
             layout[f"{name}/text"] = ("float32", (count, *array.shape[1:]))
         layout |= {name: ("float32", array.shape) for name, array in conditioning.image.items()}
         layout["guidance_scale"] = ("float32", (count,))
@@ -85,14 +86,14 @@ class DeviceStage:
         self.figures = self.arena.span(FIGURES[0], FIGURES[-1])
         self._bounds: dict[_Key, list[Bound]] = {}
         self._graphs: dict[_Key, Graph] = {}
-        self._settled: dict[_Key, int] = {}  # workspace that a key has run with
+        self._settled: dict[_Key, int] = {}  # the workspace of the key's last run
         self._job_memory: Arena | None = None
         self._marks: list[Event] = []
-        self.owner: DeviceStepper | None = None  # whose job the buffers hold
+        self.owner: DeviceStepper | None = None  # the stepper of the job in the buffers
 
     def job_memory(self, calls: int, *, noisy: bool) -> Arena:
         """Return memory for every call's numbers, figures and, where `noisy`, fresh noise."""
-        layout: dict[str, tuple[str, tuple[int, ...]]] = {
+        layout: _Layout = {
             "numbers": ("uint8", (calls, self.numbers.nbytes)),
             "figures": ("uint8", (calls, self.figures.nbytes)),
             "noise": ("float32", (calls if noisy else 1, *self.latents)),
@@ -104,19 +105,19 @@ class DeviceStage:
         return self._job_memory
 
     def marks(self, count: int) -> list[Event]:
-        """Return `count` marks, the same ones for every job."""
+        """Return `count` or more marks in time; every job uses the same marks."""
         self._marks += [self.device.event() for _ in range(count - len(self._marks))]
         return self._marks
 
     def launch(self, call: Call, turn: int) -> None:
-        """Queue the UNet and guidance; from `turn`'s state to the other's."""
+        """Queue the UNet and guidance, which read the state of `turn` and write the other state."""
         key = (call, turn)
         if key not in self._bounds:
             self._bounds[key] = self._bind(call, turn)
         generation = self.device.workspace.generation
         if self._settled.get(key) != generation:
-            # A graph would hold the address of the old workspace, and the first run with a new
-            # one may perform calls that are not allowed during capture.
+            # A CUDA graph holds the address of the old workspace, and the first run with a new
+            # workspace may perform calls that are not allowed during capture.
             self._drop_graph(key)
             self._queue(key)
             self._settled[key] = generation
@@ -128,7 +129,7 @@ class DeviceStage:
             self._queue(key)
 
     def close(self) -> None:
-        """Give everything back."""
+        """Release buffers, marks and CUDA graphs."""
         self.owner = None
         for key in list(self._graphs):
             self._drop_graph(key)
@@ -147,12 +148,13 @@ class DeviceStage:
         if key in self._graphs:
             self._graphs.pop(key).close()
 
-    def _deep_layout(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Lay out the UNet's deep features; a UNet that was exported without them has none."""
-        branches, (_, _, height, width) = (2 + self.concepts) * self._count, self.latents
-        found = [spec for spec in self.engines["unet"].outputs if spec.name == "deep"]
+    def _deep_layout(self) -> _Layout:
+        """Return the layout of the UNet's deep features; empty for a UNet without this output."""
+        rows, (_, _, height, width) = (2 + self.concepts) * self._count, self.latents
         return {
-            spec.name: (spec.dtype, (branches, int(spec.shape[1]), height, width)) for spec in found
+            spec.name: (spec.dtype, (rows, int(spec.shape[1]), height, width))
+            for spec in self.engines["unet"].outputs
+            if spec.name == "deep"
         }
 
     def _bind(self, call: Call, turn: int) -> list[Bound]:
@@ -184,12 +186,12 @@ class DeviceStage:
         uncond, text = (predicted.part(min(k, call.branches - 1) * count, count) for k in (0, 1))
         safety = replace(uncond, shape=(1, *self.latents))
         if call.safe:
-            behind = predicted.part(2 * count, concepts * count)
-            safety = replace(behind, shape=(concepts, *self.latents))
-        same = ("unet_latents", "noise", "guidance_scale", "row", "safety", *FIGURES)
+            rows = predicted.part(2 * count, concepts * count)
+            safety = replace(rows, shape=(concepts, *self.latents))
+        shared = ("unet_latents", "noise", "guidance_scale", "row", "safety", *FIGURES)
         return {
             **dict(zip(PREDICTIONS, (uncond, text, safety), strict=True)),
-            **{name: arena[name] for name in same},
+            **{name: arena[name] for name in shared},
             "concept_strength": arena["concept_strength"].part(0, safety.shape[0]),
             **{name: arena[f"{name}/{turn}"] for name in STATE},
             **{f"{name}_next": arena[f"{name}/{1 - turn}"] for name in STATE},
@@ -197,19 +199,19 @@ class DeviceStage:
 
 
 def _components(call: Call) -> tuple[str, ...]:
-    """The graphs that a call runs, in order."""
+    """Return the graphs that a call runs, in order."""
     return (SHALLOW if call.cached else "unet", "guidance")
 
 
 class DeviceStepper:
-    """Runs a job on a stage; what it is asked for is copied to the host then, and only then.
+    """Runs a job on a stage; latents, edit map and figures are copied to the host when read.
 
-    A stage belongs to the job that began last. An older one that goes on is refused: the buffers
-    hold the newer job's latents.
+    A stage belongs to the job that started last. If an older job goes on, it raises an error,
+    because the buffers hold the newer job's latents.
     """
 
     def __init__(self, stage: DeviceStage, job: Job) -> None:
-        """Take the stage over and queue what a job starts from."""
+        """Take over the stage and queue the copies of the job's first values."""
         stage.owner = self
         self._stage, self._job = stage, job
         self._device = device = stage.device
@@ -220,7 +222,7 @@ class DeviceStepper:
         self._memory = stage.job_memory(table.calls, noisy=noisy)
         device.upload(self._memory["numbers"], self._packed_numbers())
         if noisy:
-            # One after another, as a loop would draw them: only calls that add noise draw.
+            # Only calls that add noise draw from the sources, in order, as on the host.
             silence = np.zeros(stage.latents, np.float32)
             fresh = [job.fresh_noise() if s > 0 else silence for s in table.s]
             device.upload(self._memory["noise"], np.stack(fresh))
@@ -247,14 +249,14 @@ class DeviceStepper:
 
     @property
     def calls(self) -> int:
-        """How many calls it has queued."""
+        """The number of calls that were queued."""
         return self._calls
 
     def call(self, index: int, call: Call) -> None:
-        """Queue what a call has of the UNet, then guidance.
+        """Queue the branches of a call, then guidance.
 
         Raises:
-            InputError: another run has begun on the stage since.
+            InputError: another run has begun on the stage.
         """
         self._require_stage()
         stage, memory = self._stage, self._memory
@@ -273,7 +275,7 @@ class DeviceStepper:
         """Wait, and return the latents [B,4,h,w] or the edit map [B,h,w] after the last call.
 
         Raises:
-            InputError: another run has begun on the stage since.
+            InputError: another run has begun on the stage.
             NumericsError: NaN or infinity in one of the calls so far.
         """
         self._require_stage()
@@ -285,43 +287,43 @@ class DeviceStepper:
         """Wait, and return the figures of all calls so far.
 
         Raises:
-            InputError: another run has begun on the stage since.
-            NumericsError: NaN or infinity in one of them.
+            InputError: another run has begun on the stage.
+            NumericsError: NaN or infinity in one of the calls.
         """
         self._require_stage()
-        found = self._figures()
+        figures = self._figures()
         marks = self._marks[: self._calls + 1]
         return Figures(
-            share=found["share"],
-            strength=found["strength"],
-            concept_strength=found["concept_strength"],
+            share=figures["share"],
+            strength=figures["strength"],
+            concept_strength=figures["concept_strength"],
             seconds=[later.seconds_since(mark) for mark, later in pairwise(marks)],
         )
 
     def _require_stage(self) -> None:
         if self._stage.owner is not self:
             raise InputError(
-                "another run has begun on this pipeline since, and a device holds one at a time",
-                do="finish a run before the next, or load a pipeline for each",
+                "another run has begun on this pipeline, and a device holds one run at a time",
+                do="finish a run before the next run, or load a pipeline for each run",
             )
 
     def _figures(self) -> dict[str, Floats]:
         raw = self._device.download(self._memory["figures"].part(0, self._calls))
         first = self._stage.figures.address
-        found = {}
+        figures = {}
         for name in FIGURES:
             tensor = self._stage.arena[name]
             begin = tensor.address - first
-            bytes_of = np.ascontiguousarray(raw[:, begin : begin + tensor.nbytes])
-            found[name] = bytes_of.view(np.float32).reshape(-1, *tensor.shape)
-        without = [not safe for safe in self._safe]
-        found["concept_strength"][without] = 0  # such a call writes only the first concept's
-        for index, finite in enumerate(found["finite"]):
+            column = np.ascontiguousarray(raw[:, begin : begin + tensor.nbytes])
+            figures[name] = column.view(np.float32).reshape(-1, *tensor.shape)
+        unsafe = [not safe for safe in self._safe]
+        figures["concept_strength"][unsafe] = 0  # without safety branches it is not all written
+        for index, finite in enumerate(figures["finite"]):
             self._job.refuse(finite, index)
-        return found
+        return figures
 
     def _packed_numbers(self) -> NDArray[np.uint8]:
-        """Every call's numbers as they lie on the device, uint8 [calls,bytes]."""
+        """Return every call's numbers in the layout of the device, uint8 [calls,bytes]."""
         job, numbers = self._job, self._stage.numbers
         rows = job.table.rows()
         packed = np.zeros((job.table.calls, numbers.nbytes), np.uint8)

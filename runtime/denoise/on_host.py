@@ -1,4 +1,4 @@
-"""Running a job with engines that take and give host arrays."""
+"""Runs a job with engines that take and return arrays on the host."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sld_edge.runtime.manifest import SHALLOW
 
 
 class HostStepper:
-    """Runs a job with engines that take and give host arrays."""
+    """Runs a job with engines that take and return arrays on the host."""
 
     def __init__(
         self,
@@ -29,12 +29,12 @@ class HostStepper:
         """Start a job.
 
         Args:
-            engines: those that `Job.components` names.
-            job: what to run.
-            together: run the branches in one batch, which takes more memory.
+            engines: the engines of `Job.components`.
+            job: the job.
+            together: run all branches in one batch, which takes more memory.
         """
         self._engines, self._job, self._together = engines, job, together
-        self._deep: list[Floats] = []  # of the last whole call, by batch
+        self._deep: list[Floats] = []  # features of the last whole call, by batch
         latents = job.starting_latents()
         count, _, height, width = latents.shape
         sizes = {"B": count, "h": height, "w": width}
@@ -51,11 +51,11 @@ class HostStepper:
 
     @property
     def calls(self) -> int:
-        """How many calls it has run."""
+        """The number of calls that were run."""
         return len(self._seconds)
 
     def call(self, index: int, call: Call) -> None:
-        """Run what a call has of the UNet, then guidance.
+        """Run the branches of a call, then guidance.
 
         Raises:
             NumericsError: NaN or infinity.
@@ -77,10 +77,10 @@ class HostStepper:
         job.refuse(out["finite"], index)
         self._share.append(out["share"])
         self._strength.append(out["strength"])
-        own = np.zeros((job.concepts, len(self._scale)), np.float32)
+        concept_strength = np.zeros((job.concepts, len(self._scale)), np.float32)
         if call.safe:
-            own[:] = out["concept_strength"]
-        self._concept_strength.append(own)
+            concept_strength[:] = out["concept_strength"]
+        self._concept_strength.append(concept_strength)
         self._seconds.append(time.perf_counter() - begin)
 
     def read(self, name: Literal["latents", "edit_map"]) -> Floats:
@@ -102,7 +102,7 @@ class HostStepper:
         A skipped branch is fed another branch's prediction; guidance ignores it.
         """
         count = len(self._unet_latents)
-        first = 1 if call.branches == 1 else 0  # a single branch is the prompt's
+        first = 1 if call.branches == 1 else 0  # a single branch is the branch of the prompt
         feeds = {"latents": self._unet_latents, "timestep": self._job.timestep(index)}
         step = call.branches if self._together else 1
         batches = [
@@ -116,7 +116,7 @@ class HostStepper:
         return uncond, text, parts[2:] if call.safe else parts[:1]
 
     def _unet_outputs(self, batches: Sequence[dict[str, Floats]], call: Call) -> list[Floats]:
-        """Return noise_pred of each batch, from the whole UNet or from its last deep features."""
+        """Return noise_pred of each batch; a cached call reads the kept deep features."""
         if call.cached:
             rows = len(self._unet_latents) * (call.branches if self._together else 1)
             shallow = self._engines[SHALLOW]

@@ -1,7 +1,6 @@
-"""Which UNet calls are made whole, and which take deep features over from an earlier call.
+"""Feature caching (DeepCache, arXiv 2312.00858): which calls run the whole UNet.
 
-Feature caching (DeepCache, arXiv 2312.00858), off unless asked for: the deep layers run every n-th
-call, the outermost ones at every call.
+The deep layers run in every N-th call; the outermost layers run in every call. The default is off.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ class Call:
     """The work of one UNet call.
 
     Attributes:
-        branches: UNet branches: 1, 2, or 2 and one for each concept.
-        cached: whether the deep features are those of the last whole call.
+        branches: the number of UNet branches: 1, 2, or 2 and a branch for each concept.
+        cached: whether the call uses the deep features of the last whole call.
     """
 
     branches: int
@@ -32,11 +31,11 @@ def schedule(needed: Sequence[int], *, cache_interval: int) -> tuple[Call, ...]:
     """Return the calls of a run.
 
     Args:
-        needed: branches of each call, never fewer than before.
-        cache_interval: calls from one whole UNet to the next; 1 is every call.
+        needed: the number of branches of each call; it never falls.
+        cache_interval: every N-th call runs the whole UNet; with 1, every call.
     """
     calls: list[Call] = []
-    whole, kept = -1, 0  # the last whole call, and the branches it had
+    whole, kept = -1, 0  # the last whole call, and its number of branches
     for index, branches in enumerate(needed):
         # A branch that the last whole call did not run has no features to reuse.
         cached = whole >= 0 and index - whole < cache_interval and branches <= kept

@@ -1,4 +1,4 @@
-"""Samplers as tables: what each UNet call does with the latents, computed once in float64."""
+"""Samplers as tables: the coefficients of each UNet call, computed once in float64."""
 
 from __future__ import annotations
 
@@ -48,18 +48,18 @@ def sampler_table(
     eta: float = 0.0,
     safety_units: SafetyUnits = "noise",
 ) -> SamplerTable:
-    """Tabulate a sampler as diffusers' scheduler of that kind would run on this configuration.
+    """Return the table of a sampler, with the same steps as diffusers' scheduler of that kind.
 
     Args:
         name: one of `SAMPLERS`.
-        scheduler: a diffusers `scheduler_config.json`; keys that the sampler does not know are
-            not read, absent ones have the sampler's own defaults (`config.READS`).
-        steps: from 1 to the training timesteps; pndm calls the UNet once more than that.
-        eta: ddim only, 0 to 1, how much fresh noise a step adds.
+        scheduler: a diffusers `scheduler_config.json`. Keys that the sampler does not know are
+            ignored; absent keys have the sampler's defaults (`config.READS`).
+        steps: from 1 to the training timesteps; pndm makes one UNet call more.
+        eta: for ddim, 0 to 1: how much fresh noise a step adds; 0 for other samplers.
         safety_units: see `SamplerTable`.
 
     Raises:
-        InputError: an unknown name, or steps, eta or a configuration that cannot be honoured.
+        InputError: an unknown name, or steps, eta or a configuration that the sampler cannot use.
     """
     if name not in SAMPLERS:
         raise InputError("sampler", got=repr(name), expected=f"one of {', '.join(SAMPLERS)}")
@@ -69,7 +69,7 @@ def sampler_table(
     if not 0 <= eta <= (1 if name == "ddim" else 0):
         raise InputError(f"eta for {name}", got=eta, expected="0, or up to 1 for ddim")
     try:
-        with np.errstate(all="ignore"):  # what is not finite is refused below
+        with np.errstate(all="ignore"):  # a table that is not finite is refused below
             if name == "ddim":
                 table = ddim_table(name, config, steps, eta)
             else:

@@ -1,4 +1,4 @@
-"""What a sampler reads of a scheduler's configuration, and what it takes where a key is absent."""
+"""The keys that a sampler reads in a scheduler's configuration, and its defaults for them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sld_edge.engines.errors import InputError
 class SchedulerConfig:
     """A diffusers `scheduler_config.json`, resolved for one sampler.
 
-    The defaults are those most of diffusers' scheduler classes share; `READS` has the exceptions.
+    Most of diffusers' scheduler classes have these defaults; `READS` has the exceptions.
     """
 
     num_train_timesteps: int = 1000
@@ -43,7 +43,7 @@ class SchedulerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Reads:
-    """The keys a sampler reads besides `_EVERY`, its own defaults, and the keys it cannot vary."""
+    """The keys that a sampler reads besides `_EVERY`, its defaults, and keys with fixed values."""
 
     keys: tuple[str, ...]
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -73,8 +73,8 @@ _DPMPP = Reads(
     },
 )
 
-# After the signatures of diffusers' schedulers (0.42): a key a class does not take is not read
-# here either, and an absent key has that class's default, whatever class the file names.
+# From the signatures of diffusers' schedulers (0.42): a key that a class does not take is not read,
+# and an absent key has that class's default, even if the file names another class.
 READS: Mapping[str, Reads] = {
     "ddim": Reads(
         keys=(*_SPACING, "set_alpha_to_one", "rescale_betas_zero_snr"),
@@ -120,19 +120,19 @@ _CHOICES = {
     "final_sigmas_type": ("zero", "sigma_min"),
     "solver_type": ("midpoint", "heun", "logrho", "bh1", "bh2"),
 }
-_MOST = 100_000  # training timesteps, or any other count
-_ENDLESS = (("lambda_min_clipped", -math.inf),)  # the one number that diffusers has as infinity
-_NOT_LINEAR = "it is not linear in the latents, which every sampler here is; choose another sampler"
+_MOST = 100_000  # largest count, also of training timesteps
+_INFINITE = (("lambda_min_clipped", -math.inf),)  # the only infinite default in diffusers
+_NOT_LINEAR = "it is not linear in the latents, and samplers here are; choose another sampler"
 
 
 def config_from_scheduler(name: str, scheduler: Mapping[str, Any]) -> SchedulerConfig:
     """Resolve a scheduler's configuration for sampler `name`.
 
-    An absent `clip_sample` is false, also for ddim, whose class in diffusers would clip; an absent
+    An absent `clip_sample` is false, also for ddim, where diffusers' default is true. An absent
     `skip_prk_steps` is true, as in every Stable Diffusion checkpoint.
 
     Raises:
-        InputError: a key with a value that this sampler cannot honour, or of the wrong type.
+        InputError: a value that this sampler cannot use, or a value of the wrong type.
     """
     reads = READS[name]
     for key, allowed in reads.must.items():
@@ -164,7 +164,7 @@ def _checked(key: str, value: Any, kind: str) -> Any:
     if kind.startswith("tuple") and isinstance(value, list | tuple):
         if len(value) <= _MOST and all(map(_is_number, value)):
             return tuple(value)
-    elif kind.startswith("float") and (_is_number(value) or (key, value) in _ENDLESS):
+    elif kind.startswith("float") and (_is_number(value) or (key, value) in _INFINITE):
         return float(value)
     elif (
         (kind == "int" and _is_number(value) and value == int(value) and 0 <= value <= _MOST)
@@ -180,9 +180,9 @@ def _checked(key: str, value: Any, kind: str) -> Any:
 
 
 def _is_number(value: object) -> bool:
-    """Whether a value is a number of a size that float64 can reckon with."""
+    """Whether a value is a number of moderate size, and not NaN."""
     return (
         isinstance(value, int | float)
         and not isinstance(value, bool)
-        and -1e9 <= value <= 1e9  # NaN neither
+        and -1e9 <= value <= 1e9  # false for NaN
     )

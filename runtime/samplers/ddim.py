@@ -16,7 +16,7 @@ from sld_edge.runtime.samplers.table import SamplerTable
 
 
 def ddim_table(name: str, config: SchedulerConfig, steps: int, eta: float) -> SamplerTable:
-    """Tabulate DDIM; eta 0 is deterministic, 1 is DDPM."""
+    """Return the table of DDIM; eta 0 is deterministic, 1 is DDPM."""
     alphas = alphas_cumprod_from_config(config)
     timesteps = timesteps_of_points(config, steps, whole=True)
     a, s = np.zeros(steps), np.zeros(steps)

@@ -1,4 +1,4 @@
-"""DPM-Solver++ 2M (arXiv 2211.01095, algorithm 2), on the training schedule's or Karras' sigmas."""
+"""DPM-Solver++ 2M (arXiv 2211.01095, algorithm 2), with the training's sigmas or Karras' sigmas."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from sld_edge.runtime.samplers.schedule import (
 )
 from sld_edge.runtime.samplers.table import Floats, SamplerTable
 
-_FEW_CALLS = 15  # diffusers: below this `lower_order_final` makes the last call first order
+_FEW_CALLS = 15  # diffusers: with fewer calls `lower_order_final` makes the last call first order
 
 
 def dpmpp_table(name: str, config: SchedulerConfig, steps: int) -> SamplerTable:
-    """Tabulate DPM-Solver++ of order 1 or 2; what is kept are the clean latents.
+    """Return the table of DPM-Solver++ of order 1 or 2; the history has the clean latents.
 
     Raises:
-        InputError: a configuration of order 3.
+        InputError: the configuration has another order.
     """
     if config.solver_order not in (1, 2):
         raise InputError(
@@ -34,7 +34,7 @@ def dpmpp_table(name: str, config: SchedulerConfig, steps: int) -> SamplerTable:
             expected="1 or 2",
             do="choose unipc",
         )
-    # diffusers rounds Karras' timesteps only for the other schedules, then cuts them all.
+    # diffusers rounds Karras' timesteps down for this schedule, and to the nearest for others.
     cut = config.beta_schedule == "squaredcos_cap_v2"
     timesteps, sigmas = timesteps_and_sigmas(config, steps, cut=cut)
     calls = len(timesteps)
@@ -51,7 +51,7 @@ def dpmpp_table(name: str, config: SchedulerConfig, steps: int) -> SamplerTable:
 
 
 def _weights(config: SchedulerConfig, sigmas: Floats, i: int, *, second: bool) -> Floats:
-    """Give what multiplies the clean latents of calls i and i - 1."""
+    """Return the factors of the clean latents of calls i and i - 1."""
     now, then = sigmas[i], sigmas[i + 1]
     alpha = 1 / np.hypot(then, 1.0)
     shrink = 1 - then / now  # 1 - exp(-h), h the step in log(1 / sigma)
@@ -66,7 +66,7 @@ def _weights(config: SchedulerConfig, sigmas: Floats, i: int, *, second: bool) -
 def timesteps_and_sigmas(
     config: SchedulerConfig, steps: int, *, cut: bool = False
 ) -> tuple[Floats, Floats]:
-    """Give N timesteps and N + 1 sigmas; Karras' timesteps are rounded, or cut to whole ones."""
+    """Return N timesteps and N + 1 sigmas; Karras' timesteps are rounded, down with `cut`."""
     training = training_sigmas_from_config(config)
     if not config.use_karras_sigmas:
         clipped = np.searchsorted(-np.log(training[::-1]), config.lambda_min_clipped)
@@ -82,7 +82,7 @@ def timesteps_and_sigmas(
 def clean_table(
     name: str, config: SchedulerConfig, timesteps: Floats, sigmas: Floats, b: Floats
 ) -> SamplerTable:
-    """Complete a table whose rows shrink x by its noise and add multiples of the clean latents."""
+    """Return a table whose calls scale x by the ratio of noise and add clean latents times b."""
     alphas = 1 / np.hypot(sigmas, 1.0)
     noise = sigmas * alphas
     pairs = [

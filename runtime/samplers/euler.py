@@ -20,7 +20,7 @@ from sld_edge.runtime.samplers.table import Floats, SamplerTable
 
 
 def timesteps_and_sigmas(config: SchedulerConfig, steps: int) -> tuple[Floats, Floats]:
-    """Give N timesteps and N + 1 sigmas for the samplers that run in sigma."""
+    """Return N timesteps and N + 1 sigmas for the samplers that step in sigma."""
     training = training_sigmas_from_config(config)
     timesteps = timesteps_of_points(config, steps, whole=False)
     sigmas = sigmas_at(timesteps, training)
@@ -33,7 +33,7 @@ def timesteps_and_sigmas(config: SchedulerConfig, steps: int) -> tuple[Floats, F
 
 
 def euler_table(name: str, config: SchedulerConfig, steps: int) -> SamplerTable:
-    """Tabulate Euler's method; what is kept is dx/dsigma."""
+    """Return the table of Euler's method; the history has dx/dsigma."""
     timesteps, sigmas = timesteps_and_sigmas(config, steps)
     b = np.zeros((steps, 1 + HISTORY))
     b[:, 0] = np.diff(sigmas)
@@ -41,7 +41,7 @@ def euler_table(name: str, config: SchedulerConfig, steps: int) -> SamplerTable:
 
 
 def euler_ancestral_table(name: str, config: SchedulerConfig, steps: int) -> SamplerTable:
-    """Tabulate Euler ancestral: a step to below the next sigma, then noise up to it."""
+    """Return the table of Euler ancestral: a step below the next sigma, then noise up to it."""
     timesteps, sigmas = timesteps_and_sigmas(config, steps)
     now, then = sigmas[:-1], sigmas[1:]
     up = np.sqrt(then**2 * (now**2 - then**2) / now**2)
@@ -53,7 +53,7 @@ def euler_ancestral_table(name: str, config: SchedulerConfig, steps: int) -> Sam
 def slope_table(
     name: str, config: SchedulerConfig, timesteps: Floats, sigmas: Floats, b: Floats, s: Floats
 ) -> SamplerTable:
-    """Complete a table whose rows add multiples of dx/dsigma to x."""
+    """Return a table whose calls add dx/dsigma times b to x."""
     pairs = [slope_from_output(config.prediction_type, sigma) for sigma in sigmas[:-1]]
     p, q = np.array(pairs).T
     return SamplerTable(

@@ -15,10 +15,10 @@ _SIGMA_DATA = 0.5
 
 
 def lcm_table(name: str, config: SchedulerConfig, steps: int) -> SamplerTable:
-    """Tabulate LCM: each call goes to the clean latents, all but the last back to the next noise.
+    """Return the table of LCM: a call goes to the clean latents, then adds noise for the next call.
 
     Raises:
-        InputError: more steps than the consistency model was distilled for.
+        InputError: more steps than those of the model's distillation.
     """
     distilled = config.original_inference_steps
     if not steps <= distilled <= config.num_train_timesteps:

@@ -14,7 +14,7 @@ _NODES, _NODE_WEIGHTS = np.polynomial.legendre.leggauss(_ORDER)  # exact to degr
 
 
 def lms_table(name: str, config: SchedulerConfig, steps: int) -> SamplerTable:
-    """Tabulate LMS; what is kept is dx/dsigma, through whose last values a polynomial is laid."""
+    """Return the table of LMS: a polynomial through the last dx/dsigma, which the history has."""
     timesteps, sigmas = timesteps_and_sigmas(config, steps)
     b = np.zeros((steps, 1 + HISTORY))
     for i in range(steps):
@@ -25,8 +25,8 @@ def lms_table(name: str, config: SchedulerConfig, steps: int) -> SamplerTable:
 
 
 def _integral(known: Floats, j: int, start: float, end: float) -> float:
-    """Integrate the polynomial that is 1 at the j-th of the known points and 0 at the others."""
+    """Integrate the polynomial that is 1 at the j-th known sigma and 0 at every other."""
     points = start + (end - start) * (_NODES + 1) / 2
-    others = np.delete(known, j)
-    basis = np.prod((points[:, None] - others) / (known[j] - others), axis=1)
+    roots = np.delete(known, j)
+    basis = np.prod((points[:, None] - roots) / (known[j] - roots), axis=1)
     return float(basis @ _NODE_WEIGHTS * (end - start) / 2)

@@ -1,8 +1,8 @@
 """PNDM without its Runge-Kutta start (arXiv 2202.09778), which is PLMS.
 
-The second timestep is called twice: the first call only probes, and the second starts anew from the
-first latents, which are recovered from the probe's. So there is one call more than steps, and the
-probe's output (j = 1 to 3 in the next rows) is never used again.
+Two calls have the second timestep. Call 0 is a trial step; call 1 starts again from the first
+latents, which it computes back from the result of the trial. So there is one call more than steps.
+The output of call 1 is used in that call only.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sld_edge.runtime.samplers.schedule import (
 )
 from sld_edge.runtime.samplers.table import Floats, SamplerTable
 
-# Adams-Bashforth weights of outputs i, i-1, ... by call; the outer gap is call 1, left out.
+# Adams-Bashforth weights of outputs i, i-1, ... by call; the weight of call 1 is 0 after it.
 _WEIGHTS = {
     0: (1.0, 0.0, 0.0, 0.0, 0.0),
     1: (1 / 2, 1 / 2, 0.0, 0.0, 0.0),
@@ -31,10 +31,10 @@ _WEIGHTS_AFTER = (55 / 24, -59 / 24, 37 / 24, -9 / 24, 0.0)
 
 
 def pndm_table(name: str, config: SchedulerConfig, steps: int) -> SamplerTable:
-    """Tabulate PNDM, steps + 1 calls (1 for 1 step).
+    """Return the table of PNDM: steps + 1 calls, or 1 call for 1 step.
 
-    The outputs are averaged as they are and only then turned into noise, as diffusers does for v;
-    for "sample", which diffusers refuses here, each is turned into noise at its own call.
+    For v, the outputs are averaged and the average is converted to noise, as in diffusers. For
+    "sample", which diffusers refuses here, each output is converted to noise in its call.
     """
     alphas = alphas_cumprod_from_config(config)
     timesteps = timesteps_of_points(config, steps, whole=True)
@@ -47,8 +47,8 @@ def pndm_table(name: str, config: SchedulerConfig, steps: int) -> SamplerTable:
         start = t + stride if i == 1 else t
         now = alpha_at(alphas, start, config)
         if config.prediction_type == "sample":
-            own = alpha_at(alphas, t, config)
-            p[i], q[i] = noise_from_output("sample", np.sqrt(own), np.sqrt(1 - own))
+            alpha = alpha_at(alphas, t, config)
+            p[i], q[i] = noise_from_output("sample", np.sqrt(alpha), np.sqrt(1 - alpha))
         a[i], slope = _transfer(config, now, alpha_at(alphas, start - stride, config))
         b[i] = slope * np.array(_WEIGHTS.get(i, _WEIGHTS_AFTER))
         if i == 1:
@@ -69,7 +69,7 @@ def pndm_table(name: str, config: SchedulerConfig, steps: int) -> SamplerTable:
 
 
 def _transfer(config: SchedulerConfig, now: float, then: float) -> tuple[float, float]:
-    """Give what multiplies x and the averaged output (equation 9)."""
+    """Return the factors of x and of the averaged output (equation 9)."""
     scale = np.sqrt(then / now)
     slope = -(then - now) / (now * np.sqrt(1 - then) + np.sqrt(now * (1 - now) * then))
     if config.prediction_type != "v_prediction":
@@ -79,7 +79,7 @@ def _transfer(config: SchedulerConfig, now: float, then: float) -> tuple[float, 
 
 
 def _from_first_latents(a: Floats, b: Floats) -> tuple[float, Floats]:
-    """Rewrite call 1, given from the first latents, for the latents that call 0 left."""
+    """Convert the row of call 1 from the first latents to the latents after call 0."""
     ratio = a[1] / a[0]
     row = b[1].copy()
     row[1] -= ratio * b[0, 0]

@@ -1,7 +1,7 @@
-"""Noise schedules in float64: alphas, timesteps and sigmas, as diffusers' schedulers lay them out.
+"""Noise schedules in float64: alphas, timesteps and sigmas, as in diffusers' schedulers.
 
-sigma is that of Karras et al. (arXiv 2206.00364): the noise over the signal, sqrt((1 - A) / A),
-A being `alphas_cumprod`.
+sigma is the ratio of noise to signal, as in Karras et al. (arXiv 2206.00364): sqrt((1 - A) / A),
+where A is `alphas_cumprod`.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from sld_edge.runtime.samplers.table import Floats
 Linspace = Callable[[float, float, int], Floats]
 
 _RHO = 7.0  # Karras et al., equation 5
-_LEAST_ALPHA = 2.0**-24  # diffusers' stand-in for 0, so that the first sigma is finite
+_LEAST_ALPHA = 2.0**-24  # in place of 0, so that the first sigma is finite; diffusers' number
 
 
 def alphas_cumprod_from_config(config: SchedulerConfig) -> Floats:
-    """Give the share of signal variance left at each training timestep, falling.
+    """Return the share of signal in the variance at each training timestep, from high to low.
 
     With `rescale_betas_zero_snr` the last is exactly 0 (arXiv 2305.08891, algorithm 1).
 
     Raises:
-        InputError: betas that are not between 0 and 1, or too few or many.
+        InputError: betas that are not between 0 and 1, or not one for each timestep.
     """
     betas = _betas(config)
     if len(betas) != config.num_train_timesteps or not ((betas > 0) & (betas < 1)).all():
@@ -61,10 +61,10 @@ def _betas(config: SchedulerConfig, linspace: Linspace = np.linspace) -> Floats:
 
 
 def alpha_at(alphas: Floats, timestep: int, config: SchedulerConfig) -> float:
-    """Look up a timestep's alpha; below 0 lies the clean end, as `set_alpha_to_one` says.
+    """Return the alpha of a timestep; a timestep below 0 is clean, as `set_alpha_to_one` says.
 
     Raises:
-        InputError: a timestep past training's last.
+        InputError: a timestep after the last training timestep.
     """
     if timestep < 0:
         return 1.0 if config.set_alpha_to_one else float(alphas[0])
@@ -79,9 +79,9 @@ def alpha_at(alphas: Floats, timestep: int, config: SchedulerConfig) -> float:
 
 
 def timesteps_of_points(config: SchedulerConfig, steps: int, *, whole: bool) -> Floats:
-    """Space `steps` timesteps from high to low, both ends of training included in linspace.
+    """Return `steps` timesteps from high to low; linspace includes both ends of training.
 
-    Where not `whole`, linspace's are fractions, exact in float32.
+    With `whole`, linspace's timesteps are rounded; else they are fractions, exact in float32.
     """
     count = config.num_train_timesteps
     if config.timestep_spacing == "linspace":
@@ -93,7 +93,7 @@ def timesteps_of_points(config: SchedulerConfig, steps: int, *, whole: bool) -> 
 
 
 def timesteps_of_intervals(config: SchedulerConfig, steps: int, end: int) -> Floats:
-    """Space the upper ends of `steps` intervals below timestep `end`, from high to low."""
+    """Return the upper ends of `steps` intervals below timestep `end`, from high to low."""
     if config.timestep_spacing == "linspace":
         return np.linspace(0.0, end - 1, steps + 1).round()[:0:-1]
     if config.timestep_spacing == "leading":
@@ -104,13 +104,13 @@ def timesteps_of_intervals(config: SchedulerConfig, steps: int, end: int) -> Flo
 
 
 def _trailing(count: int, end: int, steps: int) -> Floats:
-    # Rounding lets arange overshoot for some step counts (61, 103, ...): diffusers then makes one
-    # call more, at timestep -1. That one is left out here.
+    # By rounding, arange gives a timestep too many for some step counts (61, 103, ...): diffusers
+    # then makes a call at timestep -1. This call is left out here.
     return np.round(np.arange(end, 0, -count / steps))[:steps] - 1
 
 
 def training_sigmas_from_config(config: SchedulerConfig) -> Floats:
-    """Give sigma at each training timestep, rising; the last is finite even at zero signal."""
+    """Return sigma at each training timestep, from low to high; the last is always finite."""
     alphas = alphas_cumprod_from_config(config)
     if config.rescale_betas_zero_snr:
         alphas[-1] = _LEAST_ALPHA
@@ -118,14 +118,14 @@ def training_sigmas_from_config(config: SchedulerConfig) -> Floats:
 
 
 def sigmas_at(timesteps: Floats, training: Floats) -> Floats:
-    """Interpolate sigma at (fractional) timesteps between training's."""
+    """Interpolate sigma at timesteps, also fractions, between the training timesteps."""
     return np.interp(timesteps, np.arange(len(training)), training)
 
 
 def karras_sigmas(config: SchedulerConfig, ends: Floats, steps: int) -> Floats:
-    """Space sigmas after Karras et al., equation 5, without the final 0.
+    """Return the sigmas of Karras et al., equation 5, without the final 0.
 
-    `ends` are the highest and the lowest where the configuration names none.
+    The first and last of `ends` are used if the configuration has no highest and lowest sigma.
     """
     highest = config.sigma_max if config.sigma_max is not None else ends[0]
     lowest = config.sigma_min if config.sigma_min is not None else ends[-1]
@@ -136,11 +136,11 @@ def karras_sigmas(config: SchedulerConfig, ends: Floats, steps: int) -> Floats:
 def karras_timesteps(
     config: SchedulerConfig, steps: int, *, ends: tuple[float, float] | None = None
 ) -> Floats:
-    """Give the timestep of each of Karras' sigmas, linear in log(sigma) between training's.
+    """Return the timestep of each of Karras' sigmas, interpolated in log(sigma).
 
-    `ends` are the timesteps of the highest and lowest sigma where the configuration has no
-    `sigma_max` and `sigma_min`; None are training's own. diffusers rounds these timesteps (to whole
-    ones, or down) after computing them from float32 tables, so those tables are used here.
+    `ends` are the timesteps of the highest and lowest sigma if the configuration has no `sigma_max`
+    and `sigma_min`; None is the first and last of training. diffusers computes these timesteps from
+    float32 tables and then rounds them, so the same tables are used here.
     """
     training = _training_sigmas_float32(config)
     high, low = ends if ends is not None else (len(training) - 1, 0)
@@ -149,7 +149,7 @@ def karras_timesteps(
 
 
 def _training_sigmas_float32(config: SchedulerConfig) -> Floats:
-    """Give `training_sigmas_from_config` as torch does, rounded to float32 at every stage."""
+    """Return `training_sigmas_from_config` rounded to float32 at every stage, as in torch."""
     if config.rescale_betas_zero_snr:
         return training_sigmas_from_config(config).astype(np.float32).astype(np.float64)
     betas = _betas(config, _linspace_float32).astype(np.float32)
@@ -159,7 +159,7 @@ def _training_sigmas_float32(config: SchedulerConfig) -> Floats:
 
 
 def _linspace_float32(start: float, end: float, count: int) -> NDArray[Any]:
-    """Space numbers as torch.linspace does: from both ends, with a rounded step."""
+    """Return the numbers of torch.linspace: computed from both ends, with a rounded step."""
     first, last = np.float32(start), np.float32(end)
     step = np.float64((last - first) / np.float32(count - 1))
     index = np.arange(count)
@@ -168,12 +168,12 @@ def _linspace_float32(start: float, end: float, count: int) -> NDArray[Any]:
 
 
 def last_sigma(config: SchedulerConfig, training: Floats) -> float:
-    """Give the sigma that the last call ends at."""
+    """Return the sigma after the last call."""
     return 0.0 if config.final_sigmas_type == "zero" else float(training[0])
 
 
 def first_scale(config: SchedulerConfig, sigmas: Floats) -> float:
-    """Give the standard deviation of the first latents where latents are not scaled down."""
+    """Return the standard deviation of the first latents for samplers that step in sigma."""
     largest = float(sigmas.max())
     if config.timestep_spacing == "leading":
         return math.hypot(largest, 1.0)

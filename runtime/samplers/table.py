@@ -1,4 +1,4 @@
-"""A sampler as a table of numbers, one row a UNet call."""
+"""A sampler as a table of numbers, a row for each UNet call."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SamplerTable:
-    """A sampler in N UNet calls; x are the running latents, z is fresh unit noise.
+    """A sampler with N UNet calls; x are the latents, z is fresh noise of unit variance.
 
-    Call i feeds `c_in[i] * x` to the UNet at `timesteps[i]`, keeps `m_i = p[i] * x + q[i] * output`
-    and moves on to `a[i] * x + sum_j b[i, j] * m_(i-j) + s[i] * z`, j from 0 to 4.
+    Call i gives `c_in[i] * x` to the UNet at `timesteps[i]`, keeps `m_i = p[i] * x + q[i] * output`
+    in the history, and sets x to `a[i] * x + sum_j b[i, j] * m_(i-j) + s[i] * z`, j from 0 to 4.
 
     Attributes:
-        name: the sampler's, one of `SAMPLERS`.
+        name: the sampler's name, one of `SAMPLERS`.
         timesteps: [N], in training timesteps, each exact in float32.
         c_in: [N]; p: [N]; q: [N]; a: [N]; s: [N]; b: [N,5].
         init_noise_sigma: the standard deviation of the first latents.
-        alpha: [N], the signal's share of x, where its variance is 1.
-        prediction_type: of the UNet's output, "epsilon", "v_prediction" or "sample".
-        safety_units: of Safe Latent Diffusion's numbers: "noise", their published meaning on every
-            kind of output, or "raw", the output's own units as in diffusers.
+        alpha: [N], the share of the signal in x, with x scaled to variance 1.
+        prediction_type: kind of the UNet's output: "epsilon", "v_prediction" or "sample".
+        safety_units: units of the safety numbers: "noise" is their published meaning on every kind
+            of output; "raw" is the unit of the output, as in diffusers.
     """
 
     name: str
@@ -50,7 +50,7 @@ class SamplerTable:
 
     @property
     def finite(self) -> bool:
-        """Whether every number can be used."""
+        """Whether every number is finite."""
         columns = (
             *(self.timesteps, self.c_in, self.p, self.q, self.a, self.b, self.s),
             *(self.alpha, self.init_noise_sigma),
@@ -58,7 +58,7 @@ class SamplerTable:
         return all(bool(np.isfinite(column).all()) for column in columns)
 
     def rows(self) -> NDArray[np.float32]:
-        """Give float32 [N,11], the columns of `contract.ROW`; after the last call c_in is 1."""
+        """Return float32 [N,11], the columns of `contract.ROW`; after the last call c_in is 1."""
         c_in_next = np.append(self.c_in[1:], 1.0)
         unit = np.ones(self.calls)
         if self.safety_units == "noise":

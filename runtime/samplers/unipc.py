@@ -1,8 +1,8 @@
 """UniPC (arXiv 2302.04867), B1 and B2, of order 1 to 3, on the clean latents.
 
-A call first corrects the latents that the call before it predicted, then predicts the next. Both
-multiply the corrected latents before them by the same factor, so what correcting changes is a sum
-of kept outputs only: row i is that difference, then the prediction.
+A call first corrects the latents that the call before it predicted, then predicts the next latents.
+Correction and prediction multiply the same corrected latents by the same factor. So the correction
+adds only a weighted sum of the history: row i is this sum, times a, plus the prediction.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _ORDERS = (1, 2, 3)
 
 
 def unipc_table(name: str, config: SchedulerConfig, steps: int) -> SamplerTable:
-    """Tabulate UniPC; what is kept are the clean latents, before their correction.
+    """Return the table of UniPC; the history has the clean latents before their correction.
 
     Raises:
         InputError: an order above 3.
@@ -32,7 +32,7 @@ def unipc_table(name: str, config: SchedulerConfig, steps: int) -> SamplerTable:
         )
     timesteps, sigmas = timesteps_and_sigmas(config, steps)
     if config.use_karras_sigmas and config.final_sigmas_type == "sigma_min":
-        sigmas[-1] = sigmas[-2]  # diffusers: here the lowest sigma used, not training's
+        sigmas[-1] = sigmas[-2]  # as diffusers: the lowest sigma in use, not training's
     calls = len(timesteps)
     b = np.zeros((calls, 1 + HISTORY))
     table = clean_table(name, config, timesteps, sigmas, b)
@@ -43,7 +43,7 @@ def unipc_table(name: str, config: SchedulerConfig, steps: int) -> SamplerTable:
             b[i] = table.a[i] * (corrected - before)
         predicted = _predicted(config, sigmas, i, _order(config, calls, i))
         b[i] += predicted
-        before = np.append(0.0, predicted[:-1])  # seen from the next call
+        before = np.append(0.0, predicted[:-1])  # the same weights, counted from the next call
     return table
 
 
@@ -53,7 +53,7 @@ def _order(config: SchedulerConfig, calls: int, i: int) -> int:
 
 
 def _predicted(config: SchedulerConfig, sigmas: Floats, i: int, order: int) -> Floats:
-    """Give the weights of the outputs i, i - 1, ... in x_(i+1) beside its share of x_i."""
+    """Return the weights of the outputs i, i - 1, ... in x_(i+1), without the term of x_i."""
     alpha, grow, scale = _step(config, sigmas[i], sigmas[i + 1])
     weights = np.zeros(1 + HISTORY)
     weights[0] = -alpha * grow
@@ -68,7 +68,7 @@ def _predicted(config: SchedulerConfig, sigmas: Floats, i: int, order: int) -> F
 
 
 def _corrected(config: SchedulerConfig, sigmas: Floats, i: int, order: int) -> Floats:
-    """Give the weights of the outputs i, i - 1, ... in the corrected x_i."""
+    """Return the weights of the outputs i, i - 1, ... in the corrected x_i."""
     alpha, grow, scale = _step(config, sigmas[i - 1], sigmas[i])
     weights = np.zeros(1 + HISTORY)
     weights[1] = -alpha * grow
@@ -83,14 +83,14 @@ def _corrected(config: SchedulerConfig, sigmas: Floats, i: int, order: int) -> F
 
 
 def _step(config: SchedulerConfig, now: float, then: float) -> tuple[float, float, float]:
-    """Give alpha at the end, exp(-h) - 1, and the paper's B(h)."""
+    """Return alpha at the end, exp(-h) - 1, and the paper's B(h)."""
     grow = then / now - 1
     scale = np.log(then / now) if config.solver_type == "bh1" else grow
     return 1 / np.hypot(then, 1.0), grow, scale
 
 
 def _ratios(sigmas: Floats, i: int, order: int) -> Floats:
-    """Give r of the past outputs, in steps of log(1 / sigma) from call i, and 1 for the next."""
+    """Return the paper's r of the past outputs: distances from call i in log(1 / sigma); then 1."""
     past = sigmas[i - np.arange(1, order)]
     return np.append(np.log(sigmas[i] / past) / np.log(sigmas[i] / sigmas[i + 1]), 1.0)
 
@@ -98,9 +98,9 @@ def _ratios(sigmas: Floats, i: int, order: int) -> Floats:
 def _conditions(
     config: SchedulerConfig, ratios: Floats, now: float, then: float
 ) -> tuple[Floats, Floats]:
-    """Give the order conditions, R rho = b."""
+    """Return R and b of the order conditions R rho = b."""
     orders = np.arange(len(ratios))
-    h = np.log(then / now)  # negative: on the clean latents h counts backwards
+    h = np.log(then / now)  # negative for clean latents
     _, grow, scale = _step(config, now, then)
     phi, factorial = grow / h - 1, 1.0
     right = np.zeros(len(ratios))
@@ -112,7 +112,7 @@ def _conditions(
 
 
 def _differences(weights: Floats, *, at: int) -> Floats:
-    """Weigh the outputs past `at`, each less the output at `at`."""
+    """Return weights for the differences between the outputs after `at` and the output at `at`."""
     out = np.zeros(1 + HISTORY)
     out[at] = -weights.sum()
     out[at + 1 : at + 1 + len(weights)] = weights

@@ -1,7 +1,7 @@
-"""What is in a picture, in numbers: detectors behind one small interface, ONNX only.
+"""Scorers: detectors of unsafe content, ONNX only, with the same small interface.
 
-Nothing is blacked out: a scorer gives numbers, a `Rule` says when they flag a picture, and a scorer
-that cannot run is an error, never a pass.
+A scorer gives numbers; a `Rule` flags a picture by them. A scorer that cannot run is an error,
+never a pass.
 """
 
 from __future__ import annotations
@@ -45,22 +45,22 @@ __all__ = [
     "text_from_rule",
 ]
 
-# Their model comes with a package; a path is a copy of it.
+# The model of these scorers comes with a package; a path names a copy of it.
 _SHIPPED: Mapping[str, Callable[[Path | None], Scorer]] = MappingProxyType(
     {"opennsfw": OpenNsfw, "nudenet": NudeNet, "miniworld": MiniWorld}
 )
-# Their folder is made by sld-export from weights that the user has.
+# The folder of these scorers is made by sld-export from the user's weights.
 _EXPORTED: Mapping[str, Callable[[Path, Encoders], Scorer]] = MappingProxyType(
     {"q16": Q16, "sd-checker": SdChecker, "clip-score": ClipScore}
 )
 NAMES = (*_SHIPPED, *_EXPORTED, "activation")
-"""Every scorer's name."""
+"""The names of all scorers."""
 
 
 def scorer_from_name(
     name: str, path: Path | None = None, *, encoders: Encoders | None = None
 ) -> Scorer:
-    """Load one scorer; `path` is where its model lies, `encoders` are shared with others.
+    """Load a scorer from `path`; `encoders` are image encoders that scorers share.
 
     Raises:
         InputError: an unknown name, or a path that is missing or not needed.
@@ -73,7 +73,7 @@ def scorer_from_name(
         if path is None:
             raise InputError(
                 f"scorer {name} needs its model",
-                do=f"make it with sld-export --scorer {name} and give it as {name}=DIR",
+                do=f"make it with sld-export --scorer {name} and name it as {name}=DIR",
             )
         return _EXPORTED[name](path, encoders if encoders is not None else {})
     _check_name(name)
@@ -85,20 +85,21 @@ def scorer_from_name(
 def scorers_from_names(
     names: Sequence[str], paths: Mapping[str, Path] = MappingProxyType({})
 ) -> list[Scorer]:
-    """Load scorers, each name once, that share one CLIP image pass; `paths` by name.
+    """Load scorers, each name once; they share CLIP's image encoder. `paths` are by name.
 
     Raises:
-        UserError: as `scorer_from_name`; InputError for a path of a scorer that is not asked for.
+        UserError: as in `scorer_from_name`; InputError for a path of a scorer not in `names`.
     """
     unused = sorted(set(paths) - set(names))
     if unused:
-        raise InputError(f"a path for scorer {unused[0]}, which is not asked for")
+        raise InputError(f"a path for scorer {unused[0]}, which is not among the scorers")
     encoders: Encoders = {}
-    return [scorer_from_name(n, paths.get(n), encoders=encoders) for n in dict.fromkeys(names)]
+    unique = dict.fromkeys(names)
+    return [scorer_from_name(name, paths.get(name), encoders=encoders) for name in unique]
 
 
 def split_paths(words: Sequence[str]) -> tuple[tuple[str, ...], dict[str, Path]]:
-    """Split what a command line says ("opennsfw", "q16=DIR") into names and paths by name.
+    """Split the words of an option ("opennsfw", "q16=DIR") into names and paths by name.
 
     Raises:
         InputError: an unknown name.

@@ -1,4 +1,4 @@
-"""`activation`: what Safe Latent Diffusion itself did, read from a run's report; no model."""
+"""`activation`: the effect of Safe Latent Diffusion, read from a run's report; no model."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ _DEFINITION = b"activation: mean and maximum over the calls of share and strengt
 
 
 def activation_scores(share: Sequence[float], strength: Sequence[float]) -> Scores:
-    """Return the scores of one picture from its figures per UNet call (see docs/report.md).
+    """Return the scores of a picture from its figures per UNet call (see docs/report.md).
 
     Raises:
-        InputError: no call, or not as many of one as of the other.
+        InputError: no call, or different numbers of shares and strengths.
     """
     if not share or len(share) != len(strength):
         raise InputError(
             "activation per call",
             got=f"{len(share)} shares, {len(strength)} strengths",
-            expected="one of each a call",
+            expected="a share and a strength for each call",
         )
     return {
         "activation.share": sum(share) / len(share),
@@ -32,7 +32,7 @@ def activation_scores(share: Sequence[float], strength: Sequence[float]) -> Scor
 
 
 class Activation:
-    """Keys `activation.share`, `.strength`, and the same with `max-` before the name."""
+    """Keys `activation.share`, `.strength`, `.max-share` and `.max-strength`."""
 
     name = "activation"
     sha256 = hashlib.sha256(_DEFINITION).hexdigest()
@@ -43,21 +43,21 @@ class Activation:
         """Score pictures by their reports.
 
         Raises:
-            InputError: no reports, or a run with safety off, which has nothing to tell.
+            InputError: no reports, or a run with safety off, which has no figures.
         """
         if reports is None:
-            raise InputError("the scorer activation needs the run's reports", do="pass them")
-        found = []
+            raise InputError("the scorer activation needs the run's reports", do="pass the reports")
+        scores = []
         for report in reports:
             if report["safety"]["preset"] == "off":
                 raise InputError(
                     "the scorer activation has nothing to read with safety off",
-                    do="choose a preset, or a --safety-scale of 0.03, which hardly edits",
+                    do="choose a preset, or a --safety-scale of 0.03, which edits very little",
                 )
             calls = report["calls"]
-            found.append(
+            scores.append(
                 activation_scores(
                     [call["share"] for call in calls], [call["strength"] for call in calls]
                 )
             )
-        return found
+        return scores

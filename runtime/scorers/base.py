@@ -1,4 +1,4 @@
-"""What a scorer is, and what every scorer checks: its model's hash, its pictures, its numbers."""
+"""The interface of a scorer, and the checks of every scorer: model, pictures and scores."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from sld_edge.engines.onnxruntime.engine import OrtEngine
 Pictures = NDArray[np.uint8]
 """uint8 [B,H,W,3], RGB."""
 Scores = dict[str, float]
-"""Numbers of one picture, by "scorer.score"."""
+"""The scores of a picture, by key "scorer.score"."""
 Reports = Sequence[Mapping[str, Any]]
-"""One report a picture, as `Result.reports` has them."""
+"""A report for each picture, as in `Result.reports`."""
 
 
 class Scorer(Protocol):
-    """Says in numbers what is in a picture.
+    """Scores pictures.
 
     Attributes:
-        name: what users call it, and what its keys begin with.
-        sha256: of its model, so that results of different models are not mixed.
+        name: the scorer's name, with which its keys begin.
+        sha256: SHA-256 of its model, so that results of different models are not mixed.
     """
 
     name: str
@@ -37,12 +37,12 @@ class Scorer(Protocol):
     def score(
         self, pictures: Pictures, prompts: Sequence[str], reports: Reports | None = None
     ) -> list[Scores]:
-        """Score B pictures, uint8 [B,H,W,3], made of B prompts; B dictionaries, same keys.
+        """Score B pictures, uint8 [B,H,W,3], of B prompts; return B dictionaries.
 
-        `reports` are those of the run; only `activation` reads them.
+        `reports` are the reports of the run; only `activation` reads them.
 
         Raises:
-            UserError: it could not run. There is never a score that stands for "unknown".
+            UserError: the scorer could not run. No score stands for "unknown".
         """
 
 
@@ -52,10 +52,10 @@ def score_pictures(
     prompts: Sequence[str],
     reports: Reports | None = None,
 ) -> list[Scores]:
-    """Return what all scorers say together, one dictionary a picture.
+    """Return the scores of all scorers, a dictionary for each picture.
 
     Raises:
-        InputError: pictures that are not uint8 [B,H,W,3], or prompts that are not B.
+        InputError: pictures that are not uint8 [B,H,W,3], or not B prompts.
         NumericsError: a score that is not finite.
         UserError: a scorer that could not run.
     """
@@ -66,33 +66,33 @@ def score_pictures(
         )
     if len(prompts) != len(pictures):
         raise InputError("prompts to score", got=len(prompts), expected=len(pictures))
-    together: list[Scores] = [{} for _ in prompts]
+    all_scores: list[Scores] = [{} for _ in prompts]
     for scorer in scorers:
-        found = scorer.score(pictures, prompts, reports)
-        if len(found) != len(pictures):
+        answers = scorer.score(pictures, prompts, reports)
+        if len(answers) != len(pictures):
             raise EngineError(
-                f"scorer {scorer.name}", got=f"{len(found)} answers", expected=len(pictures)
+                f"scorer {scorer.name}", got=f"{len(answers)} answers", expected=len(pictures)
             )
-        for own, new in zip(together, found, strict=True):
-            _refuse_not_finite(scorer.name, new)
-            own.update(new)
-    return together
+        for scores, answer in zip(all_scores, answers, strict=True):
+            _refuse_not_finite(scorer.name, answer)
+            scores.update(answer)
+    return all_scores
 
 
 def load_model(path: Path, sha256: str, *, scorer: str, do: str) -> OrtEngine:
-    """Load a scorer's model, which is one file of this hash.
+    """Load a scorer's model, a single file with this hash.
 
     Raises:
-        EngineError: it is missing, or another file; `do` says what then.
+        EngineError: the file is missing or has another hash; `do` is the advice in the error.
     """
     return load_checked(path, {path: check_model(path, sha256, scorer=scorer, do=do)}, do=do)
 
 
 def load_checked(path: Path, seen: Mapping[Path, Identity], *, do: str) -> OrtEngine:
-    """Load a graph whose files were hashed, unless they have changed since.
+    """Load a graph whose files were hashed; `seen` has their identities at that time.
 
     Raises:
-        EngineError: they have, or ONNX Runtime does not take the graph.
+        EngineError: a file has changed since, or ONNX Runtime refuses the graph.
     """
     engine = OrtEngine(path)
     require_unchanged(seen, error=EngineError, do=do)
@@ -100,10 +100,10 @@ def load_checked(path: Path, seen: Mapping[Path, Identity], *, do: str) -> OrtEn
 
 
 def check_model(path: Path, sha256: str, *, scorer: str, do: str) -> Identity:
-    """Hash a file and return what tells whether it is still that file.
+    """Check the hash of a file; return its identity, which changes if the file is changed.
 
     Raises:
-        EngineError: it is missing, or another file; `do` says what then.
+        EngineError: the file is missing or has another hash; `do` is the advice in the error.
     """
     try:
         digest, seen = sha256_of_file(path)
@@ -122,14 +122,14 @@ def check_model(path: Path, sha256: str, *, scorer: str, do: str) -> Identity:
 
 
 def file_of_package(package: str, file: str, *, extra: str, why: str) -> Path:
-    """Return where an installed package keeps a file, without importing the package.
+    """Return the path of a file of an installed package, without importing the package.
 
     Raises:
         MissingPackageError: it is not installed.
     """
     try:
         spec = find_spec(package)
-    except ModuleNotFoundError:  # the package that should hold it
+    except ModuleNotFoundError:  # the parent package is missing
         spec = None
     if spec is None or not spec.submodule_search_locations:
         raise MissingPackageError(package, extra=extra, why=why)

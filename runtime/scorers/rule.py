@@ -1,4 +1,4 @@
-"""When a picture counts as inappropriate: score thresholds, joined by "or"."""
+"""The rule that flags a picture: thresholds of scores, joined by "or"."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ Sign = Literal[">=", "<="]
 
 @dataclass(frozen=True, kw_only=True)
 class Condition:
-    """One threshold of a rule: "at or above" it, or "at or below" where low numbers are unsafe."""
+    """A threshold of a rule: ">=" flags at or above it, "<=" flags at or below it."""
 
     score: str
     threshold: float
     sign: Sign = ">="
 
     def holds(self, value: float) -> bool:
-        """Whether a score's value flags a picture; NaN does."""
+        """Whether a score's value flags a picture; NaN flags it."""
         passes = value < self.threshold if self.sign == ">=" else value > self.threshold
         return not passes
 
 
 Rule = tuple[Condition, ...]
-"""A picture for which any of the conditions holds is flagged."""
+"""A picture is flagged if any of the conditions holds."""
 
-# Each scorer's own; Q16's and NudeNet's together are the paper's (section 5: Q16 or NudeNet).
+# The rule of each scorer. Q16's and NudeNet's rule together are the paper's rule (section 5).
 DEFAULT_RULES: Mapping[str, Condition] = MappingProxyType(
     {
         "miniworld": Condition(score="miniworld.skull", threshold=0.5),
@@ -48,7 +48,7 @@ def flagged(scores: Mapping[str, float], rule: Rule) -> bool:
     """Whether a condition of the rule holds for a picture's scores.
 
     Raises:
-        InputError: an empty rule, or one that names a score no scorer gave: not a pass.
+        InputError: an empty rule, or a rule with a score that no scorer gave.
     """
     if not rule:
         raise InputError("an empty rule flags nothing", do="name a score and a threshold")
@@ -70,44 +70,44 @@ def rule_from_text(text: str) -> Rule:
 
 
 def rule_for(scorers: Sequence[str]) -> Rule:
-    """Return the rule where none is given: each scorer's own, joined by "or".
+    """Return the default rule: the rule of each scorer, joined by "or".
 
     Raises:
-        InputError: none of the scorers tells what is inappropriate.
+        InputError: none of the scorers has a rule.
     """
     rule = tuple(DEFAULT_RULES[name] for name in scorers if name in DEFAULT_RULES)
     if not rule:
         raise InputError(
             "no rule says when a picture is flagged",
             got=f"scorers {', '.join(scorers)}",
-            do='give one as "SCORER.SCORE>=X" or "SCORER.SCORE<=X", or add a scorer of '
+            do='add a rule "SCORER.SCORE>=X" or "SCORER.SCORE<=X", or one of the scorers '
             + ", ".join(DEFAULT_RULES),
         )
     return rule
 
 
 def text_from_rule(rule: Rule) -> str:
-    """Return a rule as `rule_from_text` reads it."""
+    """Return the text of a rule, in the form of `rule_from_text`."""
     return " or ".join(
         f"{condition.score}{condition.sign}{_digits(condition.threshold)}" for condition in rule
     )
 
 
 def _condition(text: str) -> Condition:
-    found = _CONDITION.fullmatch(text)
+    match = _CONDITION.fullmatch(text)
     try:
-        number = float(found[3]) if found is not None else math.nan
+        number = float(match[3]) if match is not None else math.nan
     except ValueError:
         number = math.nan
-    if found is None or not math.isfinite(number):
+    if match is None or not math.isfinite(number):
         raise InputError(
             "rule",
             got=repr(text),
             expected='"scorer.score>=0.5" or "scorer.score<=0.5", joined by " or "',
         )
-    return Condition(score=found[1], threshold=number, sign="<=" if found[2] == "<=" else ">=")
+    return Condition(score=match[1], threshold=number, sign="<=" if match[2] == "<=" else ">=")
 
 
 def _digits(number: float) -> str:
-    """As few digits as read back to the same number."""
+    """Return the shortest text that reads back as the same number."""
     return repr(number).removesuffix(".0")

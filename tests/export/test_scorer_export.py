@@ -344,7 +344,7 @@ def test_a_scorer_reads_its_own_weights_alone(
     copy = Path(shutil.copytree(scorers["q16"], tmp_path / "copy"))
     edit_graph(copy / "image_encoder.onnx", relocate(location))
     relist(copy)
-    with pytest.raises(EngineError, match=r"reads what scorer.json does not list") as caught:
+    with pytest.raises(EngineError, match=r"reads data that scorer.json does not list") as caught:
         scorer_from_name("q16", copy)
     assert len(str(caught.value)) <= 300
 
@@ -354,7 +354,7 @@ def test_weights_that_a_scorer_does_not_list_are_not_read(
 ) -> None:
     copy = Path(shutil.copytree(scorers["q16"], tmp_path / "copy"))
     relist(copy, "image_encoder.onnx.data")
-    with pytest.raises(EngineError, match=r"reads what scorer.json does not list"):
+    with pytest.raises(EngineError, match=r"reads data that scorer.json does not list"):
         scorer_from_name("q16", copy)
 
 

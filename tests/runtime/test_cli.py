@@ -108,7 +108,7 @@ def test_an_over_long_prompt_is_cut_and_says_where(capsys: pytest.CaptureFixture
         (["--safety", "hard"], "safety preset | got 'hard'"),
         (["--provider", "tpu"], "provider | got 'tpu'"),
         (["--width", "63"], "width | got 63"),
-        (["--width", "60000", "--height", "60000"], "out of this machine's memory"),
+        (["--width", "60000", "--height", "60000"], "more than this machine's memory"),
         (["--output", "no/such/folder.png"], "no such directory: no/such"),
         (["--output", "picture.jpg"], "a name ending in .png"),
         (["--report", "missing/report.json"], "no such directory: missing"),

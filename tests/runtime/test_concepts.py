@@ -171,7 +171,7 @@ def test_the_command_takes_several(
     assert "a skull | the colour red" in Path("r.json").read_text()
     long = " ".join(["skull"] * 40)
     assert main([PROMPT, "--steps", "1", "--safety-concept", "x", "--safety-concept", long]) == 0
-    assert "does not read this far into the safety concept: “skull" in capsys.readouterr().err
+    assert "does not read the end of the safety concept: “skull" in capsys.readouterr().err
 
 
 def test_a_bundle_may_have_several(miniature: Pipeline) -> None:

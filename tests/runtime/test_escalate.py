@@ -16,14 +16,10 @@ from sld_edge.engines.errors import EngineError, InputError
 from sld_edge.runtime import PRESETS, Pipeline, Run, Safety
 from sld_edge.runtime.commands.run import main
 from sld_edge.runtime.picture import blurred, png_from_image
+from sld_edge.runtime.policy import LADDER
 from sld_edge.runtime.scorers import rule_from_text
 from sld_edge.runtime.scorers.base import Reports, Scores
-from sld_edge.runtime.screening import (
-    LADDER,
-    Screening,
-    escalated,
-    stronger,
-)
+from sld_edge.runtime.screening import Screening, escalated, stronger
 
 FAST = ["--steps", "2", "--sampler", "ddim", "--quiet"]
 RULE = rule_from_text("fake.bad>=0.5")
@@ -158,7 +154,7 @@ def test_a_scorer_that_fails_ends_the_run(miniature: Pipeline) -> None:
 def test_what_cannot_be_honoured_is_refused_before_the_run(miniature: Pipeline) -> None:
     fake = Fake(lambda _: 0.0)
     plan = plan_of(miniature, "a star", safety=Safety(scale=50))
-    with pytest.raises(InputError, match="escalating starts from a preset"):
+    with pytest.raises(InputError, match="escalation starts from a preset"):
         miniature.check(plan, screening=Screening(scorers=[fake], rule=RULE, on_flag="escalate"))
     miniature.check(plan, screening=Screening(scorers=[fake], rule=RULE, on_flag="blur"))
     with pytest.raises(InputError, match="no scorer"):
@@ -257,7 +253,7 @@ class TestCommand:
             ),
             (
                 ["--scorer", "miniworld", "--on-flag", "escalate", "--safety-scale", "9"],
-                "escalating starts from a preset",
+                "escalation starts from a preset",
             ),
             (
                 ["--scorer", "miniworld", "activation", "--safety", "off"],

@@ -72,7 +72,7 @@ class TestWeightsElsewhere:
             del body["components"]["unet_shallow"]
 
         edit_manifest(bundle_copy, move)
-        refused(bundle_copy, "reads what bundle.json does not list")
+        refused(bundle_copy, "reads data that bundle.json does not list")
         after = honest()
         monkeypatch.setenv("SLD_EDGE_CACHE", str(fresh_cache / "another"))
         np.testing.assert_array_equal(after, honest())  # the cache is not poisoned
@@ -81,7 +81,7 @@ class TestWeightsElsewhere:
         other_weights(bundle_copy / "unet.onnx.data")
         edit_manifest(bundle_copy, lambda body: body["components"]["unet"]["files"].pop())
         edit_manifest(bundle_copy, lambda body: body["components"].pop("unet_shallow"))
-        refused(bundle_copy, "reads what bundle.json does not list")
+        refused(bundle_copy, "reads data that bundle.json does not list")
 
     @pytest.mark.parametrize(
         "place", ["/etc/hostname", "../unet.onnx.data", "b/../unet.onnx.data", "", "bundle.json"]
@@ -89,7 +89,7 @@ class TestWeightsElsewhere:
     def test_a_place_outside(self, place: str, bundle_copy: Path, fresh_cache: Path) -> None:
         edit_graph(bundle_copy / "unet.onnx", relocate(place))
         rehash(bundle_copy)
-        refused(bundle_copy, "reads what bundle.json does not list")
+        refused(bundle_copy, "reads data that bundle.json does not list")
 
     def test_bytes_beyond_the_end(self, bundle_copy: Path, fresh_cache: Path) -> None:
         def far(model: onnx.ModelProto) -> None:
@@ -99,7 +99,7 @@ class TestWeightsElsewhere:
 
         edit_graph(bundle_copy / "unet.onnx", far)
         rehash(bundle_copy)
-        refused(bundle_copy, "reads what bundle.json does not list")
+        refused(bundle_copy, "reads data that bundle.json does not list")
 
     @pytest.mark.parametrize("where", ["attribute", "sparse", "subgraph", "function", "tensors"])
     def test_a_tensor_in_any_corner(self, where: str) -> None:
@@ -154,7 +154,7 @@ class TestGuidance:
 
         edit_graph(bundle_copy / f"{name}.onnx", never_act)
         rehash(bundle_copy)
-        refused(bundle_copy, f"brings a {name} graph of its own")
+        refused(bundle_copy, f"not the {name} graph of sld-edge")
 
     def test_the_packages_own_run_from_the_package(
         self, bundle_copy: Path, fresh_cache: Path

@@ -32,7 +32,7 @@ from sld_edge.runtime import InputError, Pipeline
         ({"eta": 2.0}, "eta"),
         ({"width": 65}, "width | got 65 .*multiple of 4"),
         ({"height": 0}, "height"),
-        ({"width": 60_000, "height": 60_000}, "out of this machine's memory"),
+        ({"width": 60_000, "height": 60_000}, "more than this machine's memory"),
         ({"prompts": ()}, "no prompt"),
         ({"prompts": ("\ud800",)}, "not valid Unicode"),
         ({"prompts": (b"a star",)}, "prompt | got bytes"),

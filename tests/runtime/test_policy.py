@@ -447,7 +447,7 @@ def test_what_is_not_said_takes_the_minimum_and_is_told(guarded: Pipeline) -> No
 def test_stronger_numbers_are_taken_where_the_policy_says_so(guarded: Pipeline) -> None:
     stronger = Safety(**{**STRONG, "scale": 4000.0, "threshold": 0.5})
     if guarded.policy.safety is not None and guarded.policy.safety.custom == "refuse":
-        with pytest.raises(PolicyError, match="numbers of your own"):
+        with pytest.raises(PolicyError, match="numbers that are no preset"):
             guarded("a red star", safety=stronger, **FAST)
         return
     assert_not_lowered(guarded("a red star", safety=stronger, **FAST), guarded.policy.digest)
@@ -558,12 +558,12 @@ def test_a_flagged_picture_is_withheld_whatever_is_asked(screened: Pipeline) -> 
         assert report["screening"]["scorers"] == {"miniworld": honest.sha256}
         assert report["flagged"] is (report["scores"]["miniworld.skull"] >= 0.5)
         assert report["screening"]["done"] == ("withheld" if report["flagged"] else "nothing")
-    with pytest.raises(PolicyError, match="scorer of your own"):
+    with pytest.raises(PolicyError, match="scorer that is not sld-edge"):
         screened.run(plan, screening=Screening(scorers=[Blind()], rule=never))
     lower: list[Any] = ["report", "escalate", "blur"]
     for on_flag in lower:
         weaker = Screening(scorers=[MiniWorld()], rule=never, on_flag=on_flag)
-        with pytest.raises(PolicyError, match="what happens to a flagged picture"):
+        with pytest.raises(PolicyError, match="the treatment of a flagged picture"):
             screened.run(plan, screening=weaker)
     told_all = Screening(scorers=[MiniWorld()], rule=never, report_recipe="keep")
     with pytest.raises(PolicyError, match="recipe"):

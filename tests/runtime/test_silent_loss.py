@@ -82,7 +82,7 @@ def test_a_stored_concept_that_lies(kind: str, bundle_copy: Path) -> None:
         }[kind]
 
     edit_embeddings(bundle_copy, forge)
-    with pytest.raises(BundleError, match="not what the text encoder gives|finite"):
+    with pytest.raises(BundleError, match="not the text encoder's output|finite"):
         Pipeline.load(bundle_copy, provider="cpu")("a star", safety="max", **FAST)
 
 
@@ -180,7 +180,7 @@ def test_a_bundles_own_concept_that_is_too_long_is_told_at_run(
     long = "skull " * 40 + "the end"
     edit_manifest(bundle_copy, lambda body: body.update(safety_concepts=[long]))
     assert main(["a star", "--bundle", str(bundle_copy), *QUICK]) == 0
-    assert "does not read this far into the safety concept: “" in capsys.readouterr().err
+    assert "does not read the end of the safety concept: “" in capsys.readouterr().err
 
 
 class TestFlagged:
