@@ -131,6 +131,19 @@ def test_half_precision_checkpoints(tmp_path: Path, dtype: torch.dtype) -> None:
     assert error <= TOLERANCES["fp32"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_not_finite_are_refused(
+    tmp_path: Path, dtype: torch.dtype, value: float
+) -> None:
+    model = tiny_unet("sd1").to(dtype)
+    model.conv_in.weight.data[-1, 1, 2, 0] = value
+    with pytest.raises(CheckpointError, match="conv_in.weight .*NaN or infinity"):
+        written(tmp_path, model, GraphOptions(precision="fp16"))
+    model.conv_in.weight.data[-1, 1, 2, 0] = -65504  # the least number of FP16
+    written(tmp_path, model, GraphOptions(precision="fp16"))
+
+
 def test_the_prefix_is_shared(tmp_path: Path) -> None:
     path = written(tmp_path, tiny_unet("sd1"), GraphOptions())
     nodes = onnx.load(path, load_external_data=False).graph.node
