@@ -245,7 +245,9 @@ class Loader:
         if not most:
             return None
         most_concepts = most.get("noise_pred_safety", concepts)
-        images = most.get("context", 2 + concepts) // (2 + concepts)
+        conditioning = self.bundle.manifest.conditioning
+        wide = [name for name, item in conditioning.items() if item.per == "branch"]
+        images = min(most.get(name, 2 + concepts) for name in wide) // (2 + concepts)
         if most_concepts < concepts or not images:
             raise EngineError(
                 f"the plans were not built for {concepts} safety concepts at once",
