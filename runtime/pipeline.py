@@ -55,7 +55,6 @@ class Pipeline:
         provider: the provider that runs its graphs.
         why: the reason for this provider, one line.
         policy: this device's policy; every run is checked against it.
-        executor: makes the pictures of a checked run.
     """
 
     def __init__(self, loader: Loader) -> None:
@@ -66,7 +65,7 @@ class Pipeline:
         self.why = loader.why
         self._loader = loader
         self._texts = Texts(self.bundle)
-        self.executor = Executor(loader, self._texts)
+        self._executor = Executor(loader, self._texts)
 
     @classmethod
     def load(
@@ -258,7 +257,7 @@ class Pipeline:
             PolicyError: a setting that this device's policy does not allow.
             NumericsError: NaN or infinity in the output of a graph.
         """
-        with self.executor.lock:
+        with self._executor.lock:
             savings = replace(run.savings) if type(run.savings) is Savings else run.savings
             run = replace(run, images=_copied(run.images), savings=savings)
             screening = self.check(run, screening=screening)
@@ -270,7 +269,7 @@ class Pipeline:
 
             def make(run: Run) -> Result:
                 self._require_admitted(run, run.images)
-                return self.executor.make(
+                return self._executor.make(
                     run,
                     latents=latents,
                     batch_size=batch_size,
@@ -304,9 +303,9 @@ class Pipeline:
         )
         self._require_no_latents(latents)
         copied = _copied(run.images if images is None else images)
-        with self.executor.lock:
+        with self._executor.lock:
             self._require_admitted(run, copied)
-            return self.executor.steps(run, copied, latents)
+            return self._executor.steps(run, copied, latents)
 
     def decode(self, latents: Floats, *, preview: bool = False) -> NDArray[np.uint8]:
         """Turn latents, float32 [B,4,h,w], unscaled, into pictures, uint8 [B,H,W,3].
@@ -318,8 +317,8 @@ class Pipeline:
             PolicyError: this device's policy lets only screened pictures leave.
         """
         self.policy.require_previews("pictures that are not screened")
-        with self.executor.lock:
-            return self.executor.decode(latents, preview=preview)
+        with self._executor.lock:
+            return self._executor.decode(latents, preview=preview)
 
     def encode_text(self, text: str) -> Embedding:
         """Return a text's embeddings, float32 [...] by UNet input; a repeated text is encoded once.
@@ -327,8 +326,8 @@ class Pipeline:
         Raises:
             NumericsError: a text encoder overflowed.
         """
-        with self.executor.lock:
-            return self.executor.conditioner.embedding(text)
+        with self._executor.lock:
+            return self._executor.conditioner.embedding(text)
 
     def cut_from(self, text: str) -> str:
         """Return the end of a text that the model does not read; empty for a short text."""
@@ -346,8 +345,8 @@ class Pipeline:
                 manifest.
             EngineError: the engine refuses it.
         """
-        with self.executor.lock:
-            return self.executor.store.engine(name)
+        with self._executor.lock:
+            return self._executor.store.engine(name)
 
     def warm_up(self) -> None:
         """Load now every graph that a run needs."""
@@ -356,8 +355,8 @@ class Pipeline:
 
     def close(self) -> None:
         """Release graphs, buffers and device; graphs that were prepared on disk stay there."""
-        with self.executor.lock:
-            self.executor.close()
+        with self._executor.lock:
+            self._executor.close()
 
     def __enter__(self) -> Self:
         return self

@@ -157,7 +157,7 @@ def test_plans_and_sessions_share_the_loop(
     )
     with Pipeline.load(bundle, provider="tensorrt") as pipeline:
         got = pipeline("a red star", steps=4)
-        assert pipeline.executor.stage is not None  # the loop on the device
+        assert pipeline._executor.stage is not None  # the loop on the device
         assert pipeline.providers["guidance"] == "cuda"
     np.testing.assert_array_equal(got.latents, miniature("a red star", steps=4).latents)
 

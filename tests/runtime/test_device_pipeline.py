@@ -284,7 +284,7 @@ def test_low_memory_holds_what_it_needs(
 ) -> None:
     with Pipeline.load(planned(), provider="tensorrt", low_memory=True) as pipeline:
         got = pipeline("a red star", **FAST)
-        assert set(pipeline.executor.store.engines) == {"unet", "guidance"}
+        assert set(pipeline._executor.store.engines) == {"unet", "guidance"}
         pipeline("a blue heart", **FAST)
     assert_same(got, cpu("a red star", **FAST))
 
@@ -336,7 +336,7 @@ def test_nan_is_named_by_component_and_call(
 ) -> None:
     def spoil(step: Any) -> None:
         if step.index == 2:  # the next call's UNet reads this
-            stage = pipeline.executor.stage
+            stage = pipeline._executor.stage
             assert stage is not None
             tensor = stage.arena["context"]
             stage.device.upload(tensor, np.full(tensor.shape, bad, np.float32))

@@ -48,16 +48,16 @@ def test_heavy_graphs_go_when_they_are_done(monkeypatch: pytest.MonkeyPatch) -> 
     with Pipeline.load(provider="cpu") as pipeline:
         during: list[set[str]] = []
         decoding: list[set[str]] = []
-        decode = pipeline.executor.decode
+        decode = pipeline._executor.decode
 
         def watched(latents: Any) -> Any:
-            decoding.append(set(pipeline.executor.store.engines))
+            decoding.append(set(pipeline._executor.store.engines))
             return decode(latents)
 
-        monkeypatch.setattr(pipeline.executor, "decode", watched)
+        monkeypatch.setattr(pipeline._executor, "decode", watched)
 
         def look(_: Step) -> None:
-            during.append(set(pipeline.executor.store.engines))
+            during.append(set(pipeline._executor.store.engines))
 
         first = pipeline("a red star", callback=look, **FAST)
         assert during == [{"unet", "guidance"}] * 3
@@ -65,20 +65,20 @@ def test_heavy_graphs_go_when_they_are_done(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr("sld_edge.runtime.executor._CELLS", 16 * 16)
         again = pipeline("a red star", **FAST)
         assert decoding[1:] == [{"guidance"}]
-        assert set(pipeline.executor.store.engines) == {"guidance"}
+        assert set(pipeline._executor.store.engines) == {"guidance"}
         pipeline("a red star", count=2, **FAST)  # and is loaded again
         assert len(decoding) == 4
         steps = pipeline.steps(pipeline.resolve(flat_request(prompts=("a red star",), **FAST)))
-        held = ["unet" in pipeline.executor.store.engines for _ in steps]
+        held = ["unet" in pipeline._executor.store.engines for _ in steps]
         assert held == [True] * 3
-        assert "unet" not in pipeline.executor.store.engines  # walked by hand it goes too
+        assert "unet" not in pipeline._executor.store.engines  # walked by hand it goes too
     assert np.abs(first.latents - again.latents).max() < 1e-3  # branches one after another
 
 
 def test_light_graphs_are_kept() -> None:
     with Pipeline.load(provider="cpu") as pipeline:
         pipeline("a red star", **FAST)
-        assert set(pipeline.executor.store.engines) == {
+        assert set(pipeline._executor.store.engines) == {
             "text_encoder",
             "unet",
             "guidance",
@@ -89,7 +89,7 @@ def test_light_graphs_are_kept() -> None:
 def test_low_memory_drops_light_ones_too() -> None:
     with Pipeline.load(provider="cpu", low_memory=True) as pipeline:
         pipeline("a red star", **FAST)
-        assert set(pipeline.executor.store.engines) == {"unet", "guidance"}
+        assert set(pipeline._executor.store.engines) == {"unet", "guidance"}
 
 
 @pytest.mark.usefixtures("heavy")
@@ -97,7 +97,7 @@ def test_what_is_not_prepared_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLD_EDGE_CACHE", "off")  # loading again would take long
     with Pipeline.load(provider="cpu") as pipeline:
         pipeline("a red star", **FAST)
-        assert set(pipeline.executor.store.engines) == {
+        assert set(pipeline._executor.store.engines) == {
             "text_encoder",
             "unet",
             "guidance",

@@ -83,7 +83,7 @@ def compare(pair: Pair, oracle: Trace) -> Callable[[TwinEngine | None], float]:
 
     def run(twin: TwinEngine | None) -> float:
         with pytest.MonkeyPatch.context() as patch:
-            engines = pair.ours.executor.store.engines
+            engines = pair.ours._executor.store.engines
             patch.setitem(engines, "unet", GridUnet())
             if twin is not None:
                 patch.setitem(engines, "guidance", twin)

@@ -143,7 +143,7 @@ def test_texts_are_encoded_once_and_constant_ones_never(miniature: Pipeline) -> 
     pipeline = Pipeline.load(miniature.bundle.path, provider="cpu")
     concept = pipeline.bundle.manifest.safety_concept
     pipeline.encode_text(""), pipeline.encode_text(concept)
-    assert "text_encoder" not in pipeline.executor.store.engines
+    assert "text_encoder" not in pipeline._executor.store.engines
     first = pipeline.encode_text("a star")
     assert pipeline.encode_text("a star") is first
 

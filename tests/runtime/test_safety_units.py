@@ -61,7 +61,7 @@ def twin_of(miniature: Pipeline, kind: str, sampler: str, steps: int, folder: Pa
     table = sampler_table(sampler, body["scheduler"], steps)
     pipeline = Pipeline.load(bundle, provider="cpu")
     alpha = dict(zip(table.timesteps.astype(np.float32).tolist(), table.alpha, strict=True))
-    pipeline.executor.store.engines["unet"] = Twin(miniature.engine("unet"), kind, alpha)
+    pipeline._executor.store.engines["unet"] = Twin(miniature.engine("unet"), kind, alpha)
     return pipeline
 
 

@@ -154,7 +154,7 @@ def test_heavy_graphs_that_are_in_use_stay(monkeypatch: pytest.MonkeyPatch) -> N
         pipeline("a heart", steps=2)  # its end would free the UNet
         *_, last = walk
         np.testing.assert_array_equal(last.latents, wanted.latents)
-        assert "unet" not in pipeline.executor.store.engines
+        assert "unet" not in pipeline._executor.store.engines
 
 
 def test_texts_that_were_used_last_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
