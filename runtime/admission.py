@@ -11,7 +11,7 @@ from sld_edge.runtime.manifest import Manifest
 from sld_edge.runtime.policy import Policy
 from sld_edge.runtime.request import ImageRun, Run, Savings, different_concepts
 from sld_edge.runtime.safety import Safety, empty_concept
-from sld_edge.runtime.samplers import SamplerTable
+from sld_edge.runtime.samplers import SamplerTable, sampler_table
 
 
 def require_admitted(
@@ -51,6 +51,12 @@ def require_admitted(
             "safety units",
             got=run.table.safety_units,
             expected="noise",
+        )
+        # A table of the caller could call the picture's last steps a warm-up.
+        policy.require(
+            run.table.equals(table_of(run, manifest)),
+            "a sampler table that was changed",
+            expected=f"the table of {run.table.name}",
         )
     for image in images:
         if not image.safety.acts and rules is None:
@@ -96,10 +102,28 @@ def require_admitted(
             )
 
 
+def table_of(run: Run, manifest: Manifest) -> SamplerTable:
+    """Compute the sampler table of a run from its settings and the bundle.
+
+    Raises:
+        InputError: settings that no sampler has.
+    """
+    return sampler_table(
+        run.table.name,
+        {**manifest.scheduler, "prediction_type": manifest.prediction_type},
+        run.steps,
+        eta=run.eta,
+        safety_units=run.table.safety_units,
+    )
+
+
 def _typed(run: Run, images: Sequence[ImageRun]) -> Iterator[tuple[object, type]]:
     """Return every value that safety depends on, with the exact type that it must have."""
     yield run, Run
     yield run.table, SamplerTable
+    yield run.table.name, str
+    yield run.steps, int
+    yield run.eta, float
     yield run.savings, Savings
     yield run.savings.cache_interval, int
     yield run.table.safety_units, str

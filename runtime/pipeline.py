@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from sld_edge.engines.base import Engine
 from sld_edge.engines.checks import shown
 from sld_edge.engines.errors import InputError
-from sld_edge.runtime.admission import require_admitted
+from sld_edge.runtime.admission import require_admitted, table_of
 from sld_edge.runtime.conditioning import Embedding, Texts
 from sld_edge.runtime.denoise.job import Floats
 from sld_edge.runtime.denoise.loop import Step
@@ -258,9 +258,9 @@ class Pipeline:
             NumericsError: NaN or infinity in the output of a graph.
         """
         with self._executor.lock:
-            savings = replace(run.savings) if type(run.savings) is Savings else run.savings
-            run = replace(run, images=_copied(run.images), savings=savings)
+            run = _copied_run(run)
             screening = self.check(run, screening=screening)
+            run = self._with_own_table(run)
             self._require_no_latents(latents)
             if callback is not None:
                 self.policy.require_previews("a callback, which can see unfinished pictures")
@@ -302,10 +302,11 @@ class Pipeline:
             self.policy.screening is None, "pictures that are not screened", expected="run()"
         )
         self._require_no_latents(latents)
-        copied = _copied(run.images if images is None else images)
+        run = _copied_run(run)
+        chosen = run.images if images is None else _copied(images)
         with self._executor.lock:
-            self._require_admitted(run, copied)
-            return self._executor.steps(run, copied, latents)
+            self._require_admitted(run, chosen)
+            return self._executor.steps(self._with_own_table(run), chosen, latents)
 
     def decode(self, latents: Floats, *, preview: bool = False) -> NDArray[np.uint8]:
         """Turn latents, float32 [B,4,h,w], unscaled, into pictures, uint8 [B,H,W,3].
@@ -364,6 +365,12 @@ class Pipeline:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    def _with_own_table(self, run: Run) -> Run:
+        """Under a policy, take the table that was computed here: a caller's arrays can change."""
+        if self.policy.safety is None:
+            return run
+        return replace(run, table=table_of(run, self.bundle.manifest))
+
     def _require_no_latents(self, latents: object) -> None:
         """Refuse latents from the caller under a policy: they may hold a finished picture."""
         self.policy.require(
@@ -380,6 +387,11 @@ class Pipeline:
             texts=self._texts,
             policy=self.policy,
         )
+
+
+def _copied_run(run: Run) -> Run:
+    savings = replace(run.savings) if type(run.savings) is Savings else run.savings
+    return replace(run, images=_copied(run.images), savings=savings)
 
 
 def _copied(images: Sequence[ImageRun]) -> tuple[ImageRun, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,6 +56,13 @@ class SamplerTable:
             *(self.alpha, self.init_noise_sigma),
         )
         return all(bool(np.isfinite(column).all()) for column in columns)
+
+    def equals(self, other: SamplerTable) -> bool:
+        """Whether every entry is the same."""
+        return all(
+            np.array_equal(getattr(self, entry.name), getattr(other, entry.name))
+            for entry in fields(SamplerTable)
+        )
 
     def rows(self) -> NDArray[np.float32]:
         """Return float32 [N,11], the columns of `contract.ROW`; after the last call c_in is 1."""

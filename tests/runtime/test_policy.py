@@ -33,6 +33,7 @@ from sld_edge.runtime.commands.options import parser
 from sld_edge.runtime.commands.run import main
 from sld_edge.runtime.policy import NO_POLICY
 from sld_edge.runtime.policy_file import machine_policy, policy_from_json
+from sld_edge.runtime.safety import safety_from_preset
 from sld_edge.runtime.samplers import SamplerTable
 from sld_edge.runtime.scorers import rule_from_text
 from sld_edge.runtime.scorers.miniworld import MiniWorld
@@ -292,6 +293,42 @@ changed("raw units")(lambda plan: replace(plan, table=replace(plan.table, safety
 changed("sly units")(
     lambda plan: replace(plan, table=replace(plan.table, safety_units=SlyText("raw")))  # type: ignore[arg-type]
 )
+changed("another kind of output")(
+    lambda plan: replace(plan, table=replace(plan.table, prediction_type="v_prediction"))
+)
+changed("no signal left")(
+    lambda plan: replace(plan, table=replace(plan.table, alpha=plan.table.alpha * 1e-9))
+)
+changed("a sly name")(lambda plan: replace(plan, table=replace(plan.table, name=SlyText("ddim"))))
+changed("a number of steps")(lambda plan: replace(plan, steps=plan.steps + 1))
+changed("sly eta")(lambda plan: replace(plan, eta=SlyFloat(0)))
+
+
+@changed("calls that do nothing, so that the warm-up is as long as the picture takes")
+def _longer(plan: Run) -> Run:
+    table, extra = plan.table, 6 * plan.table.calls
+    zeros, ones = np.zeros(extra), np.ones(extra)
+    longer = replace(
+        table,
+        timesteps=np.append(table.timesteps, ones),
+        c_in=np.append(table.c_in, ones),
+        p=np.append(table.p, zeros),
+        q=np.append(table.q, ones),
+        a=np.append(table.a, ones),
+        b=np.concatenate([table.b, np.zeros((extra, 5))]),
+        s=np.append(table.s, zeros),
+        alpha=np.append(table.alpha, ones),
+    )
+    safety = safety_from_preset("strong", calls=longer.calls)
+    return replace(with_image(plan, safety=safety), table=longer)
+
+
+@changed("a table changed in place")
+def _in_place(plan: Run) -> Run:
+    plan.table.q[:] /= 2
+    return plan
+
+
 changed("no policy")(lambda plan: replace(plan, policy=None))
 changed("another policy")(lambda plan: replace(plan, policy="0" * 64))
 changed("the prompt that is the concept")(lambda plan: with_image(plan, prompt="a skull"))
@@ -411,6 +448,7 @@ def test_changed_while_it_runs(guarded: Pipeline) -> None:
     def switch_off(_: object) -> None:
         object.__setattr__(plan.images[0].safety, "scale", 0.0)
         object.__setattr__(plan.savings, "cache_interval", 4)
+        plan.table.q[:] = plan.table.alpha[:] = 0
 
     result = guarded.run(plan, callback=switch_off)
     np.testing.assert_array_equal(result.latents, wanted.latents)
