@@ -9,9 +9,9 @@ from sld_edge.engines.errors import InputError
 from sld_edge.runtime.conditioning import Texts
 from sld_edge.runtime.manifest import Manifest
 from sld_edge.runtime.policy import Policy
-from sld_edge.runtime.request import ImageRun, Run, Savings, different_concepts
+from sld_edge.runtime.request import ImageRun, Run, Savings, different_concepts, table_for
 from sld_edge.runtime.safety import Safety, empty_concept
-from sld_edge.runtime.samplers import SamplerTable, sampler_table
+from sld_edge.runtime.samplers import SamplerTable
 
 
 def require_admitted(
@@ -108,13 +108,8 @@ def table_of(run: Run, manifest: Manifest) -> SamplerTable:
     Raises:
         InputError: settings that no sampler has.
     """
-    return sampler_table(
-        run.table.name,
-        {**manifest.scheduler, "prediction_type": manifest.prediction_type},
-        run.steps,
-        eta=run.eta,
-        safety_units=run.table.safety_units,
-    )
+    table = run.table
+    return table_for(manifest, table.name, run.steps, eta=run.eta, safety_units=table.safety_units)
 
 
 def _typed(run: Run, images: Sequence[ImageRun]) -> Iterator[tuple[object, type]]:

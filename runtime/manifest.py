@@ -25,7 +25,7 @@ OWN_GRAPHS: Mapping[str, str] = {
     "guidance": "0eb26a10fc2c3a73ed76aa52cdc1119067054690c9e6052fb6d6790332914666",
 }
 SIZE, GUIDANCE = "size", "guidance"  # sources of a condition that are not text encoders
-TIME_IDS = 6  # how many numbers SIZE has
+TIME_IDS = 6  # numbers of SIZE: original size, crop, target size
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 GuidanceKind = Literal["classifier-free", "embedded"]

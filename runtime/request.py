@@ -162,12 +162,8 @@ def run_from_request(request: Request, manifest: Manifest, *, policy: Policy) ->
             raise InputError(name, got=shown(value), expected="one of " + ", ".join(get_args(kind)))
     sampler = sampling.sampler if sampling.sampler is not None else defaults.sampler
     eta = finite_number("eta", sampling.eta, 0, 1)
-    table = sampler_table(
-        exact_text("sampler", sampler),
-        {**manifest.scheduler, "prediction_type": manifest.prediction_type},
-        steps,
-        eta=eta,
-        safety_units=sampling.safety_units,
+    table = table_for(
+        manifest, exact_text("sampler", sampler), steps, eta=eta, safety_units=sampling.safety_units
     )
     width, height = _size(request, manifest)
     prompts = len(request.prompts)
@@ -219,6 +215,18 @@ def run_from_request(request: Request, manifest: Manifest, *, policy: Policy) ->
         policy=policy.digest,
         raised=tuple(name for name, is_raised in raised.items() if is_raised),
     )
+
+
+def table_for(
+    manifest: Manifest, sampler: str, steps: int, *, eta: float, safety_units: SafetyUnits
+) -> SamplerTable:
+    """Compute a sampler's table for a bundle.
+
+    Raises:
+        InputError: settings that the sampler does not have.
+    """
+    config = {**manifest.scheduler, "prediction_type": manifest.prediction_type}
+    return sampler_table(sampler, config, steps, eta=eta, safety_units=safety_units)
 
 
 def _each(name: str, value: T | Sequence[T] | None, count: int, default: T) -> Sequence[T]:

@@ -15,9 +15,9 @@ from sld_edge.export.checkpoints.ldm_keys import (
     under,
 )
 from sld_edge.export.checkpoints.weights import Entry, Weights
+from sld_edge.runtime.manifest import TIME_IDS
 
 UNET = "model.diffusion_model."
-TIME_IDS = 6  # SDXL's numbers for an image's original size, crop and target size
 
 _RESNET = {
     "in_layers.0": "norm1",

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from sld_edge.engines.errors import CheckpointError
 from sld_edge.export.graphs.builder import GraphBuilder, Value
 from sld_edge.export.graphs.layers import linear, silu
-from sld_edge.export.graphs.unet_settings import TIME_IDS, pooled_width
+from sld_edge.export.graphs.unet_settings import pooled_width
+from sld_edge.runtime.manifest import TIME_IDS
 
 _LONGEST_WAVE = np.float32(np.log(10000))
 _GUIDANCE_UNIT = 1000  # diffusers scales the guidance to the range of times

@@ -25,13 +25,13 @@ from sld_edge.export.graphs.layers import (
     upsample,
 )
 from sld_edge.export.graphs.unet_settings import (
-    TIME_IDS,
     Level,
     levels_from_settings,
     middle_from_settings,
     pooled_width,
     unet_settings,
 )
+from sld_edge.runtime.manifest import TIME_IDS
 
 _LAYER_NORM_EPS = 1e-5  # hard-coded in diffusers' BasicTransformerBlock
 _TRANSFORMER_NORM_EPS = 1e-6  # hard-coded in Transformer2DModel

@@ -19,8 +19,7 @@ from sld_edge.export.checkpoints.config import (
     one_of,
     per_level,
 )
-
-TIME_IDS = 6  # original height and width, crop's top and left, target height and width
+from sld_edge.runtime.manifest import TIME_IDS
 
 
 def _or_null(rule: Key) -> Key:
