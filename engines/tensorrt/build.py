@@ -66,6 +66,7 @@ def build_plan(
     settings: BuildSettings,
     target: Target,
     stage: Stage = lambda name: None,
+    log: BuildLog | None = None,
 ) -> PlanInfo:
     """Build one plan, write it to `path` and its description beside it, each whole.
 
@@ -76,13 +77,15 @@ def build_plan(
         settings: how to build.
         target: from `build_target`.
         stage: called with "parsing" and "building".
+        log: an empty one, for a caller who wants to know the plan's layers.
 
     Raises:
         EngineError: TensorRT cannot read or build the graph, or ran out of memory.
         OutputError: the plan cannot be written.
     """
     start = time.perf_counter()
-    with _Work(draft, target) as work:
+    log = BuildLog() if log is None else log
+    with _Work(draft, target, log) as work:
         stage("parsing")
         with graph as source:
             work.parse(source)
@@ -92,7 +95,7 @@ def build_plan(
             draft,
             sha256=hashlib.sha256(content).hexdigest(),
             bytes=content.nbytes,
-            contents=work.log.contents(),
+            contents=log.contents(),
             seconds=round(time.perf_counter() - start, 2),
         )
     write_whole(path, cast(bytes, content))  # a buffer: a copy would take gigabytes
@@ -103,11 +106,10 @@ def build_plan(
 class _Work:
     """One build: TensorRT's objects, which live until the end of the `with` block."""
 
-    def __init__(self, draft: PlanInfo, target: Target) -> None:
+    def __init__(self, draft: PlanInfo, target: Target, log: BuildLog) -> None:
         self.draft, self.target = draft, target
         self._trt = trt = target.trt
-        self.log = BuildLog()
-        self._log = Log(cast(TensorRT, trt), self.log.take)  # the module has both types
+        self._log = Log(cast(TensorRT, trt), log.take)  # the module has both types
         self._stopped = threading.Event()
         self._builder: Builder = trt.Builder(self._log.logger)
         # From TensorRT 11 on every network is strongly typed, and the flag may be gone.

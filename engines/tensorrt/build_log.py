@@ -12,10 +12,19 @@ from dataclasses import dataclass
 _LAYERS, _MEMORY = "Layers:\n", re.compile(r"Total Activation Memory: (\d+) bytes")
 _LINE = re.compile(r"Name: (?P<name>.+?), LayerType: (?P<kind>\w+), Inputs: (?P<rest>.*)")
 _NODES = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
-_TYPES = re.compile(r"Datatype: (\w+)")
+_TENSOR = re.compile(r"Dimensions: \[([^\]]*)\].*?Datatype: (\w+)")
+_ENDS = {"inputs": "Constants: [", "constants": "Outputs: [", "outputs": "TacticName: "}
 _ON_HOST = {"shape_call", "reshape", "cast"}  # arithmetic with shapes, no kernel
 _FUSED = "mha"  # multi-head attention, in the names of its kernels
 _ATTENTION = ("/Softmax", "/Attention")  # ends of the ONNX nodes that each attention has one of
+
+
+@dataclass(frozen=True)
+class LayerTensor:
+    """An input, weight or output of a layer; a size of -1 is known only at run time."""
+
+    dtype: str
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,13 +34,17 @@ class Layer:
     Attributes:
         name: as TensorRT gives it.
         kind: TensorRT's word, "gemm" or "kgen".
-        outputs: the dtypes of its outputs, "Half" or "Float".
+        inputs: computed before.
+        constants: weights.
+        outputs: computed by it; the dtype is TensorRT's word, "Half" or "Float".
         nodes: the ONNX nodes that it computes, as far as TensorRT says.
     """
 
     name: str
     kind: str
-    outputs: tuple[str, ...]
+    inputs: tuple[LayerTensor, ...]
+    constants: tuple[LayerTensor, ...]
+    outputs: tuple[LayerTensor, ...]
     nodes: tuple[str, ...]
 
 
@@ -74,16 +87,20 @@ class BuildLog:
         lines = self._layers.splitlines()[1:]
         return tuple(_layer(found) for line in lines if (found := _LINE.match(line)) is not None)
 
+    def kernels(self) -> tuple[Layer, ...]:
+        """Return the layers that run on the device."""
+        return tuple(layer for layer in self.layers() if layer.kind not in _ON_HOST)
+
     def contents(self) -> PlanContents | None:
         """Return what is in the plan; None where the log does not say."""
-        kernels = [layer for layer in self.layers() if layer.kind not in _ON_HOST]
+        kernels = self.kernels()
         if not kernels:
             return None
         fused = {node for layer in kernels if _FUSED in layer.name for node in layer.nodes}
         every = {node for layer in kernels for node in layer.nodes}
         return PlanContents(
             kernels=len(kernels),
-            fp32_kernels=sum(set(layer.outputs) == {"Float"} for layer in kernels),
+            fp32_kernels=sum({t.dtype for t in layer.outputs} == {"Float"} for layer in kernels),
             attentions=sum(node.endswith(_ATTENTION) for node in every),
             fused_attentions=sum(node.endswith(_ATTENTION) for node in fused),
             activation_bytes=self._memory,
@@ -91,10 +108,16 @@ class BuildLog:
 
 
 def _layer(line: re.Match[str]) -> Layer:
-    outputs = line["rest"].partition("Outputs: ")[2].partition("TacticName: ")[0]
+    tensors, rest = {}, line["rest"]
+    for name, end in _ENDS.items():
+        part, _, rest = rest.partition(end)
+        tensors[name] = tuple(
+            LayerTensor(dtype, tuple(int(size) for size in sizes.split(",") if size))
+            for sizes, dtype in _TENSOR.findall(part)
+        )
     return Layer(
         name=line["name"],
         kind=line["kind"],
-        outputs=tuple(_TYPES.findall(outputs)),
+        **tensors,
         nodes=tuple(_NODES.findall(line["rest"])),
     )

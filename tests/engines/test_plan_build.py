@@ -17,16 +17,20 @@ import numpy as np
 import onnx
 import pytest
 import tensorrt_rtx
+import torch
 from onnx import TensorProto, helper
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from oracles.fake_builder import FakeDevice, FakeTensorRT
 from oracles.models import config_of, tiny_unet, weights_of
+from sld_edge.benchmarks.studies.kernels import work_of
 from sld_edge.engines.base import TensorSpec
 from sld_edge.engines.errors import EngineError, InputError, MissingPackageError
 from sld_edge.engines.tensorrt import builder_api as trt_builder_api
 from sld_edge.engines.tensorrt import target as plan_target
 from sld_edge.engines.tensorrt.build import build_plan, timing_cache_path
-from sld_edge.engines.tensorrt.build_log import PlanContents
+from sld_edge.engines.tensorrt.build_log import BuildLog, PlanContents
 from sld_edge.engines.tensorrt.build_settings import (
     BATCH,
     BuildSettings,
@@ -373,10 +377,9 @@ FORMS: tuple[Literal["op", "decomposed"], ...] = ("op", "decomposed")
 
 
 @pytest.fixture(scope="module")
-def real_width(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
-    """UNets of two levels as wide as SD 1.5's, in FP16: 10 attentions with heads of 40 and 80."""
-    folder = tmp_path_factory.mktemp("real")
-    model = tiny_unet(
+def model() -> Any:
+    """A UNet of two levels as wide as SD 1.5's: attentions with heads of 40 and 80."""
+    return tiny_unet(
         "sd1",
         text_width=768,
         block_out_channels=(320, 640),
@@ -384,6 +387,12 @@ def real_width(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
         attention_head_dim=8,
         norm_num_groups=32,
     )
+
+
+@pytest.fixture(scope="module")
+def real_width(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    """Its graphs in FP16, by form."""
+    folder = tmp_path_factory.mktemp("real")
     weights = weights_of(model, folder / "unet.safetensors")
     for form in FORMS:
         options = GraphOptions(precision="fp16", attention=form)
@@ -391,7 +400,13 @@ def real_width(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
     return {form: folder / f"{form}.onnx" for form in FORMS}
 
 
-def built_of(graph: Path, folder: Path, sizes: Mapping[str, Span], *capabilities: str) -> PlanInfo:
+def built_of(
+    graph: Path,
+    folder: Path,
+    sizes: Mapping[str, Span],
+    *capabilities: str,
+    log: BuildLog | None = None,
+) -> PlanInfo:
     settings = BuildSettings(engine=RTX, compute_capabilities=capabilities)
     target = build_target(settings)
     stages: list[str] = []
@@ -402,6 +417,7 @@ def built_of(graph: Path, folder: Path, sizes: Mapping[str, Span], *capabilities
         settings=settings,
         target=target,
         stage=stages.append,
+        log=log,
     )
     assert stages == ["parsing", "building"]
     assert plan_info_from_file(info_path(folder / "unet.plan")) == info
@@ -454,6 +470,21 @@ def test_every_attention_is_fused(real_width: Mapping[str, Path], tmp_path: Path
         assert 4 < ratio < 10
     # Why plans are built from the decomposed form: the operator's inputs are moved first.
     assert found["decomposed", "any"].kernels < 0.95 * found["op", "any"].kernels
+
+
+def test_the_kernels_do_the_work_that_torch_counts(
+    model: Any, real_width: Mapping[str, Path], tmp_path: Path
+) -> None:
+    """So the arithmetic of docs/performance.md misses no kernel, and counts none twice."""
+    log = BuildLog()
+    sizes = {**ONE_SIZE, "K*B": Span(min=1, opt=1, max=1)}
+    built_of(real_width["decomposed"], tmp_path, sizes, "8.6", log=log)
+    products = sum(work_of(layer).products for layer in log.kernels())
+    # The counter sees attention only as products, not as torch's fused operator for the CPU.
+    plain = sdpa_kernel(SDPBackend.MATH)
+    with torch.no_grad(), plain, FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 4, 32, 32), 0, torch.zeros(1, 77, 768))
+    assert 2 * products == counter.get_total_flops()
 
 
 def test_an_attention_that_falls_apart_is_seen(tmp_path: Path) -> None:
