@@ -35,14 +35,18 @@ class FakeCuda(ModuleType):
         capability: str = "8.9",
         name: bytes = b"NVIDIA GeForce RTX 4090\0\0",
         integrated: int = 0,
+        raises: str = "",
     ) -> None:
         super().__init__("cuda.bindings.runtime")
+        self.raises = raises  # instead of an answer, as cuda-bindings 12.8.0 without a driver
         self.driver, self.devices, self.error = driver, devices, error
         self.name, self.integrated = name, integrated
         self.major, self.minor = capability.split(".")
         self.streams = 0
 
     def cudaDriverGetVersion(self) -> tuple[int, int]:  # noqa: N802
+        if self.raises:
+            raise RuntimeError(self.raises)
         return 0, self.driver
 
     def cudaGetDeviceCount(self) -> tuple[int, int]:  # noqa: N802
@@ -174,6 +178,7 @@ def test_everything_works(put: Put) -> None:
     [
         (None, 'needs the package cuda-bindings | pip install "sld-edge[rtx]"'),
         (FakeCuda(driver=0), "no NVIDIA driver is installed"),
+        (FakeCuda(raises="Failed to dlopen libcuda.so.1"), "libcuda.so.1 | install the driver if"),
         (FakeCuda(error=35), "got error number 35 | update the NVIDIA driver"),
         (FakeCuda(error=100), "no CUDA device was found"),
         (FakeCuda(devices=0), "no CUDA device 0 | got 0 devices"),
