@@ -22,17 +22,25 @@ else:
     import tomli as tomllib  # pytest brings it
 
 ROOT = Path(__file__).parents[1]
+PYTHON = "{}.{}".format(*sys.version_info)
 _LEVELS = 1  # of 255: another release may round otherwise
 _SETTINGS = ("a red star at a party", "--seed", "9", "--provider", "cpu", "--quiet")
 
 
-def stated(*extras: str) -> list[Requirement]:
-    """Return the requirements of the base package and of extras."""
+def stated(*extras: str, python: str = PYTHON) -> list[Requirement]:
+    """Return what the base package and extras require under a version of Python."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    texts = [*project["dependencies"]]
-    for extra in extras:
-        texts += project["optional-dependencies"][extra]
-    return [Requirement(text) for text in texts]
+    texts, names = [*project["dependencies"]], [*extras]
+    for name in names:
+        for text in project["optional-dependencies"][name]:
+            others = Requirement(text)
+            if others.name == project["name"]:
+                names += others.extras  # an extra that takes in others
+            else:
+                texts.append(text)
+    requirements = [Requirement(text) for text in texts]
+    here = {"python_version": python}
+    return [one for one in requirements if one.marker is None or one.marker.evaluate(here)]
 
 
 def floor(requirement: Requirement) -> str:
