@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from packaging.requirements import Requirement
 from PIL import Image
 
@@ -51,11 +52,11 @@ def floor(requirement: Requirement) -> str:
     return f"{requirement.name}=={lowest[0]}"
 
 
-def difference(floors_python: str, python: str) -> int:
-    """Return the largest difference of the two interpreters' pictures, of 255."""
+def differences(one: str, other: str) -> NDArray[np.int64]:
+    """Return the differences of two interpreters' pictures, in levels of 255."""
     pictures = []
     with tempfile.TemporaryDirectory() as folder:
-        for index, interpreter in enumerate((floors_python, python)):
+        for index, interpreter in enumerate((one, other)):
             output = Path(folder, f"{index}.png")
             program = "import sys; from sld_edge.runtime.commands.run import main; sys.exit(main())"
             arguments = [*_SETTINGS, "--output", str(output)]
@@ -63,7 +64,8 @@ def difference(floors_python: str, python: str) -> int:
             environment = {**os.environ, "SLD_EDGE_CACHE": "off"}
             subprocess.run(command, check=True, cwd=folder, env=environment)
             pictures.append(np.asarray(Image.open(output).convert("RGB")).astype(int))
-    return int(np.abs(pictures[0] - pictures[1]).max())
+    difference: NDArray[np.int64] = np.abs(pictures[0] - pictures[1])
+    return difference
 
 
 def main(arguments: list[str]) -> int:
@@ -71,7 +73,7 @@ def main(arguments: list[str]) -> int:
     if not arguments:
         print("\n".join(map(floor, stated("cpu"))))
         return 0
-    levels = difference(*arguments)
+    levels = differences(*arguments).max()
     print(f"lowest versions: the picture differs by at most {levels} of 255")
     return int(levels > _LEVELS)
 
