@@ -11,7 +11,7 @@ from pathlib import Path
 from sld_edge.engines.errors import EngineError, InputError, MissingPackageError, OutputError
 from sld_edge.engines.files import write_whole
 from sld_edge.engines.staging import locked, part_folder
-from sld_edge.engines.tensorrt.build import AttentionError, build_plan
+from sld_edge.engines.tensorrt.build import build_plan
 from sld_edge.engines.tensorrt.build_settings import BuildSettings, dimensions, profile
 from sld_edge.engines.tensorrt.plan_info import (
     PlanInfo,
@@ -25,7 +25,7 @@ from sld_edge.engines.tensorrt.target import Target, build_target
 from sld_edge.export.output import recover
 from sld_edge.export.write_bundle import BUNDLE, created_by
 from sld_edge.runtime.bundle import Bundle
-from sld_edge.runtime.manifest import MANIFEST, Component
+from sld_edge.runtime.manifest import MANIFEST, SHALLOW, Component
 from sld_edge.runtime.plan_list import (
     PLANS,
     PlanFiles,
@@ -38,7 +38,7 @@ from sld_edge.runtime.plans import plan_name, source_digest
 
 Say = Callable[[str], None]
 Watch = Callable[[str, str], None]
-_CHOSEN_BY_TENSORRT = ("form", "refit_from")  # options that follow from other options
+_LOOP = ("unet", SHALLOW, "guidance")  # the components that take a batch of images
 
 
 def build_plans(
@@ -133,42 +133,32 @@ class _Job:
             info = plan_info_from_file(info_path(path))
         except EngineError:
             return None
-        draft = self._draft(name, component, component.attention)
+        draft = self._draft(name, component)
         return info if _comparable(info) == _comparable(draft) else None
 
     def build(self, name: str, component: Component, folder: Path) -> PlanInfo:
         self._note_other_flavour(name)
-        form = component.attention
-        if form == "op" and (component.precision == "fp32" or not self.target.reads_attention):
-            form = "decomposed"
-        try:
-            info = self._build(name, component, form, folder)
-        except AttentionError:
-            if form == "decomposed":
-                raise
-            self.say(f"note: {name}: no kernel for its Attention, so it is decomposed")
-            info = self._build(name, component, "decomposed", folder)
-        self.watch(name, "done")
-        return info
-
-    def _build(self, name: str, component: Component, form: str, folder: Path) -> PlanInfo:
         graph = self.bundle.graph(component).path
-        rewritten = form != component.attention
+        # TensorRT fuses the products of attention itself, with fewer kernels than for the operator
+        # (docs/performance.md), for which it has no kernel at all for some heads or in FP32.
+        rewritten = component.attention == "op"
         keep = f"{name}.decomposed.onnx" if rewritten and self.settings.strip_weights else None
-        return build_plan(
-            self._draft(name, component, form),
+        info = build_plan(
+            self._draft(name, component),
             _decomposed(name, graph, folder, keep) if rewritten else nullcontext(graph),
             folder / plan_name(name),
             settings=self.settings,
             target=self.target,
             stage=lambda stage: self.watch(name, stage),
         )
+        self.watch(name, "done")
+        return info
 
-    def _draft(self, name: str, component: Component, form: str) -> PlanInfo:
-        target, options = self.target, {"form": form, **self.settings.options()}
+    def _draft(self, name: str, component: Component) -> PlanInfo:
+        target, options = self.target, self.settings.options()
         if self.settings.strip_weights:
             graph = Path(component.files[0].path).name
-            rewritten = form != component.attention
+            rewritten = component.attention == "op"
             options["refit_from"] = f"{name}.decomposed.onnx" if rewritten else graph
         return PlanInfo(
             component=name,
@@ -182,7 +172,7 @@ class _Job:
             compute_capabilities=target.compute_capabilities,
             precision=component.precision,
             inputs=tuple(
-                PlanTensor(spec=spec, profile=profile(spec, self.sizes))
+                PlanTensor(spec=spec, profile=profile(spec, self._sizes(name)))
                 for spec in component.inputs
             ),
             outputs=tuple(PlanTensor(spec=spec) for spec in component.outputs),
@@ -190,6 +180,10 @@ class _Job:
             seconds=0.0,
             created_by=created_by(),
         )
+
+    def _sizes(self, name: str) -> Mapping[str, Span]:
+        """Return the sizes of a component; decoders get pictures one by one."""
+        return self.sizes if name in _LOOP else {**self.sizes, "B": Span(min=1, opt=1, max=1)}
 
     def _note_other_flavour(self, name: str) -> None:
         path = info_path(self.bundle.path / plan_name(name))
@@ -225,8 +219,7 @@ def _sizes(bundle: Bundle, settings: BuildSettings) -> dict[str, Span]:
 
 def _comparable(info: PlanInfo) -> PlanInfo:
     """Return a plan's description without the entries that differ from build to build."""
-    options = {k: v for k, v in info.options.items() if k not in _CHOSEN_BY_TENSORRT}
-    return replace(info, sha256="", bytes=0, seconds=0.0, created_by="", options=options)
+    return replace(info, sha256="", bytes=0, seconds=0.0, created_by="", contents=None)
 
 
 @contextmanager

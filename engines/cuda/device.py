@@ -104,6 +104,7 @@ class Device:
         (stream,) = self._call("cudaStreamCreateWithFlags", self._cuda.cudaStreamNonBlocking)
         self.stream = int(stream)
         self.workspace = Workspace(self)
+        self._uploads: list[Array] = []  # arrays that queued copies may still read
 
     def memory(self) -> tuple[int, int]:
         """Bytes of device memory: free, and in all."""
@@ -128,9 +129,10 @@ class Device:
         """Queue a copy from the host; `array` may be changed when this returns."""
         if array.shape != tensor.shape or array.dtype != np.dtype(tensor.dtype):
             raise ValueError(f"{array.dtype} {array.shape} for {tensor}")
-        array = np.ascontiguousarray(array)
+        # A device that reads the host's memory itself, as a Jetson, may read it later.
+        array = np.array(array, order="C")
+        self._uploads.append(array)
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
-        # CUDA has read all of pageable memory before this call returns.
         self._copy(tensor.address, array.ctypes.data, array.nbytes, kind)
 
     def download(self, tensor: DeviceTensor) -> Array:
@@ -153,6 +155,7 @@ class Device:
     def synchronize(self) -> None:
         """Wait for all queued work."""
         self._call("cudaStreamSynchronize", self.stream)
+        self._uploads.clear()
 
     def event(self) -> Event:
         """Return a mark that can be set in the stream, waited for, and timed."""

@@ -28,6 +28,7 @@ class RuntimeConfig(Protocol):
     """`IRuntimeConfig` (TensorRT-RTX): how a context compiles and caches its kernels."""
 
     cuda_graph_strategy: Any
+    dynamic_shapes_kernel_specialization_strategy: Any
 
     def set_execution_context_allocation_strategy(self, strategy: Any) -> None: ...
     def create_runtime_cache(self) -> RuntimeCache: ...
@@ -93,6 +94,7 @@ class TensorRT(Protocol):
     DataType: Any
     ExecutionContextAllocationStrategy: Any
     CudaGraphStrategy: Any  # TensorRT-RTX
+    DynamicShapesKernelSpecializationStrategy: Any  # TensorRT-RTX
     Refitter: Any  # for stripped plans
     OnnxParserRefitter: Any
 

@@ -25,6 +25,7 @@ from sld_edge.engines.cache import TIMING, entry_name, private_folder
 from sld_edge.engines.errors import EngineError, OutputError
 from sld_edge.engines.files import write_whole
 from sld_edge.engines.tensorrt.api import TensorRT
+from sld_edge.engines.tensorrt.build_log import BuildLog
 from sld_edge.engines.tensorrt.build_settings import BuildSettings
 from sld_edge.engines.tensorrt.builder_api import (
     Builder,
@@ -40,22 +41,21 @@ from sld_edge.engines.tensorrt.target import Target, supported_capabilities, uns
 
 Stage = Callable[[str], None]
 T = TypeVar("T")
-# TensorRT's words where its Attention has no kernel for the size of a head.
-_NO_ATTENTION = ("is_decomposable", "not supported by a dedicated kernel")
 _OUT_OF_MEMORY = re.compile(
     r"out of memory|outofmemory|memory allocation|bad_alloc|alloc\w* fail|insufficient\w* memory"
     r"|not enough memory|cudaError 2\b|insufficient workspace",
     re.IGNORECASE,
+)
+_RESIZE = "RUNTIME_ACTIVATION_RESIZE_10_10"  # smaller shapes take less activation memory
+_WHERE_PRESENT = (
+    "STRICT_NANS",  # guidance and decoder report NaN: no rule like 0 * x = 0 may hide it
+    "REQUIRE_USER_ALLOCATION",  # TensorRT-RTX: a run allocates nothing, so it can be captured
 )
 _DECOMPOSED = "export the bundle with --attention decomposed"
 _SMALLER = (
     "build for a smaller --size and --batch, set --workspace (MiB) on classic TensorRT, close "
     "other programs, or add swap"
 )
-
-
-class AttentionError(EngineError):
-    """TensorRT has no kernel for a graph's Attention; the decomposed form builds."""
 
 
 def build_plan(
@@ -78,7 +78,6 @@ def build_plan(
         stage: called with "parsing" and "building".
 
     Raises:
-        AttentionError: TensorRT has no kernel for the graph's Attention.
         EngineError: TensorRT cannot read or build the graph, or ran out of memory.
         OutputError: the plan cannot be written.
     """
@@ -93,6 +92,7 @@ def build_plan(
             draft,
             sha256=hashlib.sha256(content).hexdigest(),
             bytes=content.nbytes,
+            contents=work.log.contents(),
             seconds=round(time.perf_counter() - start, 2),
         )
     write_whole(path, cast(bytes, content))  # a buffer: a copy would take gigabytes
@@ -106,7 +106,8 @@ class _Work:
     def __init__(self, draft: PlanInfo, target: Target) -> None:
         self.draft, self.target = draft, target
         self._trt = trt = target.trt
-        self._log = Log(cast(TensorRT, trt))  # the module has both types
+        self.log = BuildLog()
+        self._log = Log(cast(TensorRT, trt), self.log.take)  # the module has both types
         self._stopped = threading.Event()
         self._builder: Builder = trt.Builder(self._log.logger)
         # From TensorRT 11 on every network is strongly typed, and the flag may be gone.
@@ -240,6 +241,12 @@ def _config(
     trt, config = target.trt, builder.create_builder_config()
     # TF32 keeps only 10 of FP32's 23 bits.
     config.clear_flag(trt.BuilderFlag.TF32)
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the log names every layer
+    for flag in _WHERE_PRESENT:
+        if hasattr(trt.BuilderFlag, flag):
+            config.set_flag(getattr(trt.BuilderFlag, flag))
+    if hasattr(trt.PreviewFeature, _RESIZE):
+        config.set_preview_feature(getattr(trt.PreviewFeature, _RESIZE), True)
     if settings.optimization_level is not None:
         config.builder_optimization_level = settings.optimization_level
     if settings.workspace is not None:
@@ -307,11 +314,6 @@ def _keep_timings(config: BuilderConfig, target: Target) -> None:
 
 
 def _failure(name: str, log: Log) -> EngineError:
-    if any(sign in line for line in log.lines for sign in _NO_ATTENTION):
-        return AttentionError(
-            f"{name}: TensorRT has no kernel for its Attention",
-            do=_DECOMPOSED,
-        )
     for line in log.lines:
         if _OUT_OF_MEMORY.search(line):
             return _out_of_memory(name, line)

@@ -12,7 +12,6 @@ from sld_edge.engines.tensorrt.plan_info import FLAVOURS, Flavour, Span
 
 CELLS_STEP = 4  # latent cells; then the UNet's output for each branch starts on 256 bytes
 BATCH = Span(min=1, opt=1, max=4)  # the default
-_TEXTS = Span(min=1, opt=1, max=3)  # texts in one call of the text encoder
 _LEVELS = range(6)
 
 # The options that an engine does not have, and what to do instead.
@@ -157,7 +156,7 @@ def dimensions(
         # From the prompt's branch alone to prompt, empty prompt, and a branch for each concept.
         "K*B": Span(min=batch.min, opt=(2 + usual) * batch.opt, max=(2 + most) * batch.max),
         "n": Span(min=1, opt=usual, max=most),
-        "N": _TEXTS,
+        "N": _fixed(1),  # texts are encoded one by one
         "L": _fixed(text_length),
         **pixels,
         **{

@@ -65,10 +65,12 @@ class BuilderConfig(Protocol):
     builder_optimization_level: int
     hardware_compatibility_level: Any  # classic
     num_compute_capabilities: int  # TensorRT-RTX
+    profiling_verbosity: Any
     progress_monitor: Any
 
     def set_flag(self, flag: Any) -> None: ...
     def clear_flag(self, flag: Any) -> None: ...
+    def set_preview_feature(self, feature: Any, enable: bool) -> None: ...
     def set_memory_pool_limit(self, pool: Any, pool_size: int) -> None: ...
     def add_optimization_profile(self, profile: OptimizationProfile) -> int: ...
     def create_timing_cache(self, serialized_timing_cache: bytes) -> TimingCache | None: ...
@@ -98,6 +100,8 @@ class TensorRTBuilder(Protocol):
     OnnxParser: Any
     NetworkDefinitionCreationFlag: Any
     BuilderFlag: Any
+    PreviewFeature: Any
+    ProfilingVerbosity: Any
     MemoryPoolType: Any
     HardwareCompatibilityLevel: Any  # classic
     ComputeCapability: Any  # TensorRT-RTX

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import mmap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -56,8 +56,8 @@ def tensorrt_module(flavour: Flavour) -> TensorRT:
 class Log:
     """TensorRT's latest errors, because its calls return only None or False."""
 
-    def __init__(self, trt: TensorRT) -> None:
-        """Make `logger`, which TensorRT's classes take."""
+    def __init__(self, trt: TensorRT, listen: Callable[[str], None] = lambda message: None) -> None:
+        """Make `logger`, which TensorRT's classes take; `listen` gets all other messages."""
         self.lines: list[str] = []
         lines, severity = self.lines, trt.ILogger
 
@@ -69,6 +69,8 @@ class Log:
                 if level in (severity.ERROR, severity.INTERNAL_ERROR):
                     lines.append(one_line(message))
                     del lines[:-20]
+                else:
+                    listen(message)
 
         self.logger: Any = Logger()
 
@@ -106,6 +108,12 @@ class TrtEngine:
         self.path, self.info, self.device = path, info, device
         self._log = Log(trt)
         self._runtime = trt.Runtime(self._log.logger)
+        if self._log.lines:  # a library without a usable driver gives an object that then crashes
+            raise EngineError(
+                f"{info.engine} {trt.__version__} does not start",
+                got=self._log.last(),
+                do="update the NVIDIA driver, or run with --provider cpu",
+            )
         if info.options.get("version_compatible"):
             self._runtime.engine_host_code_allowed = True  # such a plan contains its own runtime
         self._closed = False
@@ -162,6 +170,11 @@ class TrtEngine:
         }
         return self._attach(self._context(shapes), tensors)
 
+    def save_kernels(self) -> None:
+        """Save new kernels of TensorRT-RTX, also while it runs: a killed program keeps them."""
+        if self._jit is not None:
+            self._jit.save()
+
     def close(self) -> None:
         """Free the plan's memory and save the kernels that were compiled for it."""
         if self._closed:
@@ -170,8 +183,7 @@ class TrtEngine:
         for arena, _ in self._host_runs.values():
             arena.close()
         self._host_runs.clear()
-        if self._jit is not None:
-            self._jit.save()
+        self.save_kernels()
         self._jit = None
         del self._engine, self._runtime
 
@@ -305,7 +317,7 @@ class TrtBound:
     def __init__(self, engine: TrtEngine, context: ExecutionContext) -> None:
         """Use `TrtEngine.bind`."""
         self._engine, self._context = engine, context
-        self._generation = 0
+        self._generation, self._ran = 0, False
         self.nbytes = max(1, context.update_device_memory_size_for_shapes())
 
     def enqueue(self) -> None:
@@ -323,6 +335,9 @@ class TrtBound:
             raise EngineError(
                 f"{self._engine.path.name}: TensorRT did not run it", got=self._engine._log.last()
             )
+        if not self._ran:
+            self._ran = True
+            self._engine.save_kernels()
 
 
 class _JitCache:
@@ -335,6 +350,10 @@ class _JitCache:
         self.config.set_execution_context_allocation_strategy(
             trt.ExecutionContextAllocationStrategy.USER_MANAGED
         )
+        # Otherwise the first images come from other kernels, so from other bits, than later ones,
+        # and a thread of TensorRT's compiles and logs while contexts are destroyed.
+        strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        self.config.dynamic_shapes_kernel_specialization_strategy = strategy
         if cuda_graph:
             self.config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         self._cache = self.config.create_runtime_cache()
@@ -354,3 +373,4 @@ class _JitCache:
         if self._path is not None and blob and blob != self._stored:
             with contextlib.suppress(OSError, OutputError):
                 write_whole(self._path, blob)
+                self._stored = blob

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -17,9 +17,10 @@ from sld_edge.engines.base import TensorSpec
 from sld_edge.engines.checks import exact_text, finite_number, whole_number
 from sld_edge.engines.errors import EngineError, InputError, one_line
 from sld_edge.engines.files import json_from_bytes, read_limited
+from sld_edge.engines.tensorrt.build_log import PlanContents
 
 FORMAT = "sld-edge-plan"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _LIMIT = 1 << 20  # bytes of a description
 _MOST = 1 << 50  # the largest number in a description
 
@@ -69,6 +70,7 @@ class PlanInfo:
         inputs: with their profiles.
         outputs: as the network definition has them.
         options: of the build, as far as they change the plan.
+        contents: kernels, attentions and memory, where the builder's log has them.
         seconds: the time of the build.
         created_by: "sld-edge" and its version.
     """
@@ -88,6 +90,7 @@ class PlanInfo:
     options: Mapping[str, Any]
     seconds: float
     created_by: str
+    contents: PlanContents | None = None
 
     def to_json(self) -> str:
         """Write as `NAME.plan.json`."""
@@ -222,7 +225,15 @@ def _info(body: Mapping[str, Any]) -> PlanInfo:
         options=_options(body["options"]),
         seconds=finite_number("seconds", body["seconds"], 0, 1e9),
         created_by=exact_text("created_by", body["created_by"]),
+        contents=_contents(body["contents"]),
     )
+
+
+def _contents(body: Mapping[str, Any] | None) -> PlanContents | None:
+    if body is None:
+        return None
+    names = (field.name for field in fields(PlanContents))
+    return PlanContents(**{name: whole_number(name, body[name], 0, _MOST) for name in names})
 
 
 def _texts(name: str, body: object) -> tuple[str, ...]:

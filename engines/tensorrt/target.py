@@ -46,12 +46,6 @@ class Target:
         """Flavour and version, for people."""
         return f"{self.engine} {self.version}"
 
-    @property
-    def reads_attention(self) -> bool:
-        """Whether this TensorRT reads ONNX's Attention (opset 23): classic from 10.13 on."""
-        major, minor = (int(part) for part in self.version.split(".")[:2])
-        return self.engine == "tensorrt-rtx" or (major, minor) >= (10, 13)
-
 
 def build_target(settings: BuildSettings, *, fp32: bool = False) -> Target:
     """Choose what to build for on this machine, before any work is done.

@@ -63,6 +63,10 @@ class PlanOptions:
         "pixels of width and height: MIN OPT MAX, or one number; a fixed size runs fastest "
         "(default: the bundle's size, fixed)"
     )
+    static: bool = flag(
+        "one size and one batch, known at build: the least memory (default: the bundle's size, and "
+        "a batch of 1)"
+    )
     components: tuple[str, ...] = option(
         "components to build (default: all in the bundle)", default=()
     )
@@ -110,7 +114,12 @@ def build_settings(options: PlanOptions) -> BuildSettings | None:
             option_name = name.replace("_", "-")
             raise InputError(f"--{option_name} without --engine", expected=" or ".join(FLAVOURS))
         return None
+    static = given.pop("static", False)
+    if static:
+        given.setdefault("batch", (1,))
     for name in {"batch", "size"} & given.keys():
+        if static and len(given[name]) > 1:
+            raise InputError(f"--{name}", got=len(given[name]), expected="one number with --static")
         given[name] = span_from_numbers(given[name], what=f"--{name}")
     if options.workspace is not None:
         given["workspace"] = options.workspace * 2**20
@@ -165,11 +174,21 @@ def peak_text() -> str:
 
 
 def table(infos: Sequence[PlanInfo]) -> str:
-    """Return a line with component, build time and size for each plan."""
-    lines = [f"{'component':<14} {'seconds':>8} {'MB':>9}"]
-    lines += [
-        f"{info.component:<14} {info.seconds:>8.1f} {info.bytes / 1e6:>9.1f}" for info in infos
-    ]
+    """Return a line for each plan: build time, size, and what TensorRT made of the graph.
+
+    "fused" counts the attentions that are one kernel, which keeps no matrix of scores; "activation"
+    is the memory besides the weights, for the largest size and batch.
+    """
+    names = f"{'component':<14} {'seconds':>8} {'MB':>9}"
+    lines = [f"{names} {'kernels':>8} {'fused':>12} {'activation':>14}"]
+    for info in infos:
+        line = f"{info.component:<14} {info.seconds:>8.1f} {info.bytes / 1e6:>9.1f}"
+        found = info.contents
+        if found is not None:
+            fused = f"{found.fused_attentions} of {found.attentions}" if found.attentions else "-"
+            activation = f"{found.activation_bytes / 1e6:.1f} MB"
+            line += f" {found.kernels:>8} {fused:>12} {activation:>14}"
+        lines.append(line)
     return "\n".join(lines)
 
 

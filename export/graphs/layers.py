@@ -197,10 +197,12 @@ def tokens_from_image(b: GraphBuilder, x: Value, channels: int, name: str) -> Va
 
 def image_from_tokens(b: GraphBuilder, x: Value, like: Value, channels: int, name: str) -> Value:
     """Return tokens [B,h*w,C] as an image [B,C,h,w], with h and w of the image `like`."""
-    x = b.node("Transpose", x, name=f"{name}/channels_first", perm=[0, 2, 1])
     # 0 keeps the batch of x: `like` may be narrow.
-    shape = b.node("Concat", b.ints(0, channels), b.sizes(like, 2, 4), name=f"{name}/shape", axis=0)
-    return b.node("Reshape", x, shape, name=f"{name}/image", rank=4)
+    sides = b.sizes(like, 2, 4)
+    shape = b.node("Concat", b.ints(0), sides, b.ints(channels), name=f"{name}/shape", axis=0)
+    x = b.node("Reshape", x, shape, name=f"{name}/image", rank=4)
+    # In this order TensorRT, which keeps channels last, has nothing to move.
+    return b.node("Transpose", x, name=f"{name}/channels_first", perm=[0, 3, 1, 2])
 
 
 def resnet(

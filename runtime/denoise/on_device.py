@@ -84,6 +84,7 @@ class DeviceStage:
         self.arena = Arena(self.device, layout)
         self.numbers = self.arena.span(NUMBERS[0], NUMBERS[-1])
         self.figures = self.arena.span(FIGURES[0], FIGURES[-1])
+        self._unets: dict[tuple[str, int], Bound] = {}  # by component and number of branches
         self._bounds: dict[_Key, list[Bound]] = {}
         self._graphs: dict[_Key, Graph] = {}
         self._settled: dict[_Key, int] = {}  # the workspace of the key's last run
@@ -131,9 +132,11 @@ class DeviceStage:
     def close(self) -> None:
         """Release buffers, marks and CUDA graphs."""
         self.owner = None
+        self.device.synchronize()  # what is queued still uses all of them
         for key in list(self._graphs):
             self._drop_graph(key)
         self._bounds.clear()
+        self._unets.clear()
         for mark in self._marks:
             mark.close()
         if self._job_memory is not None:
@@ -158,12 +161,12 @@ class DeviceStage:
         }
 
     def _bind(self, call: Call, turn: int) -> list[Bound]:
-        tensors = {
-            "unet": self._unet_tensors(call),
-            SHALLOW: self._unet_tensors(call),
-            "guidance": self._guidance_tensors(call, turn),
-        }
-        return [self.engines[name].bind(tensors[name]) for name in _components(call)]
+        unet, guidance = _components(call)
+        key = (unet, call.branches)
+        if key not in self._unets:  # both turns share it: only guidance reads and writes the state
+            self._unets[key] = self.engines[unet].bind(self._unet_tensors(call))
+        bound = self.engines[guidance].bind(self._guidance_tensors(call, turn))
+        return [self._unets[key], bound]
 
     def _unet_tensors(self, call: Call) -> dict[str, DeviceTensor]:
         arena, rows = self.arena, call.branches * self._count

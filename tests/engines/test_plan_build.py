@@ -7,10 +7,11 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import onnx
@@ -24,7 +25,8 @@ from sld_edge.engines.base import TensorSpec
 from sld_edge.engines.errors import EngineError, InputError, MissingPackageError
 from sld_edge.engines.tensorrt import builder_api as trt_builder_api
 from sld_edge.engines.tensorrt import target as plan_target
-from sld_edge.engines.tensorrt.build import AttentionError, build_plan, timing_cache_path
+from sld_edge.engines.tensorrt.build import build_plan, timing_cache_path
+from sld_edge.engines.tensorrt.build_log import PlanContents
 from sld_edge.engines.tensorrt.build_settings import (
     BATCH,
     BuildSettings,
@@ -57,9 +59,11 @@ SIZES = {
 }
 
 
-def draft_of(graph: Path, target: Target, **changes: Any) -> PlanInfo:
+def draft_of(
+    graph: Path, target: Target, *, sizes: Mapping[str, Span] = SIZES, **changes: Any
+) -> PlanInfo:
     facts = graph_facts(graph)
-    inputs = tuple(PlanTensor(spec=spec, profile=profile(spec, SIZES)) for spec in facts.inputs)
+    inputs = tuple(PlanTensor(spec=spec, profile=profile(spec, sizes)) for spec in facts.inputs)
     info = PlanInfo(
         component=graph.stem,
         sha256="",
@@ -171,7 +175,7 @@ def test_sizes_follow_from_batch_pixels_and_text() -> None:
     assert sizes["B"] == Span(min=1, opt=2, max=4)
     assert sizes["K*B"] == Span(min=1, opt=6, max=12)  # one to three branches an image
     assert sizes["n"] == Span(min=1, opt=1, max=1)
-    assert sizes["N"] == Span(min=1, opt=1, max=3)
+    assert sizes["N"] == Span(min=1, opt=1, max=1)
     assert sizes["L"] == Span(min=77, opt=77, max=77)
     assert sizes["h"] == sizes["w"] == Span(min=32, opt=64, max=96)
     assert sizes["H"] == sizes["W"] == Span(min=256, opt=512, max=768)
@@ -365,25 +369,13 @@ def test_what_the_parser_cannot_read_is_named(tmp_path: Path, capfd: Any) -> Non
     assert capfd.readouterr() == ("", "")
 
 
-def test_an_attention_without_a_kernel_has_an_error_of_its_own(tmp_path: Path, capfd: Any) -> None:
-    model = tiny_unet("sd1")  # heads of 8, and FP32: neither has a kernel
-    graph = tmp_path / "unet.onnx"
-    weights = weights_of(model, tmp_path / "unet.safetensors")
-    write_unet(config_of(model), weights, GraphOptions(precision="fp32"), graph)
-    settings = BuildSettings(engine=RTX, compute_capabilities=("8.6",))
-    target = build_target(settings)
-    with pytest.raises(AttentionError, match="unet: TensorRT has no kernel for its Attention"):
-        build_plan(
-            draft_of(graph, target),
-            nullcontext(graph),
-            tmp_path / "unet.plan",
-            settings=settings,
-            target=target,
-        )
-    assert capfd.readouterr() == ("", "")  # native code printed it as well
+FORMS: tuple[Literal["op", "decomposed"], ...] = ("op", "decomposed")
 
 
-def test_blocks_of_the_real_width_build_in_fp16(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def real_width(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    """UNets of two levels as wide as SD 1.5's, in FP16: 10 attentions with heads of 40 and 80."""
+    folder = tmp_path_factory.mktemp("real")
     model = tiny_unet(
         "sd1",
         text_width=768,
@@ -392,27 +384,87 @@ def test_blocks_of_the_real_width_build_in_fp16(tmp_path: Path) -> None:
         attention_head_dim=8,
         norm_num_groups=32,
     )
-    graph = tmp_path / "unet.onnx"
-    weights = weights_of(model, tmp_path / "unet.safetensors")
-    write_unet(config_of(model), weights, GraphOptions(precision="fp16"), graph)
-    settings = BuildSettings(engine=RTX, compute_capabilities=("7.5", "8.6", "8.9", "12.0"))
+    weights = weights_of(model, folder / "unet.safetensors")
+    for form in FORMS:
+        options = GraphOptions(precision="fp16", attention=form)
+        write_unet(config_of(model), weights, options, folder / f"{form}.onnx")
+    return {form: folder / f"{form}.onnx" for form in FORMS}
+
+
+def built_of(graph: Path, folder: Path, sizes: Mapping[str, Span], *capabilities: str) -> PlanInfo:
+    settings = BuildSettings(engine=RTX, compute_capabilities=capabilities)
     target = build_target(settings)
     stages: list[str] = []
     info = build_plan(
-        draft_of(graph, target),
+        draft_of(graph, target, sizes=sizes),
         nullcontext(graph),
-        tmp_path / "unet.plan",
+        folder / "unet.plan",
         settings=settings,
         target=target,
         stage=stages.append,
     )
     assert stages == ["parsing", "building"]
+    assert plan_info_from_file(info_path(folder / "unet.plan")) == info
+    return info
+
+
+def contents_of(info: PlanInfo) -> PlanContents:
+    assert info.contents is not None
+    return info.contents
+
+
+def test_blocks_of_the_real_width_build_in_fp16(
+    real_width: Mapping[str, Path], tmp_path: Path
+) -> None:
+    info = built_of(real_width["decomposed"], tmp_path, SIZES, "7.5", "8.6", "8.9", "12.0")
     assert info.compute_capabilities == ("7.5", "8.6", "8.9", "12.0")
-    weights_in_fp16 = 2 * sum(parameter.numel() for parameter in model.parameters())
+    weights_in_fp16 = real_width["decomposed"].with_suffix(".onnx.data").stat().st_size
     assert 0.9 * weights_in_fp16 < info.bytes < 2 * weights_in_fp16
-    assert info.seconds < 60
     context = next(t for t in info.inputs if t.spec.name == "context")
     assert context.profile == ((1, 77, 768), (3, 77, 768), (6, 77, 768))
+
+
+ONE_SIZE = {
+    **SIZES,
+    "B": Span(min=1, opt=1, max=1),
+    "K*B": Span(min=1, opt=3, max=3),
+    "h": Span(min=32, opt=32, max=32),
+    "w": Span(min=32, opt=32, max=32),
+}
+
+
+def test_every_attention_is_fused(real_width: Mapping[str, Path], tmp_path: Path) -> None:
+    found = {}
+    for form, graph in real_width.items():
+        for name, sizes in (("one size", ONE_SIZE), ("any", SIZES)):
+            found[form, name] = contents_of(built_of(graph, tmp_path, sizes, "8.6"))
+    softmaxes = [
+        node
+        for node in onnx.load(str(real_width["decomposed"]), load_external_data=False).graph.node
+        if node.op_type == "Softmax"
+    ]
+    for case, contents in found.items():
+        assert contents.attentions == len(softmaxes) == 8, case
+        assert contents.fused_attentions == contents.attentions, case
+        # The boundary, and what layer and group normalization keep; everything else is FP16.
+        assert contents.fp32_kernels < 0.1 * contents.kernels, case
+    # The plan's largest shapes decide: 2 images of 64x64 cells against 1 of 32x32.
+    for form in FORMS:
+        ratio = found[form, "any"].activation_bytes / found[form, "one size"].activation_bytes
+        assert 4 < ratio < 10
+    # Why plans are built from the decomposed form: the operator's inputs are moved first.
+    assert found["decomposed", "any"].kernels < 0.95 * found["op", "any"].kernels
+
+
+def test_an_attention_that_falls_apart_is_seen(tmp_path: Path) -> None:
+    model = tiny_unet("sd1")  # heads of 8
+    graph = tmp_path / "unet.onnx"
+    weights = weights_of(model, tmp_path / "unet.safetensors")
+    options = GraphOptions(precision="fp32", attention="decomposed")
+    write_unet(config_of(model), weights, options, graph)
+    contents = contents_of(built_of(graph, tmp_path, SIZES, "8.6"))
+    assert contents.fused_attentions == 0 < contents.attentions
+    assert contents.fp32_kernels > 0.5 * contents.kernels
 
 
 def test_an_interrupted_build_stops_and_leaves_nothing(tmp_path: Path) -> None:
@@ -457,7 +509,8 @@ def test_the_classic_one_builds_for_the_device_it_runs_on(
     assert info.compute_capabilities == ("8.7",)
     assert info.engine_version == "10.3.0"
     said = told(tmp_path)
-    assert said["flags"] == []  # not even TF32
+    assert said["flags"] == ["STRICT_NANS"]  # not even TF32
+    assert said["features"] == ["RUNTIME_ACTIVATION_RESIZE_10_10"]
     assert said["pools"] == {}
     assert said["level"] == 3
     assert said["profile"]["x"] == [[1, 8], [2, 8], [4, 8]]
@@ -480,7 +533,8 @@ def test_options_of_the_classic_one_reach_it(
         )
     )
     said = told(tmp_path)
-    assert said["flags"] == ["REFIT_IDENTICAL", "STRIP_PLAN", "VERSION_COMPATIBLE"]
+    flags = ["REFIT_IDENTICAL", "STRICT_NANS", "STRIP_PLAN", "VERSION_COMPATIBLE"]
+    assert said["flags"] == flags
     assert said["pools"] == {"WORKSPACE": 512 * 2**20}
     assert said["level"] == 0
     assert said["hardware"] == "AMPERE_PLUS"
@@ -528,15 +582,6 @@ def test_tensorrt_11_has_no_flag_for_strong_types(
     monkeypatch.setattr(plan_target, "tensorrt_module", lambda flavour: fake)
     monkeypatch.setattr(plan_target, "Device", FakeDevice)
     assert built(BuildSettings(engine="tensorrt")).engine_version == "11.0.0"
-    assert build_target(BuildSettings(engine="tensorrt")).reads_attention
-
-
-@pytest.mark.parametrize(
-    ("version", "reads"), [("10.3.0", False), ("10.12.0", False), ("10.13.2", True), ("11.0", True)]
-)
-def test_which_versions_read_attention(version: str, reads: bool, classic: FakeTensorRT) -> None:
-    classic.__version__ = version
-    assert build_target(BuildSettings(engine="tensorrt")).reads_attention is reads
 
 
 @pytest.mark.parametrize(

@@ -368,6 +368,18 @@ def test_a_plan_that_tensorrt_does_not_take(flavour: Flavour, opened: Open) -> N
     )
 
 
+def test_a_tensorrt_that_is_there_and_broken(
+    cuda: FakeCuda, device: Device, tmp_path: Path
+) -> None:
+    """The lean library of 11.4 without a usable driver logs an error and returns an object."""
+    bundle = Path(shutil.copytree(EMBEDDED, tmp_path / "bundle"))
+    plan = make_plans(bundle, engine="tensorrt", components=["guidance"])["guidance"]
+    sys.modules["tensorrt"].shared.broken = True
+    with pytest.raises(EngineError) as caught:
+        TrtEngine(plan.path, plan.info, device)
+    assert_one_line(caught, "tensorrt 10.3.0 does not start", "error: 35", "NVIDIA driver")
+
+
 def test_a_plan_that_is_none(device: Device, tmp_path: Path) -> None:
     bundle = Path(shutil.copytree(EMBEDDED, tmp_path / "bundle"))
     plan = make_plans(bundle, engine="tensorrt", components=["unet"])["unet"]
@@ -445,6 +457,24 @@ def test_what_was_compiled_survives(process: Callable[..., list[str]], cache: Pa
     assert process(name="another device") == ["guidance"]
     assert process() == []  # each has a file of its own
     assert len(list(cache.iterdir())) == 3
+
+
+def test_what_was_compiled_survives_a_kill(opened: Open, cache: Path) -> None:
+    """It is stored after the first run, not when the engine is closed."""
+    engine = opened("guidance", "tensorrt-rtx")
+    assert not list(cache.iterdir())
+    engine.run(feeds("guidance"))
+    (file,) = cache.iterdir()
+    written = file.stat().st_mtime_ns
+    engine.run(feeds("guidance"))
+    assert file.stat().st_mtime_ns == written
+
+
+def test_every_image_comes_from_the_same_kernels(opened: Open) -> None:
+    """Also the first one: TensorRT-RTX compiles before it runs, not meanwhile."""
+    engine, given = opened("guidance", "tensorrt-rtx"), feeds("guidance")
+    first = engine.run(given)
+    assert_same(engine.run(given), first)
 
 
 def test_a_damaged_cache_is_compiled_anew(process: Callable[..., list[str]], cache: Path) -> None:

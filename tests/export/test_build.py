@@ -140,9 +140,8 @@ def test_every_component_has_one_plan_for_all_capabilities(
         assert info.compute_capabilities == CAPABILITIES
         assert (info.engine, info.engine_version) == ("tensorrt-rtx", tensorrt_rtx.__version__)
         assert (info.precision, info.devices) == ("fp32", ())
-        assert info.options["form"] == (
-            "none" if info.component in ("guidance",) else "decomposed"
-        )  # FP32 has no other
+        assert info.contents is not None
+        assert info.contents.kernels > 0
 
 
 def test_profiles_are_what_was_asked_for(built: tuple[Path, list[PlanInfo]]) -> None:
@@ -422,21 +421,48 @@ def test_the_parser_knows_every_operator(name: str, exported: Mapping[str, Path]
         assert network.num_layers > 0
 
 
-def test_fp16_keeps_the_operator_where_it_has_a_kernel(
+def test_a_bundle_with_the_operator_builds_and_its_plans_are_kept(
     exported: Mapping[str, Path], tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(exported["fp16"], tmp_path / "bundle"))
     said: list[str] = []
     settings = quick(components=("text_encoder", "vae_decoder"))
+    # Heads of 8 and of 64 have no kernel as an operator.
     text, vae = build_plans(folder, settings, say=said.append)
-    assert (vae.precision, vae.options["form"]) == ("fp16", "op")
-    # Heads of 8 have no kernel.
-    assert (text.precision, text.options["form"]) == ("fp16", "decomposed")
-    assert "note: text_encoder: no kernel for its Attention, so it is decomposed" in said
+    assert text.precision == vae.precision == "fp16"
+    assert not list(folder.glob("*.decomposed.onnx*"))
 
     said.clear()
     build_plans(folder, settings, say=said.append)
     assert sum("nothing has changed" in line for line in said) == 2
+
+
+def test_decoders_get_pictures_one_by_one(built: tuple[Path, list[PlanInfo]]) -> None:
+    profiles = {info.component: info.inputs[0].profile for info in built[1]}
+    assert profiles["vae_decoder"] == ((1, 4, 4, 4), (1, 4, 8, 8), (1, 4, 12, 12))
+    assert profiles["unet"] == ((1, 4, 4, 4), (2, 4, 8, 8), (4, 4, 12, 12))
+    assert profiles["text_encoder"] == ((1, 24),) * 3
+
+
+@pytest.mark.parametrize(
+    ("given", "batch", "size"),
+    [
+        ({}, Span(min=1, opt=1, max=1), None),
+        ({"batch": (2,), "size": (64,)}, Span(min=2, opt=2, max=2), Span(min=64, opt=64, max=64)),
+    ],
+)
+def test_static_plans_know_one_size_and_one_batch(
+    given: dict[str, Any], batch: Span, size: Span | None
+) -> None:
+    settings = build_settings(PlanOptions(engine="tensorrt-rtx", static=True, **given))
+    assert settings is not None
+    assert (settings.batch, settings.size) == (batch, size)
+
+
+@pytest.mark.parametrize("name", ["batch", "size"])
+def test_static_plans_refuse_a_range(name: str) -> None:
+    with pytest.raises(InputError, match=rf"--{name} .* got 3 .* one number with --static"):
+        build_settings(PlanOptions(engine="tensorrt-rtx", static=True, **{name: (1, 2, 4)}))
 
 
 def test_a_decomposed_bundle_needs_no_onnx(
@@ -445,7 +471,7 @@ def test_a_decomposed_bundle_needs_no_onnx(
     folder = Path(shutil.copytree(exported["fp32"], tmp_path / "bundle"))
     monkeypatch.setitem(sys.modules, "sld_edge.export.graphs.decompose", None)
     (info,) = build_plans(folder, quick(components=("text_encoder",)))
-    assert (info.precision, info.options["form"]) == ("fp32", "decomposed")
+    assert info.precision == "fp32"
 
 
 # --- classic TensorRT, on the stand-in ------------------------------------------------------------
@@ -467,16 +493,6 @@ def test_tensorrt_10_3_gets_opset_20(classic: FakeTensorRT, bundle_copy: Path) -
     assert set(classic.caches[1:]) == {b"10.3.0: measured"}
 
 
-def test_later_versions_get_fp16_as_it_is(
-    classic: FakeTensorRT, exported: Mapping[str, Path], tmp_path: Path
-) -> None:
-    classic.__version__, classic.newest_opset = "10.16.2", 24
-    folder = Path(shutil.copytree(exported["fp16"], tmp_path / "bundle"))
-    text, guidance = build_plans(folder, BuildSettings(engine="tensorrt", components=QUICK))
-    assert (text.options["form"], said_of(folder, "text_encoder")["opset"]) == ("op", 23)
-    assert (guidance.options["form"], said_of(folder, "guidance")["opset"]) == ("none", 20)
-
-
 def test_a_stripped_plan_keeps_the_graph_it_is_filled_from(
     classic: FakeTensorRT, bundle_copy: Path
 ) -> None:
@@ -487,7 +503,7 @@ def test_a_stripped_plan_keeps_the_graph_it_is_filled_from(
     assert text.options["refit_from"] == "text_encoder.decomposed.onnx"
     assert guidance.options["refit_from"] == "guidance.onnx"
     assert text.options["strip_weights"] is text.options["version_compatible"] is True
-    flags = ["REFIT_IDENTICAL", "STRIP_PLAN", "VERSION_COMPATIBLE"]
+    flags = ["REFIT_IDENTICAL", "STRICT_NANS", "STRIP_PLAN", "VERSION_COMPATIBLE"]
     assert said_of(bundle_copy, "text_encoder")["flags"] == flags
     # Its weights are the bundle's own file.
     with OrtEngine(bundle_copy / text.options["refit_from"], as_is=True) as engine:

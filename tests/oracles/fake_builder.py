@@ -24,6 +24,15 @@ class BuilderFlag(enum.Enum):
     VERSION_COMPATIBLE = 12
     STRIP_PLAN = 17
     REFIT_IDENTICAL = 18
+    STRICT_NANS = 21
+
+
+class PreviewFeature(enum.Enum):
+    RUNTIME_ACTIVATION_RESIZE_10_10 = 1
+
+
+class ProfilingVerbosity(enum.Enum):
+    DETAILED = 1
 
 
 class MemoryPoolType(enum.Enum):
@@ -114,7 +123,9 @@ class Config:
         self.profiles: list[Profile] = []
         self.builder_optimization_level = 3
         self.hardware_compatibility_level = HardwareCompatibilityLevel.NONE
+        self.profiling_verbosity: Any = None
         self.progress_monitor: Any = None
+        self.features: list[str] = []
         self.cache: TimingCache | None = None
 
     def set_flag(self, flag: BuilderFlag) -> None:
@@ -122,6 +133,10 @@ class Config:
 
     def clear_flag(self, flag: BuilderFlag) -> None:
         self.flags.discard(BuilderFlag(flag))
+
+    def set_preview_feature(self, feature: PreviewFeature, enable: bool) -> None:
+        assert enable
+        self.features.append(PreviewFeature(feature).name)
 
     def set_memory_pool_limit(self, pool: MemoryPoolType, size: int) -> None:
         self.pools[MemoryPoolType(pool).name] = size
@@ -176,6 +191,7 @@ class Builder:
             config.cache.content = self.owner.mark + b": measured"
         said = {
             "flags": sorted(flag.name for flag in config.flags),
+            "features": config.features,
             "pools": config.pools,
             "level": config.builder_optimization_level,
             "hardware": config.hardware_compatibility_level.name,
@@ -233,6 +249,7 @@ class FakeTensorRT:
     ILogger, IProgressMonitor = ILogger, IProgressMonitor
     BuilderFlag, MemoryPoolType = BuilderFlag, MemoryPoolType
     HardwareCompatibilityLevel = HardwareCompatibilityLevel
+    PreviewFeature, ProfilingVerbosity = PreviewFeature, ProfilingVerbosity
 
     def __init__(self, version: str = "10.3.0", *, newest_opset: int = 21) -> None:
         self.__version__ = version

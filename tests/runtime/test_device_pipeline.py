@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -211,6 +213,26 @@ def test_one_graph_for_whole_and_for_cached_calls(
     assert cuda.counts["cudaGraphInstantiate"] == 4  # one a turn, for either
     # Each runs by itself first, and once more when the shallow one has asked for more workspace.
     assert cuda.counts["cudaGraphLaunch"] == 18 - 5
+
+
+def test_both_turns_share_the_context_of_the_unet(
+    cuda: FakeCuda, planned: Callable[..., Path]
+) -> None:
+    """Only guidance reads and writes the state, which has two buffers."""
+    with Pipeline.load(planned(), provider="tensorrt") as pipeline:
+        pipeline("a red star", steps=18, safety="strong", cache_interval=3)
+    contexts = Counter(sys.modules["tensorrt"].shared.contexts)
+    # Guidance in two turns, after whole and after cached calls.
+    assert (contexts["unet"], contexts["unet_shallow"], contexts["guidance"]) == (1, 1, 4)
+
+
+def test_decoders_get_pictures_one_by_one(cuda: FakeCuda, planned: Callable[..., Path]) -> None:
+    """Their plans take no more, as sld-build builds them."""
+    bundle = planned()
+    one = {"batch": (1, 1, 1), "components": ("vae_decoder", "text_encoder")}
+    make_plans(bundle, engine="tensorrt", **one)
+    with Pipeline.load(bundle, provider="tensorrt") as pipeline:
+        assert len(pipeline("a red star", count=2, **FAST).images) == 2
 
 
 def test_with_and_without_savings_in_turn(
@@ -431,7 +453,7 @@ def test_a_plan_without_its_description(cuda: FakeCuda, planned: Any) -> None:
         ("{", "not whole JSON"),
         ("[]", "got list | expected a JSON object"),
         ('{"format": "sld-edge-plan", "format_version": 9}', "format version | got 9"),
-        ('{"format": "sld-edge-plan", "format_version": 1}', "lacks an entry"),
+        ('{"format": "sld-edge-plan", "format_version": 2}', "lacks an entry"),
     ],
 )
 def test_a_damaged_description(change: str, says: str, cuda: FakeCuda, planned: Any) -> None:

@@ -538,10 +538,10 @@ class FakeCuda(ModuleType):
             stream.captured.append(work)
 
     def _from_host(self, dst: int, src: int, nbytes: int) -> Work:
-        staged = _host(src, nbytes).copy()  # all of it is read before the call returns
+        host = _host(src, nbytes)
 
-        def run() -> None:
-            self.view(dst, nbytes)[:] = staged
+        def run() -> None:  # as late as a device may that reads the host's memory itself
+            self.view(dst, nbytes)[:] = host
 
         return Work(name="copy from host", run=run, spans=((dst, nbytes),))
 

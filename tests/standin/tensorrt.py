@@ -93,6 +93,14 @@ class CudaGraphStrategy(IntEnum):
     WHOLE_GRAPH_CAPTURE = 1
 
 
+class DynamicShapesKernelSpecializationStrategy(IntEnum):
+    """When TensorRT-RTX compiles kernels for the shapes of a run (RTX only)."""
+
+    LAZY = 0
+    EAGER = 1
+    NONE = 2
+
+
 _DTYPES = {
     DataType.FLOAT: np.float32,
     DataType.HALF: np.float16,
@@ -123,6 +131,8 @@ class _Module:
     def __init__(self, flavour: Flavour, version: str, cuda: FakeCuda) -> None:
         self.flavour, self.version, self.cuda = flavour, version, cuda
         self.compiled: list[str] = []
+        self.broken = False
+        self.contexts: list[str] = []  # components of the contexts, in order of their making
 
     @property
     def rtx(self) -> bool:
@@ -135,9 +145,13 @@ class Runtime:
     def __init__(self, module: _Module, logger: ILogger) -> None:
         self._module, self._logger = module, _checked(logger)
         self.engine_host_code_allowed = False
+        if module.broken:
+            self._logger.log(Severity.ERROR, "CUDA initialization failure with error: 35")
 
     def deserialize_cuda_engine(self, serialized_engine: Any) -> CudaEngine | None:
         """Return the engine, or None and a line in the log."""
+        if self._module.broken:
+            raise StandinError("the real one dies here of a segmentation fault")
         if isinstance(serialized_engine, str):
             raise TypeError("deserialize_cuda_engine(): incompatible function arguments")
         plan = _plan(bytes(serialized_engine))
@@ -265,6 +279,8 @@ class RuntimeConfig:
         self._module = module
         self.strategy = ExecutionContextAllocationStrategy.STATIC
         self.cuda_graph_strategy = CudaGraphStrategy.DISABLED
+        strategies = DynamicShapesKernelSpecializationStrategy
+        self.dynamic_shapes_kernel_specialization_strategy = strategies.LAZY
         self.cache: RuntimeCache | None = None
 
     def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
@@ -298,6 +314,7 @@ class ExecutionContext:
         self._addresses: dict[str, int] = {}
         self._memory: Span = (0, 0)
         self._settled = False  # whether a run has carried out what new shapes put off
+        module.contexts.append(engine.plan["component"])
 
     def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
         """Choose a profile."""
@@ -373,12 +390,13 @@ class ExecutionContext:
         )
         _refuse_overlaps(inputs, {**outputs, "activation memory": self._memory})
         self._compile()
+        fallback = self._is_fallback()
         self._settled = True
         spans = (*inputs.values(), *outputs.values())
         if self._memory[1]:
             spans = (*spans, self._memory)
         shapes = {name: tuple(self.get_tensor_shape(name)) for name in self._engine.tensors}
-        run = partial(self._compute, inputs, outputs, shapes, self._memory)
+        run = partial(self._compute, inputs, outputs, shapes, self._memory, fallback)
         cuda.enqueue(stream_handle, Work(name=self._engine.plan["component"], run=run, spans=spans))
         return True
 
@@ -423,12 +441,21 @@ class ExecutionContext:
         if cache is not None:
             cache.compiled.append(digest)
 
+    def _is_fallback(self) -> bool:
+        """Whether TensorRT-RTX would still be compiling, and run kernels for any shapes."""
+        eager = DynamicShapesKernelSpecializationStrategy.EAGER
+        return self._config is not None and (
+            self._config.dynamic_shapes_kernel_specialization_strategy != eager
+            and not self._settled
+        )
+
     def _compute(
         self,
         inputs: Mapping[str, Span],
         outputs: Mapping[str, Span],
         shapes: Mapping[str, tuple[int, ...]],
         memory: Span,
+        fallback: bool,
     ) -> None:
         cuda, plan = self._module.cuda, self._engine.plan
         if memory[1]:
@@ -440,6 +467,8 @@ class ExecutionContext:
         found = _session(plan["digest"], plan["graph"]).run(feeds)
         for name, span in outputs.items():
             array = np.ascontiguousarray(found[name])
+            if fallback and array.dtype == np.float32:
+                array = np.nextafter(array, np.float32(np.inf))  # other kernels give other bits
             if (array.shape, array.dtype) != (shapes[name], self._dtype(name)):
                 raise StandinError(f"{name}: {array.dtype} {array.shape}, not {shapes[name]}")
             cuda.view(*span)[:] = array.reshape(-1).view(np.uint8)
@@ -524,6 +553,7 @@ class TensorRTModule(ModuleType):
     """`tensorrt` or `tensorrt_rtx`; `compiled` tells what was compiled, in order (RTX)."""
 
     compiled: list[str]
+    shared: _Module
     # What both flavours have; the rest is set in `make_tensorrt`.
     ILogger = ILogger
     TensorIOMode = TensorIOMode
@@ -532,6 +562,7 @@ class TensorRTModule(ModuleType):
     ExecutionContextAllocationStrategy = ExecutionContextAllocationStrategy
     only_rtx: ClassVar[dict[str, Any]] = {
         "CudaGraphStrategy": CudaGraphStrategy,
+        "DynamicShapesKernelSpecializationStrategy": DynamicShapesKernelSpecializationStrategy,
         "ComputeCapability": IntEnum(
             "ComputeCapability",
             {"NONE": 0, "CURRENT": 1, **{f"SM{number}": int(number) for number in _CAPABILITIES}},
@@ -555,7 +586,11 @@ def make_tensorrt(flavour: Flavour, version: str, cuda: FakeCuda) -> TensorRTMod
     module = TensorRTModule(flavour.replace("-", "_"))
     own = module.only_rtx if shared.rtx else module.only_classic
     module.__dict__.update(
-        own, __version__=version, compiled=shared.compiled, Runtime=partial(Runtime, shared)
+        own,
+        __version__=version,
+        compiled=shared.compiled,
+        shared=shared,
+        Runtime=partial(Runtime, shared),
     )
     return module
 

@@ -54,14 +54,14 @@ def test_a_download_is_poison_until_it_was_waited_for(cuda: FakeCuda, stream: An
     assert not host.any()
 
 
-def test_an_upload_reads_at_once_and_writes_in_turn(cuda: FakeCuda, stream: Any) -> None:
+def test_an_upload_reads_and_writes_in_turn(cuda: FakeCuda, stream: Any) -> None:
     address = memory(cuda)
     host = np.ones(16, np.float32)
     cuda.cudaMemcpyAsync(address, host.ctypes.data, 64, UP, stream)
     host[:] = 2
     assert np.isnan(cuda.view(address, 64).view(np.float32)).all()
     cuda.cudaStreamSynchronize(stream)
-    assert (cuda.view(address, 64).view(np.float32) == 1).all()
+    assert (cuda.view(address, 64).view(np.float32) == 2).all()
 
 
 Act = Callable[[FakeCuda, Any, int, int], Any]
