@@ -78,6 +78,7 @@ class Loader:
         policy: this device's policy; for a permitted evaluation, without its rules for pictures.
         plans: the plans in use, by component.
         fallbacks: the reason why a component runs on another provider, by component.
+        slowed: what a provider left to the CPU, by component; known once a component is loaded.
     """
 
     bundle: Bundle
@@ -87,6 +88,7 @@ class Loader:
     policy: Policy = NO_POLICY
     plans: dict[str, Plan] = field(default_factory=dict)
     fallbacks: dict[str, str] = field(default_factory=dict)
+    slowed: dict[str, str] = field(default_factory=dict)
     _hashed: dict[str, dict[Path, Identity]] = field(default_factory=dict)
 
     @classmethod
@@ -160,6 +162,12 @@ class Loader:
             graph = self.bundle.graph(component)
             device_engine = OrtDeviceEngine(graph.path, self.device, provider=provider)
             graph.confirm()
+            if device_engine.heavy_on_cpu:
+                nodes = ", ".join(f"{n} {op}" for op, n in device_engine.heavy_on_cpu.items())
+                self.slowed[name] = (
+                    f"{provider} left {nodes} to the cpu, which is slow: update onnxruntime-gpu, "
+                    "or export with --attention decomposed"
+                )
             return device_engine
         source = _Source(self.bundle, component)
         # Weights of half the size of the arithmetic were asked for to save memory.

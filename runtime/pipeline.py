@@ -124,6 +124,11 @@ class Pipeline:
         return self._loader.fallbacks
 
     @property
+    def slowed(self) -> Mapping[str, str]:
+        """What a provider left to the CPU, by component; known once a component has run."""
+        return self._loader.slowed
+
+    @property
     def providers(self) -> Mapping[str, str]:
         """The provider that runs each component."""
         return {name: self._loader.provider_of(name) for name in self.bundle.manifest.components}

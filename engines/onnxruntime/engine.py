@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +25,7 @@ PROVIDERS: Mapping[str, str] = {
     "ort-tensorrt": "TensorrtExecutionProvider",
     "ort-tensorrt-rtx": "NvTensorRTRTXExecutionProvider",
 }
+_HEAVY = {"Attention", "Conv", "Gemm", "MatMul"}  # where nearly all of the time goes
 _DTYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -102,9 +104,12 @@ class OrtEngine:
             options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
         # Without the arena every call asks the system for memory again, a fifth of a step's time.
         options.enable_cpu_mem_arena = prepared
+        if provider != "cpu":
+            options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         self.path = path
         self.prepared = prepared
         self.session = create_session(path, options, provider, device)
+        self.heavy_on_cpu = {} if provider == "cpu" else heavy_on_cpu(self.session)
         self.inputs = tuple(map(_spec, self.session.get_inputs()))
         self.outputs = tuple(map(_spec, self.session.get_outputs()))
         self._output_names = [spec.name for spec in self.outputs]
@@ -186,6 +191,25 @@ def create_session(
             do="see sld-run --providers, or use --provider cpu",
         )
     return session
+
+
+def heavy_on_cpu(session: Any) -> dict[str, int]:
+    """Return the operators that another provider left to the CPU, and how many nodes of each.
+
+    ONNX Runtime gives the CPU, in silence, what a provider has no kernel for. Versions before 1.24
+    do not tell; then nothing is returned.
+    """
+    if not hasattr(session, "get_provider_graph_assignment_info"):
+        return {}
+    return dict(
+        Counter(
+            node.op_type
+            for part in session.get_provider_graph_assignment_info()
+            if part.ep_name == PROVIDERS["cpu"]
+            for node in part.get_nodes()
+            if node.op_type in _HEAVY
+        )
+    )
 
 
 def _spec(argument: Any) -> TensorSpec:

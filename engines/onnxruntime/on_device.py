@@ -27,6 +27,7 @@ class OrtDeviceEngine:
         """
         self.device = device
         self._engine = OrtEngine(path, provider=provider, device=device)
+        self.heavy_on_cpu = self._engine.heavy_on_cpu
         self.path = path
         self.inputs: tuple[TensorSpec, ...] = self._engine.inputs
         self.outputs: tuple[TensorSpec, ...] = self._engine.outputs

@@ -143,7 +143,8 @@ def _make(pipeline: Pipeline, settings: RunSettings) -> bool:
     _write(result, pictures, maps, settings)
     if not settings.quiet:
         _print_pictures(pictures, result)
-    for line in _warnings(pictures, result):
+    slowed = (f"{component}: {why}" for component, why in pipeline.slowed.items())
+    for line in (*slowed, *_warnings(pictures, result)):
         print(f"warning: {line}", file=sys.stderr)
     return any(report.get("flagged", False) for report in result.reports)
 

@@ -154,7 +154,9 @@ def test_profiles_are_what_was_asked_for(built: tuple[Path, list[PlanInfo]]) -> 
     assert profiles["unet", "timestep"] == ((1,), (2,), (4,))
     # One to three branches an image: plain, guided, and with safety.
     assert profiles["unet", "context"] == ((1, 24, 96), (6, 24, 96), (12, 24, 96))
-    assert profiles["text_encoder", "input_ids"] == ((1, 24), (1, 24), (3, 24))
+    # Texts are encoded one by one, and pictures decoded one by one.
+    assert profiles["text_encoder", "input_ids"] == ((1, 24),) * 3
+    assert profiles["vae_decoder", "latents"] == ((1, 4, 8, 8), (1, 4, 16, 16), (1, 4, 24, 24))
     assert profiles["guidance", "history"] == (
         (4, 1, 4, 8, 8),
         (4, 2, 4, 16, 16),
@@ -437,13 +439,6 @@ def test_a_bundle_with_the_operator_builds_and_its_plans_are_kept(
     assert sum("nothing has changed" in line for line in said) == 2
 
 
-def test_decoders_get_pictures_one_by_one(built: tuple[Path, list[PlanInfo]]) -> None:
-    profiles = {info.component: info.inputs[0].profile for info in built[1]}
-    assert profiles["vae_decoder"] == ((1, 4, 4, 4), (1, 4, 8, 8), (1, 4, 12, 12))
-    assert profiles["unet"] == ((1, 4, 4, 4), (2, 4, 8, 8), (4, 4, 12, 12))
-    assert profiles["text_encoder"] == ((1, 24),) * 3
-
-
 @pytest.mark.parametrize(
     ("given", "batch", "size"),
     [
@@ -461,8 +456,9 @@ def test_static_plans_know_one_size_and_one_batch(
 
 @pytest.mark.parametrize("name", ["batch", "size"])
 def test_static_plans_refuse_a_range(name: str) -> None:
+    given: dict[str, Any] = {name: (1, 2, 4)}
     with pytest.raises(InputError, match=rf"--{name} .* got 3 .* one number with --static"):
-        build_settings(PlanOptions(engine="tensorrt-rtx", static=True, **{name: (1, 2, 4)}))
+        build_settings(PlanOptions(engine="tensorrt-rtx", static=True, **given))
 
 
 def test_a_decomposed_bundle_needs_no_onnx(
@@ -543,7 +539,9 @@ def test_from_bundle_to_plans(bundle_copy: Path, capsys: pytest.CaptureFixture[s
     for line in ("text_encoder: parsing", "text_encoder: building", "guidance: building"):
         assert line in said.err
     head, text, guidance, total = said.out.splitlines()
-    assert head.split() == ["component", "seconds", "MB"]
+    assert head.split() == ["component", "seconds", "MB", "kernels", "fused", "activation"]
+    assert text.split()[-5:-3] == ["0", "of"]  # heads of 24 in FP32 have no kernel
+    assert guidance.split()[4] == "-"
     assert [text.split()[0], guidance.split()[0]] == ["text_encoder", "guidance"]
     assert "s in all, peak memory" in total
     info = plan_info_from_file(bundle_copy / "guidance.plan.json")

@@ -8,11 +8,13 @@ are the real ones.
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 
@@ -24,13 +26,16 @@ from sld_edge.engines.onnxruntime.engine import (
     PROVIDERS,
     OrtEngine,
     create_session,
+    heavy_on_cpu,
     provider_options,
+    session_options,
 )
 from sld_edge.engines.onnxruntime.on_device import OrtDeviceEngine
 from sld_edge.engines.onnxruntime.sessions import prepared_engine
 from sld_edge.engines.providers import ProviderStatus
 from sld_edge.runtime import Pipeline
 from sld_edge.runtime.bundle import EMBEDDED
+from sld_edge.runtime.commands.run import main
 from standin.cuda import FakeCuda, Work
 from standin.plans import make_plans
 
@@ -115,6 +120,37 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     monkeypatch.setattr("sld_edge.engines.onnxruntime.engine.create_session", create)
     monkeypatch.setattr("sld_edge.runtime.loader.status", works)
     return fake
+
+
+def test_what_a_provider_leaves_to_the_cpu_is_counted() -> None:
+    """On a session of the CPU, which gets everything; ONNX Runtime's own record."""
+    options = session_options()
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    found = heavy_on_cpu(create_session(UNET, options, "cpu"))
+    nodes = Counter(
+        node.op_type for node in onnx.load(str(UNET), load_external_data=False).graph.node
+    )
+    assert found == {op: nodes[op] for op in ("Attention", "Conv", "Gemm", "MatMul") if nodes[op]}
+    assert found["Attention"] == 14
+
+
+def test_nodes_left_to_the_cpu_are_said(
+    cuda: FakeCuda,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def counted(session: Any) -> dict[str, int]:
+        assert isinstance(session, FakeSession)
+        return {"Attention": 14}
+
+    monkeypatch.setattr("sld_edge.engines.onnxruntime.engine.heavy_on_cpu", counted)
+    output = tmp_path / "picture.png"
+    code = main(["a red star", "--provider", "cuda", "--steps", "2", "--output", str(output)])
+    said = capsys.readouterr().err
+    assert code == 0
+    assert "warning: unet: cuda left 14 Attention to the cpu, which is slow: update" in said
 
 
 @pytest.mark.parametrize("provider", ["cuda", "ort-tensorrt", "ort-tensorrt-rtx"])

@@ -229,8 +229,8 @@ def test_both_turns_share_the_context_of_the_unet(
 def test_decoders_get_pictures_one_by_one(cuda: FakeCuda, planned: Callable[..., Path]) -> None:
     """Their plans take no more, as sld-build builds them."""
     bundle = planned()
-    one = {"batch": (1, 1, 1), "components": ("vae_decoder", "text_encoder")}
-    make_plans(bundle, engine="tensorrt", **one)
+    one_by_one = ("vae_decoder", "text_encoder")
+    make_plans(bundle, engine="tensorrt", batch=(1, 1, 1), components=one_by_one)
     with Pipeline.load(bundle, provider="tensorrt") as pipeline:
         assert len(pipeline("a red star", count=2, **FAST).images) == 2
 
