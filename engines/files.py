@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from sld_edge.engines.errors import OutputError, UserError, one_line
 from sld_edge.engines.staging import part_file
 
+_CHUNK = 1 << 20  # bytes read at once
 JSON_LIMIT = 64 << 20  # bytes; the largest tokenizer.json known has 9 million
 _NPY_HEADER = re.compile(
     rb"\{'descr': '<f4', 'fortran_order': False, 'shape': \(((?:\d{1,9}, ?)*\d{0,9})\), \} *\n"
@@ -160,10 +161,12 @@ def sha256_of_file(path: Path) -> tuple[str, Identity]:
     """
     with opened(path) as stream:
         before = identity(os.fstat(stream.fileno()))
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
         if identity(os.fstat(stream.fileno())) != before:
             raise OSError(0, "changed while it was read")
-    return digest, before
+    return digest.hexdigest(), before
 
 
 def require_unchanged(

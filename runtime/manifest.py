@@ -6,7 +6,6 @@ has no code for a model family.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sld_edge.engines.base import TensorSpec
+from sld_edge.engines.files import sha256_of_file
 
 FORMAT = "sld-edge-bundle"
 FORMAT_VERSION = 3
@@ -174,6 +174,5 @@ class Manifest:
 
 def file_entry(path: Path) -> File:
     """Return the manifest's entry for a file in the bundle's folder."""
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return File(path=path.name, sha256=digest, bytes=path.stat().st_size)
+    digest, identity = sha256_of_file(path)
+    return File(path=path.name, sha256=digest, bytes=identity.size)

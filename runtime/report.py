@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import metadata
@@ -123,8 +124,6 @@ def versions() -> Mapping[str, str]:
     """Return the versions that a result depends on."""
     installed = {"python": platform.python_version(), "machine": platform.machine()}
     for package in ("sld-edge", "onnxruntime", "onnxruntime-gpu", "numpy", "tokenizers"):
-        try:
+        with suppress(metadata.PackageNotFoundError):
             installed[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     return installed

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from sld_edge.runtime.bundle import EMBEDDED
 
 _started = time.monotonic()
 _finished: list[str] = []
+_DEVELOPERS = ("tensorrt_rtx", "torch")  # no device needs them
 _SUITES = ("fuzz", "kill", "soak")  # minutes to hours: run only where -m names them
 
 
@@ -31,6 +32,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="SECONDS",
         help="start no test after this time, and say how many were left (make quick)",
     )
+    parser.addoption(
+        "--device",
+        action="store_true",
+        help="a device's packages: one case of each test, and no file that imports developers'",
+    )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    missing = re.search(r"ModuleNotFoundError: No module named '(\w+)'", str(report.longrepr))
+    device: bool = collector.config.getoption("--device")
+    if device and missing is not None and missing[1] in _DEVELOPERS:
+        report.outcome = "skipped"
+        report.longrepr = (
+            str(collector.path),
+            0,
+            f"Skipped: no device has {missing[1]}",
+        )
+    return report
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -43,6 +66,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if resting:
         config.hook.pytest_deselected(items=resting)
         items[:] = [item for item in items if item not in resting]
+    if config.getoption("--device"):
+        cases = {item.nodeid.partition("[")[0]: item for item in items}
+        config.hook.pytest_deselected(items=list(set(items) - set(cases.values())))
+        items[:] = cases.values()
 
 
 def pytest_runtest_logfinish(nodeid: str, location: object) -> None:

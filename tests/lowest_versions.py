@@ -10,25 +10,38 @@ import os
 import subprocess
 import sys
 import tempfile
-import tomllib
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from packaging.requirements import Requirement
 from PIL import Image
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pytest brings it
+
 ROOT = Path(__file__).parents[1]
+PYTHON = "{}.{}".format(*sys.version_info)
 _LEVELS = 1  # of 255: another release may round otherwise
 _SETTINGS = ("a red star at a party", "--seed", "9", "--provider", "cpu", "--quiet")
 
 
-def stated(*extras: str) -> list[Requirement]:
-    """Return the requirements of the base package and of extras."""
+def stated(*extras: str, python: str = PYTHON) -> list[Requirement]:
+    """Return what the base package and extras require under a version of Python."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    texts = [*project["dependencies"]]
-    for extra in extras:
-        texts += project["optional-dependencies"][extra]
-    return [Requirement(text) for text in texts]
+    texts, names = [*project["dependencies"]], [*extras]
+    for name in names:
+        for text in project["optional-dependencies"][name]:
+            others = Requirement(text)
+            if others.name == project["name"]:
+                names += others.extras  # an extra that takes in others
+            else:
+                texts.append(text)
+    requirements = [Requirement(text) for text in texts]
+    here = {"python_version": python}
+    return [one for one in requirements if one.marker is None or one.marker.evaluate(here)]
 
 
 def floor(requirement: Requirement) -> str:
@@ -39,11 +52,11 @@ def floor(requirement: Requirement) -> str:
     return f"{requirement.name}=={lowest[0]}"
 
 
-def difference(floors_python: str, python: str) -> int:
-    """Return the largest difference of the two interpreters' pictures, of 255."""
+def differences(one: str, other: str) -> NDArray[np.int64]:
+    """Return the differences of two interpreters' pictures, in levels of 255."""
     pictures = []
     with tempfile.TemporaryDirectory() as folder:
-        for index, interpreter in enumerate((floors_python, python)):
+        for index, interpreter in enumerate((one, other)):
             output = Path(folder, f"{index}.png")
             program = "import sys; from sld_edge.runtime.commands.run import main; sys.exit(main())"
             arguments = [*_SETTINGS, "--output", str(output)]
@@ -51,7 +64,8 @@ def difference(floors_python: str, python: str) -> int:
             environment = {**os.environ, "SLD_EDGE_CACHE": "off"}
             subprocess.run(command, check=True, cwd=folder, env=environment)
             pictures.append(np.asarray(Image.open(output).convert("RGB")).astype(int))
-    return int(np.abs(pictures[0] - pictures[1]).max())
+    difference: NDArray[np.int64] = np.abs(pictures[0] - pictures[1])
+    return difference
 
 
 def main(arguments: list[str]) -> int:
@@ -59,7 +73,7 @@ def main(arguments: list[str]) -> int:
     if not arguments:
         print("\n".join(map(floor, stated("cpu"))))
         return 0
-    levels = difference(*arguments)
+    levels = differences(*arguments).max()
     print(f"lowest versions: the picture differs by at most {levels} of 255")
     return int(levels > _LEVELS)
 

@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ def conditions(provider: str, *, threads: int | None) -> dict[str, Any]:
         packages[provider] = engine.version
     cores = os.cpu_count() or 1
     return {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "provider": provider,
         "devices": list(engine.devices),
         "cpu": cpu_name(_text("proc/cpuinfo")),

@@ -17,7 +17,7 @@ import numpy as np
 
 from sld_edge.engines.base import Array, Engine
 from sld_edge.engines.cuda.api import CudaRuntime
-from sld_edge.engines.errors import EngineError, MissingPackageError
+from sld_edge.engines.errors import EngineError, MissingPackageError, one_line
 
 ALIGNMENT = 256  # bytes; TensorRT needs every tensor's address to be a multiple
 
@@ -190,7 +190,14 @@ class Device:
 
     def _call(self, name: str, *arguments: Any) -> tuple[Any, ...]:
         """Make a CUDA call; an error becomes one line."""
-        error, *results = getattr(self._cuda, name)(*arguments)
+        try:
+            error, *results = getattr(self._cuda, name)(*arguments)
+        except (ImportError, OSError, RuntimeError) as problem:  # cuda-bindings 12.8 raises
+            raise EngineError(
+                f"CUDA: {name} does not reach the NVIDIA driver",
+                got=one_line(problem),
+                do="install the driver if there is a GPU, or use --provider cpu",
+            ) from problem
         if int(error) != 0:
             _, text = self._cuda.cudaGetErrorString(error)
             reason = text.decode() if isinstance(text, bytes) else str(text)

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 
@@ -138,7 +138,7 @@ class OrtEngine:
         if self._unlock is not None:
             self._unlock()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> OrtEngine:
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -58,7 +58,7 @@ class OrtDeviceEngine:
         """Free the session's memory."""
         self._engine.close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> OrtDeviceEngine:
         return self
 
     def __exit__(self, *exc: object) -> None:

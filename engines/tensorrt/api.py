@@ -81,7 +81,7 @@ class Refitter(Protocol):
 class OnnxParserRefitter(Protocol):
     """`OnnxParserRefitter`: reads those weights from the ONNX file."""
 
-    def refit_from_file(self, model_file: str) -> bool: ...
+    def refit_from_file(self, model: str) -> bool: ...
 
 
 class TensorRT(Protocol):

@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Self, TypeVar, cast
+from typing import TypeVar, cast
 
 import numpy as np
 
@@ -117,7 +117,7 @@ class _Work:
         self._network = self._builder.create_network(0 if typed is None else 1 << int(typed))
         self._parser: OnnxParser = trt.OnnxParser(self._network, self._log.logger)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> _Work:
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -12,7 +12,7 @@ import mmap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -187,7 +187,7 @@ class TrtEngine:
         self._jit = None
         del self._engine, self._runtime
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> TrtEngine:
         return self
 
     def __exit__(self, *exc: object) -> None:

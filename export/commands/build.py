@@ -9,7 +9,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 from sld_edge.engines.errors import InputError
 from sld_edge.engines.tensorrt.build_settings import BATCH, BuildSettings, span_from_numbers
@@ -205,7 +204,7 @@ class _Progress:
         self._lock = threading.Lock()
         self._current: tuple[str, float] | None = None  # stage and its start
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> _Progress:
         if self._live:
             self._terminal = os.fdopen(os.dup(sys.stderr.fileno()), "w")
             self._thread = threading.Thread(target=self._tick, daemon=True)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Literal, Self
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import onnx
@@ -106,7 +106,7 @@ class GraphBuilder:
         self._new_names: dict[str, str] = {}  # in the file, by the name during the build
         self._branches: tuple[Value, Value] | None = None  # K, and K*B
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> GraphBuilder:
         return self
 
     def __exit__(

@@ -13,7 +13,15 @@ CPP = Path(__file__).parents[2] / "cpp_ext"
 PAGE = Path(__file__).parents[2] / "docs" / "native.md"
 STRICT = ["-Wall", "-Wextra", "-Wpedantic", "-Werror"]
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-ARCHITECTURES = ("7.5", "8.6", "8.7", "8.9", "12.0")
+OLD = "75;80;86;87;89;90"
+ARCHITECTURES = {  # by the version of nvcc; docs/native.md names them
+    "12.0.140": OLD,
+    "12.6.85": OLD,  # of JetPack 6
+    "12.8.61": f"{OLD};100;120",
+    "12.9.86": f"{OLD};100;120",
+    "13.0.88": f"{OLD};100;120;110",
+    "13.5.37": f"{OLD};100;120;110",
+}
 
 
 def run(*command: object) -> str:
@@ -62,10 +70,26 @@ def test_under_sanitizers(compiler: str, tmp_path: Path) -> None:
     assert run(program) == "passed\n"
 
 
+def chosen_architectures(version: str) -> str:
+    """Return what CMake chooses for a version of nvcc, which need not be here."""
+    if shutil.which("cmake") is None:
+        pytest.skip("no CMake here")
+    script = CPP / "cuda_architectures.cmake"
+    said = run("cmake", f"-DCMAKE_CUDA_COMPILER_VERSION={version}", "-P", script)
+    return said.strip().rpartition(": ")[2]
+
+
+@pytest.mark.parametrize(("version", "architectures"), ARCHITECTURES.items())
+def test_architectures_are_those_that_nvcc_knows(version: str, architectures: str) -> None:
+    assert chosen_architectures(version) == architectures
+
+
 @pytest.mark.skipif(NVCC is None, reason="no nvcc here: the CUDA part is not compiled for devices")
 def test_nvcc_takes_the_kernels(tmp_path: Path) -> None:
-    """For every kind of device that plans are built for; they are not run: no GPU is needed."""
-    numbers = [name.replace(".", "") for name in ARCHITECTURES]
+    """For every kind of device that CMake chooses; they are not run: no GPU is needed."""
+    version = re.search(r"V(\d+\.\d+\.\d+)", run(NVCC, "--version"))
+    assert version is not None
+    numbers = chosen_architectures(version[1]).split(";")
     targets = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in numbers]
     flags = ["-std=c++20", "--fmad=false", "-Xptxas=-v", "-Werror=all-warnings"]
     command = [NVCC, *flags, *targets, f"-I{CPP / 'include'}", "-c", CPP / "src" / "safe_step.cu"]
@@ -92,4 +116,11 @@ def test_cmake_takes_the_library_for_c(cuda: str, tmp_path: Path) -> None:
     options = [f"-DSLD_EDGE_CUDA={cuda}", "-DSLD_EDGE_PYTHON=OFF", "-DBUILD_SHARED_LIBS=ON"]
     if cuda == "ON":
         options.append(f"-DCMAKE_CUDA_COMPILER={NVCC}")
-    assert "Generating done" in run("cmake", "-S", CPP, "-B", tmp_path, *options)
+    for _ in range(2):  # the second time with CMake's cache
+        said = run("cmake", "-S", CPP, "-B", tmp_path, *options)
+        assert "Generating done" in said
+        if cuda == "ON":
+            assert f"compute capabilities: {OLD}" in said
+    if cuda == "ON":
+        said = run("cmake", "-S", CPP, "-B", tmp_path, *options, "-DCMAKE_CUDA_ARCHITECTURES=87")
+        assert "compute capabilities" not in said

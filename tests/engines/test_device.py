@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,29 @@ def test_no_device(settings: dict[str, Any], index: int, says: str) -> None:
         Device(index, cuda=FakeCuda(**settings))
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+class WithoutDriver(FakeCuda):
+    """As cuda-bindings 12.8.0 answers where there is no driver; later versions return an error."""
+
+    def cudaDriverGetVersion(self) -> Any:  # noqa: N802
+        raise RuntimeError("Failed to dlopen libcuda.so.1")
+
+
+def test_bindings_that_raise_without_a_driver() -> None:
+    with pytest.raises(EngineError) as caught:
+        Device(cuda=WithoutDriver())
+    assert str(caught.value) == (
+        "CUDA: cudaDriverGetVersion does not reach the NVIDIA driver | got Failed to dlopen "
+        "libcuda.so.1 | install the driver if there is a GPU, or use --provider cpu"
+    )
+
+
+@pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="for a machine without a GPU")
+def test_the_installed_bindings_without_a_driver() -> None:
+    pytest.importorskip("cuda.bindings.runtime")
+    with pytest.raises(EngineError, match=r"NVIDIA driver.*install"):
+        Device()
 
 
 def test_no_bindings(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,14 +35,18 @@ class FakeCuda(ModuleType):
         capability: str = "8.9",
         name: bytes = b"NVIDIA GeForce RTX 4090\0\0",
         integrated: int = 0,
+        raises: str = "",
     ) -> None:
         super().__init__("cuda.bindings.runtime")
+        self.raises = raises  # instead of an answer, as cuda-bindings 12.8.0 without a driver
         self.driver, self.devices, self.error = driver, devices, error
         self.name, self.integrated = name, integrated
         self.major, self.minor = capability.split(".")
         self.streams = 0
 
     def cudaDriverGetVersion(self) -> tuple[int, int]:  # noqa: N802
+        if self.raises:
+            raise RuntimeError(self.raises)
         return 0, self.driver
 
     def cudaGetDeviceCount(self) -> tuple[int, int]:  # noqa: N802
@@ -130,11 +134,12 @@ def by_name() -> Mapping[str, ProviderStatus]:
 @pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="for a machine without a GPU")
 def test_a_machine_without_a_gpu() -> None:
     """The real packages: ONNX Runtime for the CPU, tensorrt_rtx, at most bindings of tensorrt."""
+    rtx = pytest.importorskip("tensorrt_rtx")
     found = by_name()
     assert found["cpu"].usable
     assert found["cpu"].version == import_module("onnxruntime").__version__
     assert found["cpu"].devices
-    assert found["tensorrt-rtx"].version == import_module("tensorrt_rtx").__version__
+    assert found["tensorrt-rtx"].version == rtx.__version__
     assert found["tensorrt-rtx"].reason.startswith("no NVIDIA driver is installed | ")
     assert found["tensorrt"].reason.startswith(
         ("tensorrt is installed without its libraries: lib", "tensorrt is not installed for Python")
@@ -174,6 +179,7 @@ def test_everything_works(put: Put) -> None:
     [
         (None, 'needs the package cuda-bindings | pip install "sld-edge[rtx]"'),
         (FakeCuda(driver=0), "no NVIDIA driver is installed"),
+        (FakeCuda(raises="Failed to dlopen libcuda.so.1"), "libcuda.so.1 | install the driver if"),
         (FakeCuda(error=35), "got error number 35 | update the NVIDIA driver"),
         (FakeCuda(error=100), "no CUDA device was found"),
         (FakeCuda(devices=0), "no CUDA device 0 | got 0 devices"),
@@ -211,7 +217,7 @@ def test_rtx_takes_the_devices_that_it_lists(put: Put, capability: str, usable: 
 
 def test_the_installed_rtx_lists_what_it_takes() -> None:
     """The list is read from the package; this is where its form would change unseen."""
-    trt = import_module("tensorrt_rtx")
+    trt = pytest.importorskip("tensorrt_rtx")
     for capability in ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1"):
         assert providers._refusal(trt, capability) == ""
     assert "takes 7.5, " in providers._refusal(trt, "8.7")

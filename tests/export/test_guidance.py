@@ -249,7 +249,8 @@ def test_says_which_image_is_not_finite_and_whose_fault_it_is(
     feeds = several
     feeds["safety"][:, 4] = 1  # else momentum does not reach the latents
     feeds["safety"][:, 2] = 0.5
-    feeds[name][(*[1] * (feeds[name].ndim - 4), image, 2, 3, 4)] = number
+    place = (*[1] * (feeds[name].ndim - 4), image, 2, 3, 4)
+    feeds[name][place] = number
     wanted = [1.0] * B
     wanted[image] = -1.0 if name in PREDICTIONS else 0.0
     assert outputs_of(path, feeds)["finite"].tolist() == wanted

@@ -6,7 +6,7 @@ The right twin must pass the parity test, each mutant must fail it (runtime/test
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -121,7 +121,7 @@ class TwinEngine:
             for name, value in guidance(feeds, self.mistake).items()
         }
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> TwinEngine:
         return self
 
     def __exit__(self, *exc: Any) -> None: ...

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,7 +54,7 @@ class GridUnet:
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         return {"noise_pred": self.predictions(len(feeds["context"]))}
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> GridUnet:
         return self
 
     def __exit__(self, *exc: object) -> None: ...

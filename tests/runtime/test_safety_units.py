@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,7 +44,7 @@ class Twin:
 
     def close(self) -> None: ...
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Twin:
         return self
 
     def __exit__(self, *exc: object) -> None: ...

@@ -55,6 +55,7 @@ def noise(height: int, width: int, *, count: int = 2, seed: int = 0) -> NDArray[
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
 def test_clip_sees_what_transformers_gives_it(height: int, width: int) -> None:
+    pytest.importorskip("transformers")
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     pictures = noise(height, width)

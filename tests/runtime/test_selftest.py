@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,7 +42,7 @@ class Wrong:
     def close(self) -> None:
         self.engine.close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Wrong:
         return self
 
     def __exit__(self, *exc: object) -> None:
