@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -104,6 +105,7 @@ class Device:
         (stream,) = self._call("cudaStreamCreateWithFlags", self._cuda.cudaStreamNonBlocking)
         self.stream = int(stream)
         self.workspace = Workspace(self)
+        self._full = False
 
     def memory(self) -> tuple[int, int]:
         """Bytes of device memory: free, and in all."""
@@ -116,8 +118,19 @@ class Device:
         Raises:
             EngineError: out of memory.
         """
+        if self._full:
+            raise EngineError("CUDA: cudaMalloc failed", got="out of memory", do=_advice(2))
         (address,) = self._call("cudaMalloc", max(1, nbytes))
         return int(address)
+
+    @contextmanager
+    def without_memory(self) -> Iterator[None]:
+        """Refuse new memory as a full device does, for the self-test; no memory is taken."""
+        self._full = True
+        try:
+            yield
+        finally:
+            self._full = False
 
     def free(self, address: int) -> None:
         """Free memory, after all queued work is done."""

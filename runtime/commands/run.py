@@ -22,7 +22,6 @@ from sld_edge.engines.providers import choose, survey, survey_table
 from sld_edge.runtime.commands.arguments import parsed
 from sld_edge.runtime.commands.console import EXIT_FAILED, EXIT_FLAGGED, EXIT_OK, run_command
 from sld_edge.runtime.commands.options import RunSettings, parser
-from sld_edge.runtime.commands.selftest import self_test
 from sld_edge.runtime.denoise.loop import Step
 from sld_edge.runtime.executor import Callback, Progress
 from sld_edge.runtime.manifest import PREVIEW_DECODER, SHALLOW
@@ -34,6 +33,7 @@ from sld_edge.runtime.request import Framing, Request, Run, Sampling, Savings
 from sld_edge.runtime.result import Result
 from sld_edge.runtime.scorers import rule_for, rule_from_text, scorers_from_names, split_paths
 from sld_edge.runtime.screening import Screening
+from sld_edge.runtime.selftest import self_test
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sld_edge.benchmarks.bench import conditions as module
-from sld_edge.benchmarks.bench.conditions import (
+from sld_edge.runtime import conditions as module
+from sld_edge.runtime.conditions import (
     busy,
     condition_lines,
     conditions,
