@@ -80,7 +80,8 @@ def needs(bundle: Bundle, size: int, batch: int) -> dict[str, Need]:
 
 
 def _stored_bytes(tensor: onnx.TensorProto) -> int:
-    return math.prod(tensor.dims) * _width(tensor.data_type)
+    elements: int = math.prod(tensor.dims)
+    return elements * _width(tensor.data_type)
 
 
 def whole_run(parts: Mapping[str, Need]) -> int:
@@ -198,11 +199,13 @@ def _width(kind: int) -> int:
 
 def main(arguments: Sequence[str]) -> int:
     """Print the need of each component and of a run, in bytes, as JSON; return the exit code."""
-    return run_command(lambda: _print(*arguments))
+    return run_command(lambda: _print(arguments))
 
 
-def _print(bundle: str, pixels: str) -> None:
-    parts = needs(Bundle.open(bundle), int(pixels), 1)
+def _print(arguments: Sequence[str]) -> None:
+    if len(arguments) != 2 or not arguments[1].isdecimal():
+        raise InputError("arguments", got=" ".join(arguments), expected="BUNDLE PIXELS")
+    parts = needs(Bundle.open(arguments[0]), int(arguments[1]), 1)
     whole = {"a run": whole_run(parts), "a run with --low-memory": low_memory_run(parts)}
     print(json.dumps({"components": {k: asdict(v) for k, v in parts.items()}, **whole}))
 

@@ -2,9 +2,9 @@
 
 python -m sld_edge.benchmarks.studies.fp16_error [--seeds 8]
 
-The bounds of the self-test come from these numbers. The FP16 graphs run on the CPU, which rounds the result of every operation to FP16; the reference is
-the FP32 graphs with the same weights. Mistakes are put into the FP32 graphs: a bias that is left
-out, two branches that are exchanged.
+The bounds of the self-test come from these numbers. The FP16 graphs run on the CPU, which rounds
+the result of every operation to FP16; the reference is the FP32 graphs with the same weights.
+Mistakes are put into the FP32 graphs: a bias that is left out, two branches that are exchanged.
 """
 
 from __future__ import annotations

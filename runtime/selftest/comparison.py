@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sld_edge.engines.base import Array
-from sld_edge.engines.errors import UserError
+from sld_edge.engines.errors import UserError, one_line
 from sld_edge.runtime.manifest import Component
 from sld_edge.runtime.pipeline import Pipeline
 from sld_edge.runtime.request import Request, Sampling
@@ -143,6 +143,8 @@ class Comparison:
             return self._first_wrong(sampler, safety)
         except UserError as error:
             return str(error)
+        except Exception as error:  # of a library or of ours, as in `Checks.watched`
+            return f"{type(error).__name__}: {one_line(error)}"
 
     def _first_wrong(self, sampler: str, safety: str) -> str:
         texts, bounds = self.tested.bundle.manifest.texts, self.judge.bounds()
@@ -190,7 +192,7 @@ def level_error(got: Result, wanted: Result) -> float:
 def share_error(got: Result, wanted: Result) -> float:
     """Return the largest difference of the mean share that safety edited."""
     return max(
-        abs(ours - theirs) for ours, theirs in zip(*map(_shares, (got, wanted)), strict=True)
+        abs(ours - theirs) for ours, theirs in zip(_shares(got), _shares(wanted), strict=True)
     )
 
 

@@ -1,8 +1,8 @@
 """The miniature bundle in the two forms that the self-test runs, for a provider.
 
 "fp16" is what `sld-export` writes by default: FP16 weights and arithmetic, the Attention operator.
-"fp32" is `--precision fp32`, whose attention TensorRT builds decomposed. Both have the same weights, to the last bit, so
-the FP32 graphs on the CPU are the reference of both.
+"fp32" is `--precision fp32`, whose attention TensorRT builds decomposed. Both have the same
+weights, to the last bit, so the FP32 graphs on the CPU are the reference of both.
 """
 
 from __future__ import annotations

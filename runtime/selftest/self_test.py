@@ -60,31 +60,38 @@ class _FormTest:
 
     def run(self) -> None:
         """Run every check; an error in one is its failure, and the others follow."""
-        with self._made.load() as subject:
+        repeated = None
+        with self.checks.watched("loading and unloading"), self._made.load() as subject:
             self._introduce(subject)
             comparison = self._comparison(subject, self.checks)
-            self._say("components, the same inputs on both sides:")
-            comparison.components()
-            self._say("NaN and infinity, put into the first image:")
-            comparison.numerics()
-            self._say(
-                f"{pictures.COUNT} images each, {pictures.STEPS} steps (the first time includes "
-                "loading):"
-            )
-            components_failed = bool(self.checks.failed)
-            comparison.images()
+            repeated = self._repeated(comparison)
+            self._compare(comparison)
             self._say("one picture again, on the provider alone:")
-            levels = comparison.judge.bounds().image_levels
-            repeated = Stability(_ask, self.checks, steps=pictures.STEPS, levels=levels)
             repeated.check_loaded(subject)
-            if self.checks.failed and not components_failed:
-                where = comparison.first_wrong(*pictures.IMAGES[-1])
-                self.findings.append(f"every {self.form} component is right alone; {where}")
-            has_graphs = subject.has_graphs
-        compiles = self._made.provider == "tensorrt-rtx"
-        repeated.check_reloaded(self._made.load, has_graphs=has_graphs, compiles=compiles)
+        provider = self._made.provider
+        has_graphs = provider in FLAVOURS
+        if repeated is not None:
+            compiles = provider == "tensorrt-rtx"
+            repeated.check_reloaded(self._made.load, has_graphs=has_graphs, compiles=compiles)
         if self.checks.failed and has_graphs:
             self._without_graphs()
+
+    def _compare(self, comparison: Comparison) -> None:
+        self._say("components, the same inputs on both sides:")
+        comparison.components()
+        self._say("NaN and infinity, put into the first image:")
+        comparison.numerics()
+        alone = len(self.checks.failed)
+        many, steps = pictures.COUNT, pictures.STEPS
+        self._say(f"{many} images each, {steps} steps (the first time includes loading):")
+        comparison.images()
+        if self.checks.failed and not alone:
+            where = comparison.first_wrong(*pictures.IMAGES[-1])
+            self.findings.append(f"every {self.form} component is right alone; {where}")
+
+    def _repeated(self, comparison: Comparison) -> Stability:
+        levels = comparison.judge.bounds().image_levels
+        return Stability(_ask, comparison.checks, steps=pictures.STEPS, levels=levels)
 
     def first_component(self) -> str | None:
         """Return the first component, in the order of a run, that failed alone."""
@@ -111,10 +118,10 @@ class _FormTest:
         """Make the images once more without CUDA graphs, and find whether the graphs are wrong."""
         self._say("the images once more, without CUDA graphs:")
         checks = Checks(self._say, prefix=f"{self.form} without CUDA graphs, ")
-        with checks.watched("images"), self._made.load(False) as subject:
-            self._comparison(subject, checks).images()
-            levels = self._comparison(subject, checks).judge.bounds().image_levels
-            Stability(_ask, checks, steps=pictures.STEPS, levels=levels).check_loaded(subject)
+        with checks.watched("loading and unloading"), self._made.load(False) as subject:
+            comparison = self._comparison(subject, checks)
+            comparison.images()
+            self._repeated(comparison).check_loaded(subject)
         if checks.failed:
             self.findings.append(f"{self.form} is wrong without CUDA graphs too")
         else:

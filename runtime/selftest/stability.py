@@ -11,6 +11,7 @@ import numpy as np
 from sld_edge.engines.errors import EngineError
 from sld_edge.engines.tensorrt.engine import TrtEngine
 from sld_edge.runtime.result import Result
+from sld_edge.runtime.selftest.budget import Budget
 from sld_edge.runtime.selftest.checks import Checks
 from sld_edge.runtime.selftest.comparison import pixels, same_bits
 from sld_edge.runtime.selftest.subject import Load, Subject
@@ -19,17 +20,26 @@ from sld_edge.runtime.selftest.subject import Load, Subject
 Ask = Callable[..., Result]
 SAME_SEED = "the same seed again"
 GRAPHS = "with and without CUDA graphs"
+BATCHES = "batches of 1, 2 and 4"
 MEMORY = "out of memory, and recovery"
 RESTART = "after a restart"
 KERNELS = "compiled kernels are kept"
-_BATCHES = (1, 2, 4)
+_SIZES = (1, 2, 4)
 _TIMES = 4  # a device queues the first run of a call, captures the second, replays the third
 
 
 class Stability:
     """Makes one picture again and again; `check_loaded` comes first, `check_reloaded` last."""
 
-    def __init__(self, ask: Ask, checks: Checks, *, steps: int, levels: float) -> None:
+    def __init__(
+        self,
+        ask: Ask,
+        checks: Checks,
+        *,
+        steps: int,
+        levels: float,
+        budget: Budget | None = None,
+    ) -> None:
         """Check the pictures of `ask`.
 
         Args:
@@ -37,9 +47,10 @@ class Stability:
             checks: takes the outcomes.
             steps: of the picture.
             levels: the largest mean difference of a picture made in a batch, in levels of 255.
+            budget: the time; a check that would begin after it is skipped.
         """
         self._ask, self._checks = ask, checks
-        self._steps, self._levels = steps, levels
+        self._steps, self._levels, self._budget = steps, levels, budget
         self._first: Result | None = None
         self._kernels: dict[str, Path] = {}
 
@@ -47,11 +58,12 @@ class Stability:
         """Check the same seed, batches, and a full memory, in one loaded pipeline."""
         for name, check in (
             (SAME_SEED, self._same_seed),
-            ("batches of 1, 2 and 4", self._batches),
+            (BATCHES, self._batches),
             (MEMORY, self._memory),
         ):
             with self._checks.watched(name):
-                check(name, subject)
+                if self._in_time(name):
+                    check(name, subject)
         engines = {name: subject.pipeline.engine(name) for name in subject.loader.plans}
         self._kernels = {
             name: engine.kernel_file
@@ -68,12 +80,10 @@ class Stability:
             compiles: whether the engine compiles kernels when it runs and keeps them.
         """
         if has_graphs:
-            with self._checks.watched(GRAPHS), load(False) as subject:
-                self._tell_same(GRAPHS, self._ask(subject))
+            self._reload(GRAPHS, load, cuda_graph=False)
         else:
             self._checks.tell(GRAPHS, "this provider has none", "not applicable")
-        with self._checks.watched(RESTART), load(True) as subject:
-            self._tell_same(RESTART, self._ask(subject))
+        self._reload(RESTART, load, cuda_graph=True)
         if not compiles:
             self._checks.tell(KERNELS, "this provider compiles none", "not applicable")
             return
@@ -88,6 +98,17 @@ class Stability:
         text = ", ".join(f"{name} {size} bytes" for name, size in sizes.items())
         self._checks.tell(KERNELS, text, all(sizes.values()))
 
+    def _reload(self, name: str, load: Load, *, cuda_graph: bool) -> None:
+        if self._in_time(name):
+            with self._checks.watched(name), load(cuda_graph) as subject:
+                self._tell_same(name, self._ask(subject))
+
+    def _in_time(self, name: str) -> bool:
+        if self._budget is None or self._budget.covers():
+            return True
+        self._checks.tell(name, "the time was over", "skipped")
+        return False
+
     def _same_seed(self, name: str, subject: Subject) -> None:
         self._first = self._ask(subject)
         for number in range(2, _TIMES + 1):
@@ -99,7 +120,7 @@ class Stability:
 
     def _batches(self, name: str, subject: Subject) -> None:
         most = subject.largest_batch
-        sizes = [size for size in _BATCHES if most is None or size <= most]
+        sizes = [size for size in _SIZES if most is None or size <= most]
         if len(sizes) < 2:
             self._checks.tell(name, "the plans take one image at a time", "not applicable")
             return

@@ -10,7 +10,6 @@ from pathlib import Path
 from sld_edge.engines.base import Engine
 from sld_edge.engines.cuda.device import Device
 from sld_edge.engines.onnxruntime.engine import OrtEngine
-from sld_edge.engines.tensorrt.plan_info import FLAVOURS
 from sld_edge.runtime.loader import Loader, LoadSettings
 from sld_edge.runtime.manifest import Component
 from sld_edge.runtime.pipeline import Pipeline
@@ -27,11 +26,6 @@ class Subject:
     def device(self) -> Device | None:
         """The device whose memory the loop uses; None on the CPU."""
         return self.loader.device if self.loader.on_device else None
-
-    @property
-    def has_graphs(self) -> bool:
-        """Whether the loop is replayed from CUDA graphs, of our own or TensorRT-RTX's."""
-        return self.loader.provider in FLAVOURS
 
     @property
     def largest_batch(self) -> int | None:
