@@ -17,7 +17,7 @@ from sld_edge.runtime.result import Result
 from sld_edge.runtime.selftest import pictures
 from sld_edge.runtime.selftest.checks import Checks
 from sld_edge.runtime.selftest.feeds import Feeds, cast_to
-from sld_edge.runtime.selftest.pictures import made
+from sld_edge.runtime.selftest.pictures import Reference, made
 from sld_edge.runtime.selftest.tolerances import Tolerance, tolerance
 
 _APART = 0.05  # relative difference of latents, after which two runs are no longer the same
@@ -93,9 +93,12 @@ class Judge:
 class Comparison:
     """Compares a tested pipeline with a reference."""
 
-    def __init__(self, tested: Pipeline, reference: Pipeline, feeds: Feeds, checks: Checks) -> None:
+    def __init__(
+        self, tested: Pipeline, reference: Reference, feeds: Feeds, checks: Checks
+    ) -> None:
         """`feeds` draws for the tested pipeline's bundle."""
-        self.tested, self.reference = tested, reference
+        self.tested, self.reference = tested, reference.pipeline
+        self._pictures = reference
         self.feeds, self.checks = feeds, checks
         components = tested.bundle.manifest.components
         self.judge = Judge(components, tested.providers, checks)
@@ -127,12 +130,11 @@ class Comparison:
                 self.checks.tell(name, "this device's policy", "not applicable")
                 continue
             with self.checks.watched(name):
+                wanted = self._pictures.made(sampler, preset)
                 begin = time.perf_counter()
-                wanted = made(self.reference, sampler, preset)
-                middle = time.perf_counter()
                 got = made(self.tested, sampler, preset)
-                fast, slow = time.perf_counter() - middle, middle - begin
-                self.judge.image(name, got, wanted, f"; {fast:.2f} s, reference {slow:.2f} s")
+                seconds = time.perf_counter() - begin
+                self.judge.image(name, got, wanted, f"; {seconds:.2f} s")
 
     def first_wrong(self, sampler: str, safety: str) -> str:
         """Follow one picture through both pipelines; return the first stage that differs.

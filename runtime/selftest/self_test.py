@@ -11,7 +11,6 @@ import time
 from collections.abc import Sequence
 
 from sld_edge.engines.tensorrt.plan_info import FLAVOURS
-from sld_edge.runtime.pipeline import Pipeline
 from sld_edge.runtime.result import Result
 from sld_edge.runtime.selftest import pictures, stability
 from sld_edge.runtime.selftest.checks import Checks, Say
@@ -39,10 +38,11 @@ def self_test(provider: str, *, say: Say, build: Build | None = None) -> bool:
     """
     begin = time.monotonic()
     tests = []
-    with reference(None) as exact:
+    with reference(None) as subject:
+        exact = pictures.Reference(subject.pipeline)
         for form in FORMS:
             with miniature(form, provider, say, build) as made:
-                test = _FormTest(made, exact.pipeline, say)
+                test = _FormTest(made, exact, say)
                 test.run()
                 tests.append(test)
     say(f"{time.monotonic() - begin:.0f} s")
@@ -52,7 +52,7 @@ def self_test(provider: str, *, say: Say, build: Build | None = None) -> bool:
 class _FormTest:
     """The checks of the miniature in one form."""
 
-    def __init__(self, made: Miniature, exact: Pipeline, say: Say) -> None:
+    def __init__(self, made: Miniature, exact: pictures.Reference, say: Say) -> None:
         self.form: Form = made.form
         self.checks = Checks(say, prefix=f"{made.form} ")
         self.findings: list[str] = []
@@ -91,7 +91,7 @@ class _FormTest:
 
     def _repeated(self, comparison: Comparison) -> Stability:
         levels = comparison.judge.bounds().image_levels
-        return Stability(_ask, comparison.checks, steps=pictures.STEPS, levels=levels)
+        return Stability(_ask, comparison.checks, steps=pictures.REPEATED_STEPS, levels=levels)
 
     def first_component(self) -> str | None:
         """Return the first component, in the order of a run, that failed alone."""
@@ -131,7 +131,8 @@ class _FormTest:
 def _ask(subject: Subject, **asked: int) -> Result:
     """Make the picture that `Stability` compares."""
     safety = subject.pipeline.policy.default_preset("medium")
-    return pictures.made(subject.pipeline, "euler-a", safety, **{"count": 1, **asked})
+    asked = {"count": 1, "steps": pictures.REPEATED_STEPS, **asked}
+    return pictures.made(subject.pipeline, "euler-a", safety, **asked)
 
 
 def _verdict(provider: str, tests: Sequence[_FormTest], say: Say) -> bool:
