@@ -105,7 +105,7 @@ class Device:
         (stream,) = self._call("cudaStreamCreateWithFlags", self._cuda.cudaStreamNonBlocking)
         self.stream = int(stream)
         self.workspace = Workspace(self)
-        self._full = False
+        self._allowed: int | None = None  # allocations until memory counts as full
 
     def memory(self) -> tuple[int, int]:
         """Bytes of device memory: free, and in all."""
@@ -118,19 +118,21 @@ class Device:
         Raises:
             EngineError: out of memory.
         """
-        if self._full:
+        if self._allowed == 0:
             raise EngineError("CUDA: cudaMalloc failed", got="out of memory", do=_advice(2))
+        if self._allowed is not None:
+            self._allowed -= 1
         (address,) = self._call("cudaMalloc", max(1, nbytes))
         return int(address)
 
     @contextmanager
-    def without_memory(self) -> Iterator[None]:
-        """Refuse new memory as a full device does, for the self-test; no memory is taken."""
-        self._full = True
+    def full_after(self, allocations: int) -> Iterator[None]:
+        """Refuse memory as a full device does, after some allocations; for the self-test."""
+        self._allowed = allocations
         try:
             yield
         finally:
-            self._full = False
+            self._allowed = None
 
     def free(self, address: int) -> None:
         """Free memory, after all queued work is done."""
