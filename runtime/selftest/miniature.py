@@ -20,7 +20,7 @@ from sld_edge.engines.errors import BundleError, EngineError, InputError, Output
 from sld_edge.engines.files import sha256_of_file
 from sld_edge.engines.providers import status
 from sld_edge.engines.tensorrt.plan_info import FLAVOURS
-from sld_edge.runtime.bundle import EMBEDDED
+from sld_edge.runtime.bundle import EMBEDDED, EMBEDDED_FP16
 from sld_edge.runtime.manifest import MANIFEST
 from sld_edge.runtime.selftest.checks import Say
 from sld_edge.runtime.selftest.subject import Subject, loaded
@@ -28,9 +28,8 @@ from sld_edge.runtime.selftest.subject import Subject, loaded
 Build = Callable[[Path, str], None]
 Form = Literal["fp16", "fp32"]
 FORMS: tuple[Form, ...] = ("fp16", "fp32")
-FP16_FILES = EMBEDDED.with_name("miniature_fp16")  # its other files are the FP32 bundle's
 _SOURCES: Mapping[Form, tuple[Path, ...]] = {
-    "fp16": (EMBEDDED, FP16_FILES),
+    "fp16": (EMBEDDED, EMBEDDED_FP16),
     "fp32": (EMBEDDED,),
 }
 

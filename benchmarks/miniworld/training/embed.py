@@ -21,8 +21,7 @@ from typing import Literal
 from sld_edge.benchmarks.miniworld.prompts import CONCEPT
 from sld_edge.engines.files import sha256_of_file, write_whole
 from sld_edge.export import ExportSettings, export_bundle
-from sld_edge.runtime.bundle import EMBEDDED
-from sld_edge.runtime.selftest.miniature import FP16_FILES
+from sld_edge.runtime.bundle import EMBEDDED, EMBEDDED_FP16
 
 CHECKPOINT = Path(__file__).parents[1] / "checkpoint"
 
@@ -32,7 +31,7 @@ def embed(output: Path = EMBEDDED) -> Path:
     return _exported(output, "fp32")
 
 
-def embed_fp16(output: Path = FP16_FILES, *, beside: Path = EMBEDDED) -> Path:
+def embed_fp16(output: Path = EMBEDDED_FP16, *, beside: Path = EMBEDDED) -> Path:
     """Write the files of the FP16 bundle that differ from those of the FP32 bundle `beside`."""
     output.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
