@@ -165,7 +165,7 @@ class TrtEngine:
     @property
     def kernel_file(self) -> Path | None:
         """The file of the kernels that TensorRT-RTX compiled here; None where none is kept."""
-        return None if self._jit is None else self._jit.path
+        return None if self._jit is None else self._jit._path
 
     def close(self) -> None:
         """Free the plan's memory and save the kernels that were compiled for it."""
@@ -345,17 +345,17 @@ class _JitCache:
         self._cache = self.config.create_runtime_cache()
         root = private_folder(JIT)
         name = entry_name(info.sha256, trt.__version__, device.name, device.driver)
-        self.path = root / f"{name}.cache" if root is not None else None
+        self._path = root / f"{name}.cache" if root is not None else None
         self._stored = b""
-        if self.path is not None:
+        if self._path is not None:
             with contextlib.suppress(EngineError):
-                self._stored = read_limited(self.path, _JIT_LIMIT, error=EngineError)
+                self._stored = read_limited(self._path, _JIT_LIMIT, error=EngineError)
                 self._cache.deserialize(self._stored)  # where it refuses, it compiles again
         self.config.set_runtime_cache(self._cache)
 
     def save(self) -> None:
         """Store new kernels; where that fails, the next start is only slower."""
         blob = bytes(self._cache.serialize())
-        if self.path is not None and blob and blob != self._stored:
+        if self._path is not None and blob and blob != self._stored:
             with contextlib.suppress(OSError, OutputError):
-                write_whole(self.path, blob)
+                write_whole(self._path, blob)

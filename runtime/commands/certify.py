@@ -20,6 +20,11 @@ from sld_edge.runtime.commands.console import EXIT_FAILED, EXIT_OK
 from sld_edge.runtime.commands.options import RunSettings
 from sld_edge.runtime.selftest import PASS, Budget, certificate_json, certify, self_test
 
+# Options that would change what is certified.
+_NOT_CERTIFIED = (
+    *("bundle", "engine", "trust_plan", "low_memory", "vae_tiling", "cuda_graph", "batch_size"),
+    *("safety", "sampler", "steps", "seed", "width", "height", "count"),
+)
 _MOST_MINUTES = 24 * 60
 
 
@@ -40,6 +45,10 @@ def run_certify(settings: RunSettings, bundle: Path) -> int:
         raise InputError("--certify writes a file", do="add --report device.json")
     if settings.prompt:
         raise InputError("--certify makes its own pictures", do="leave the prompt out")
+    for name in _NOT_CERTIFIED:
+        if getattr(settings, name) != getattr(RunSettings, name):
+            option = f"--{name.replace('_', '-')}"
+            raise InputError("--certify sets this itself", got=option, do="leave it out")
     if not 0 < settings.minutes <= _MOST_MINUTES:
         expected = f"above 0, to {_MOST_MINUTES}"
         raise InputError("--minutes", got=settings.minutes, expected=expected)

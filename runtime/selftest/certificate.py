@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,15 +92,21 @@ class _Certification:
 
     def run(self, provider: str) -> dict[str, Any]:
         begin = time.perf_counter()
-        with loaded(self._bundle, provider) as subject:
+        with ExitStack() as stack:
+            subject = stack.enter_context(loaded(self._bundle, provider))
             provider = subject.loader.provider
             facts = self._facts(subject, provider)
-            components = subject.pipeline.bundle.manifest.components
-            judge = Judge(components, subject.pipeline.providers, self._checks, factor=_BOTH_ROUND)
-            levels = judge.bounds().image_levels
-            repeated = Stability(
-                self._repeated, self._checks, steps=_STEPS, levels=levels, budget=self._budget
-            )
+            unloaded = stack.pop_all()
+        components = subject.pipeline.bundle.manifest.components
+        judge = Judge(components, subject.pipeline.providers, self._checks, factor=_BOTH_ROUND)
+        repeated = Stability(
+            self._repeated,
+            self._checks,
+            steps=_STEPS,
+            levels=judge.bounds().image_levels,
+            budget=self._budget,
+        )
+        with self._checks.watched("loading and unloading"), unloaded:
             self._on_device(subject, repeated, begin)
         repeated.check_reloaded(
             lambda cuda_graph: loaded(self._bundle, provider, cuda_graph=cuda_graph),
@@ -107,13 +114,15 @@ class _Certification:
             compiles=provider == "tensorrt-rtx",
         )
         self._against_reference(judge)
+        memory = {**self._seen.memory, "computed": self._computed()}
+        self._say(_memory_words(memory))
         return {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "verdict": verdict_of(check.outcome for check in self._checks.done),
             **facts,
             "latency_s": {"cold": self._seen.cold, "warm": self._seen.many.latency()},
-            "memory": {**self._seen.memory, "computed": self._computed()},
+            "memory": memory,
             "checks": [
                 {"name": c.name, "outcome": c.outcome, "text": c.text, "numbers": c.numbers}
                 for c in self._checks.done
@@ -284,6 +293,17 @@ class _Certification:
             return dict(self._compute(self._bundle, max(self._size)))
         except UserError as error:
             return {"why_not": one_line(error)}
+
+
+def _memory_words(memory: Mapping[str, Any]) -> str:
+    peaks = [
+        f"{kind} {memory[kind]['peak'] / 1e6:.0f} MB"
+        for kind in ("device", "process")
+        if memory.get(kind)
+    ]
+    run = memory["computed"].get("a run")
+    computed = f"{run / 1e6:.0f} MB" if run is not None else memory["computed"]["why_not"]
+    return f"peak memory: {', '.join(peaks) or 'not known'}; computed for the graphs: {computed}"
 
 
 def _preset(subject: Subject) -> str:

@@ -63,12 +63,13 @@ class Stability:
             with self._checks.watched(name):
                 if self._in_time(name):
                     check(name, subject)
-        engines = {name: subject.pipeline.engine(name) for name in subject.loader.plans}
-        self._kernels = {
-            name: engine.kernel_file
-            for name, engine in engines.items()
-            if isinstance(engine, TrtEngine) and engine.kernel_file is not None
-        }
+        with self._checks.watched(KERNELS):
+            engines = {name: subject.pipeline.engine(name) for name in subject.loader.plans}
+            self._kernels = {
+                name: engine.kernel_file
+                for name, engine in engines.items()
+                if isinstance(engine, TrtEngine) and engine.kernel_file is not None
+            }
 
     def check_reloaded(self, load: Load, *, has_graphs: bool, compiles: bool) -> None:
         """Check the picture of new pipelines, without CUDA graphs and with, and a full memory.

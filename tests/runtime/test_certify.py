@@ -41,13 +41,18 @@ def report(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def flavour() -> str:
+    return "tensorrt"
+
+
+@pytest.fixture
+def planned(flavour: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The FP16 miniature with plans for the stand-in, in a folder with a telling name."""
     standin.install(monkeypatch)
     bundle = tmp_path / "ann lee" / "sd15"
     bundle.parent.mkdir()
     unpack("fp16", bundle)
-    faults.build(bundle, "tensorrt")
+    faults.build(bundle, flavour)
     return bundle
 
 
@@ -79,12 +84,15 @@ def test_a_processor_passes(report: Path) -> None:
     assert told["memory"]["computed"]["components"]["unet"]["weights"] > 8e6
 
 
-def test_a_device_passes(planned: Path, report: Path) -> None:
-    code, told = certified(planned, report, "--provider", "tensorrt")
+@pytest.mark.parametrize("flavour", ["tensorrt", "tensorrt-rtx"])
+def test_a_device_passes(planned: Path, report: Path, flavour: str) -> None:
+    code, told = certified(planned, report)  # auto takes the plans' flavour
     assert (code, told["verdict"]) == (0, "pass")
+    assert told["settings"]["provider"] == flavour
+    assert (stability.KERNELS in names(told, "pass")) == (flavour == "tensorrt-rtx")
     assert {stability.GRAPHS, stability.MEMORY, stability.RESTART} <= names(told, "pass")
     assert told["device"]["name"] == "Stand-in GPU"
-    assert told["bundle"]["components"]["unet"]["runs_on"] == "tensorrt fp16"
+    assert told["bundle"]["components"]["unet"]["runs_on"] == f"{flavour} fp16"
     assert len(told["bundle"]["components"]["unet"]["plan_sha256"]) == 64
     memory = told["memory"]["device"]
     assert memory["before"] < memory["peak"] < memory["total"]
@@ -152,6 +160,8 @@ def test_what_was_skipped_does_not_pass(planned: Path, report: Path) -> None:
         (("--report", "{report}", "--minutes", "nan"), "--minutes | got nan"),
         (("--report", "{report}", "--provider", "tpu"), "expected one of auto, cpu"),
         (("--report", "{exists}"), "exists"),
+        (("--report", "{report}", "--no-cuda-graph"), "sets this itself | got --cuda-graph"),
+        (("--report", "{report}", "--steps", "50"), "sets this itself | got --steps"),
     ],
 )
 def test_wrong_options(
