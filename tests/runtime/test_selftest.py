@@ -307,7 +307,7 @@ def test_without_a_builder_missing_plans_are_an_error(lines: list[str]) -> None:
         self_test("tensorrt", say=lines.append)
 
 
-@pytest.mark.usefixtures("cuda")
+@pytest.mark.usefixtures("one_image", "cuda")
 def test_where_the_cache_cannot_be_made_the_plans_go_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: list[str]
 ) -> None:
