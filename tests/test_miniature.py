@@ -12,6 +12,8 @@ import pytest
 from sld_edge.benchmarks.miniworld.prompts import Prompt, biased_prompts, neutral_prompts
 from sld_edge.benchmarks.miniworld.training.embed import embed, embed_fp16
 from sld_edge.engines.errors import BundleError, PolicyError
+from sld_edge.engines.tensorrt.build_settings import BuildSettings
+from sld_edge.export.build_plans import build_plans
 from sld_edge.runtime import Bundle, Pipeline
 from sld_edge.runtime.bundle import EMBEDDED, EMBEDDED_FP16
 from sld_edge.runtime.policy import Policy
@@ -55,6 +57,16 @@ def test_the_fp16_form_is_what_users_export(fp16: Bundle, tmp_path: Path) -> Non
     assert names[0] == names[1]
     for file in fresh.glob("*.onnx"):
         assert file.read_bytes() == (EMBEDDED_FP16 / file.name).read_bytes()
+
+
+def test_tensorrt_rtx_builds_the_fp16_form_with_its_attention(fp16: Bundle) -> None:
+    settings = BuildSettings(
+        engine="tensorrt-rtx",
+        compute_capabilities=("8.6",),
+        components=("text_encoder", "unet_shallow"),
+    )
+    for info in build_plans(fp16.path, settings):
+        assert (info.precision, info.options["form"]) == ("fp16", "op")
 
 
 def test_a_damaged_file_of_the_fp16_form(fp16: Bundle) -> None:
