@@ -7,6 +7,7 @@ import os
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -28,6 +29,8 @@ from sld_edge.runtime.policy import NO_POLICY, Policy
 from sld_edge.runtime.signatures import require_signed
 
 EMBEDDED = Path(__file__).parent / "miniature"  # the bundle that ships with the package
+# The files of the same in FP16 that differ from `EMBEDDED`, for the self-test.
+EMBEDDED_FP16 = Path(__file__).parent / "miniature_fp16"
 _ARRAY_LIMIT = 256 << 20  # bytes of constant embeddings
 _AGAIN = "copy or export the bundle again"
 
@@ -95,6 +98,12 @@ def own_graph(name: str) -> Path:
     return path
 
 
+@cache
+def _own_digests() -> tuple[str, ...]:
+    """Return the hashes of the package's manifests, each of which has the hash of every file."""
+    return tuple(sha256_of_file(folder / MANIFEST)[0] for folder in (EMBEDDED, EMBEDDED_FP16))
+
+
 class Bundle:
     """An opened bundle: its folder and manifest. A file is checked when it is first used."""
 
@@ -110,7 +119,8 @@ class Bundle:
 
         Only sizes are checked here; `check` hashes a file when it is first used. If the policy
         names signers or bundles, every other bundle is refused before its manifest is parsed. The
-        miniature is exempt: it is part of the package, so it is trusted as much as the code.
+        miniature is exempt, in copies too: it is part of the package, so it is trusted as much as
+        the code.
 
         Raises:
             BundleError: no bundle there; or the bundle is cut short, disagrees with its manifest,
@@ -132,7 +142,8 @@ class Bundle:
             raise BundleError(f"{file} is a link that leaves the bundle", do="copy the file itself")
         raw = read_limited(file, JSON_LIMIT, error=BundleError, do=_AGAIN)
         digest = hashlib.sha256(raw).hexdigest()
-        if (policy.signers or policy.bundles) and path is not None and digest not in policy.bundles:
+        known = path is None or digest in policy.bundles or digest in _own_digests()
+        if (policy.signers or policy.bundles) and not known:
             policy.require(
                 bool(policy.signers), "this bundle", got=digest, expected="a bundle that it names"
             )

@@ -176,7 +176,8 @@ class Executor:
             != (latents, conditioning.shapes(), conditioning.concepts)
         ):
             stage.close()
-            stage = None
+            # Where the next stage finds no memory, no later run uses the closed stage.
+            self.stage = stage = None
         if stage is None:
             stage = DeviceStage(on_device, latents=latents, conditioning=conditioning)
         self.stage = stage

@@ -16,8 +16,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
-from sld_edge.benchmarks.bench.memory import Reading, Sampler
+from sld_edge.benchmarks.bench.memory import Sampler
 from sld_edge.engines.errors import EngineError, one_line
+from sld_edge.runtime.process_memory import Reading
 
 MARK = "sld-bench: "
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 from sld_edge.benchmarks.bench.comparison import compare_peers
-from sld_edge.benchmarks.bench.conditions import busy, conditions
 from sld_edge.benchmarks.bench.figures import figures
 from sld_edge.benchmarks.bench.options import BenchOptions
 from sld_edge.benchmarks.bench.report import RESULTS, Report, bundle_report, write_report
@@ -21,6 +20,7 @@ from sld_edge.engines.errors import InputError, OutputError
 from sld_edge.engines.settings import cache_folder
 from sld_edge.runtime.commands.arguments import add_options, parsed
 from sld_edge.runtime.commands.console import Parser, run_command
+from sld_edge.runtime.conditions import busy, conditions
 from sld_edge.runtime.pipeline import Pipeline
 from sld_edge.runtime.request import Request, Sampling
 

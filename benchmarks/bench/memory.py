@@ -1,41 +1,20 @@
-"""Memory of a process, from Linux's /proc: read from outside as it runs, or at a phase's end.
+"""Memory of a process by phase: read from outside as it runs, or at a phase's end.
 
-The kernel counts the exact peak, which can be reset to the present memory. The kernel has no peak
-of anonymous and of mapped memory (files, the weights mostly), so these two are sampled.
+The kernel has no peak of anonymous and of mapped memory (files, the weights mostly), so these two
+are sampled.
 """
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from sld_edge.engines.cuda.device import Device
+from sld_edge.runtime.process_memory import Reading, read_memory, reset_peak
 
 _EVERY = 0.01  # seconds between samples
-_PROC = Path("/proc")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reading:
-    """Memory of a process at `at`, seconds of `time.monotonic`; all else is in bytes.
-
-    Attributes:
-        at: time of the reading.
-        resident: held now.
-        anonymous: the part of `resident` without a file behind it.
-        mapped: the rest, pages of files and shared memory.
-        peak: highest `resident` since the start or the last reset.
-    """
-
-    at: float
-    resident: int
-    anonymous: int
-    mapped: int
-    peak: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,33 +40,6 @@ class Phase:
     device: int | None = None
 
 
-def reading_from_status(text: str, *, at: float) -> Reading | None:
-    """Return the memory in /proc/PID/status; None if the process has ended or it is not there."""
-    sizes = {}
-    for line in text.splitlines():
-        name, _, rest = line.partition(":")
-        if name in ("VmRSS", "VmHWM", "RssAnon", "RssFile", "RssShmem"):
-            sizes[name] = int(rest.split()[0]) * 1024
-    if len(sizes) < 5:
-        return None
-    return Reading(
-        at=at,
-        resident=sizes["VmRSS"],
-        anonymous=sizes["RssAnon"],
-        mapped=sizes["RssFile"] + sizes["RssShmem"],
-        peak=sizes["VmHWM"],
-    )
-
-
-def read_memory(process: int | str = "self") -> Reading | None:
-    """Return a process's memory now; None where the system does not say."""
-    try:
-        text = (_PROC / str(process) / "status").read_text(encoding="utf-8")
-    except OSError:
-        return None
-    return reading_from_status(text, at=time.monotonic())
-
-
 class PhaseMeter:
     """Marks the phases of this process; the first begins with it."""
 
@@ -108,8 +60,7 @@ class PhaseMeter:
                 phase, peak=memory.peak, anonymous=memory.anonymous, mapped=memory.mapped
             )
         self.phases.append(phase)
-        with contextlib.suppress(OSError):  # the peak becomes the present memory
-            (_PROC / "self" / "clear_refs").write_text("5", encoding="ascii")
+        reset_peak()
         self._begin = time.monotonic()
 
 

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sld_edge.benchmarks.bench.conditions import condition_lines
 from sld_edge.benchmarks.bench.figures import Figures
 from sld_edge.benchmarks.bench.runs import PROMPT, BenchSettings, Run
 from sld_edge.benchmarks.bench.summary import Ratio, digits
@@ -17,6 +16,7 @@ from sld_edge.benchmarks.evaluation.statistics import Estimate
 from sld_edge.benchmarks.html import Html, join, page, tag
 from sld_edge.benchmarks.tables import Cell, Table
 from sld_edge.engines.files import write_whole
+from sld_edge.runtime.conditions import condition_lines
 
 RESULTS, REPORT, PAGE = "results.json", "report.md", "report.html"
 _FORMAT, _FORMAT_VERSION = "sld-bench", 1

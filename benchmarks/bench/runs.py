@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from sld_edge.benchmarks.bench.child import Outcome, run_child
-from sld_edge.benchmarks.bench.memory import Phase, Reading, sampled
+from sld_edge.benchmarks.bench.memory import Phase, sampled
 from sld_edge.benchmarks.bench.worker import Task
+from sld_edge.runtime.process_memory import Reading
 
 T = TypeVar("T")
 PROMPT = "a red star at a party"

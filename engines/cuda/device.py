@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -105,6 +106,7 @@ class Device:
         self.stream = int(stream)
         self.workspace = Workspace(self)
         self._uploads: list[Array] = []  # arrays that queued copies may still read
+        self._allowed: int | None = None  # allocations until memory counts as full
 
     def memory(self) -> tuple[int, int]:
         """Bytes of device memory: free, and in all."""
@@ -117,8 +119,21 @@ class Device:
         Raises:
             EngineError: out of memory.
         """
+        if self._allowed == 0:
+            raise EngineError("CUDA: cudaMalloc failed", got="out of memory", do=_advice(2))
+        if self._allowed is not None:
+            self._allowed -= 1
         (address,) = self._call("cudaMalloc", max(1, nbytes))
         return int(address)
+
+    @contextmanager
+    def full_after(self, allocations: int) -> Iterator[None]:
+        """Refuse memory as a full device does, after some allocations; for the self-test."""
+        self._allowed = allocations
+        try:
+            yield
+        finally:
+            self._allowed = None
 
     def free(self, address: int) -> None:
         """Free memory, after all queued work is done."""

@@ -175,6 +175,11 @@ class TrtEngine:
         if self._jit is not None:
             self._jit.save()
 
+    @property
+    def kernel_file(self) -> Path | None:
+        """The file of the kernels that TensorRT-RTX compiled here; None where none is kept."""
+        return None if self._jit is None else self._jit._path
+
     def close(self) -> None:
         """Free the plan's memory and save the kernels that were compiled for it."""
         if self._closed:

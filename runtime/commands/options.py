@@ -29,9 +29,11 @@ examples:
                                                        stronger safety
   sld-run --providers                                  lists the providers of this machine
   sld-run --self-test --provider tensorrt-rtx          compares a provider with the CPU
+  sld-run --certify sd15 --report device.json          checks this device with a bundle
 
 Image k of seed S is the image of seed S + k. Exit codes: 0, all pictures were made; 1, a self-test
-failed; 2, an error of the user, described in one line; 3, a picture was flagged.
+or certificate does not pass; 2, an error of the user, described in one line; 3, a picture was
+flagged.
 """
 
 
@@ -203,8 +205,15 @@ class RunSettings:
         f"show the policy of this device in {POLICY_FILE}, which no option can weaken"
     )
     self_test: bool = flag(
-        "compare the provider with the CPU, component by component, on the miniature bundle"
+        "compare the provider with the CPU on the miniature bundle, component by component, and "
+        "its pictures with each other, bit for bit"
     )
+    certify: Path | None = option(
+        "check a bundle on this device and write a certificate to --report: errors, latency, "
+        "memory, 100 pictures (see docs/devices.md)",
+        "BUNDLE",
+    )
+    minutes: float = option("the time for --certify", default=5.0)
     low_memory: bool = flag("keep text encoder and decoder in memory only while they run")
     vae_tiling: VaeTiling = option(
         "decode in overlapping tiles, which limits memory: auto (on the CPU, above 768x768 "

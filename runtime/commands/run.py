@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,13 +15,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from sld_edge.engines import cache
-from sld_edge.engines.errors import EngineError, InputError, OutputError
+from sld_edge.engines.errors import InputError, OutputError
 from sld_edge.engines.files import check_writable, write_whole
-from sld_edge.engines.providers import choose, survey, survey_table
+from sld_edge.engines.providers import survey, survey_table
 from sld_edge.runtime.commands.arguments import parsed
-from sld_edge.runtime.commands.console import EXIT_FAILED, EXIT_FLAGGED, EXIT_OK, run_command
+from sld_edge.runtime.commands.certify import run_certify, run_self_test
+from sld_edge.runtime.commands.console import EXIT_FLAGGED, EXIT_OK, run_command
 from sld_edge.runtime.commands.options import RunSettings, parser
-from sld_edge.runtime.commands.selftest import self_test
 from sld_edge.runtime.denoise.loop import Step
 from sld_edge.runtime.executor import Callback, Progress
 from sld_edge.runtime.manifest import PREVIEW_DECODER, SHALLOW
@@ -56,7 +55,9 @@ def _run(settings: RunSettings) -> int:
         print(machine_policy().text())
         return EXIT_OK
     if settings.self_test:
-        return _self_test(settings)
+        return run_self_test(settings)
+    if settings.certify is not None:
+        return run_certify(settings, settings.certify)
     if not settings.prompt:
         raise InputError("no prompt given", do="see sld-run --help")
     pipeline = Pipeline.load(
@@ -72,23 +73,6 @@ def _run(settings: RunSettings) -> int:
     with pipeline:
         flagged = _make(pipeline, settings)
     return EXIT_FLAGGED if flagged else EXIT_OK
-
-
-def _self_test(settings: RunSettings) -> int:
-    name = settings.provider if settings.provider != "auto" else choose({})[0]
-    passed = self_test(name, say=print, build=_build_plans)
-    return EXIT_OK if passed else EXIT_FAILED
-
-
-def _build_plans(bundle: Path, flavour: str) -> None:
-    """Build a bundle's plans for this device, in another process.
-
-    The code is in `export`, which this package does not import; the process frees its memory.
-    """
-    command = [sys.executable, "-m", "sld_edge.export.commands.build", str(bundle)]
-    process = subprocess.run([*command, "--engine", flavour], check=False)
-    if process.returncode != 0:
-        raise EngineError(f"the plans for {flavour} could not be built, see above")
 
 
 def _make(pipeline: Pipeline, settings: RunSettings) -> bool:

@@ -102,6 +102,7 @@ class DeviceStage:
         if self._job_memory is None or not self._job_memory.holds(layout):
             if self._job_memory is not None:
                 self._job_memory.close()
+                self._job_memory = None  # where the next line fails, nothing uses it again
             self._job_memory = Arena(self.device, layout)
         return self._job_memory
 

@@ -9,16 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sld_edge.benchmarks.bench import memory
-from sld_edge.benchmarks.bench.memory import (
-    Phase,
-    PhaseMeter,
-    Reading,
-    read_memory,
-    reading_from_status,
-    sampled,
-)
+from sld_edge.benchmarks.bench.memory import Phase, PhaseMeter, sampled
 from sld_edge.engines.cuda.device import Device
+from sld_edge.runtime import process_memory
+from sld_edge.runtime.process_memory import Reading, read_memory, reading_from_status
 from standin.cuda import FakeCuda
 
 STATUS = """\
@@ -54,7 +48,7 @@ def test_an_ended_process_and_a_system_without_proc(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert reading_from_status(ZOMBIE, at=0) is None
-    monkeypatch.setattr(memory, "_PROC", tmp_path)
+    monkeypatch.setattr(process_memory, "_PROC", tmp_path)
     assert read_memory() is None
     meter = PhaseMeter()
     meter.end("start")

@@ -10,15 +10,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from sld_edge.benchmarks.studies.memory import (
-    Need,
-    low_memory_run,
-    main,
-    needs,
-    peak_bytes,
-    whole_run,
-)
+from sld_edge.benchmarks.studies.memory import main
 from sld_edge.engines.errors import CheckpointError
+from sld_edge.export.memory import Need, low_memory_run, needs, peak_bytes, whole_run
 from sld_edge.runtime.bundle import EMBEDDED, Bundle
 
 

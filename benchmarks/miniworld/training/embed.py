@@ -2,6 +2,10 @@
 
 python -m sld_edge.benchmarks.miniworld.training.embed
 
+It is exported twice: in FP32, which `sld-run` uses; and in FP16 with the Attention operator, as
+`sld-export` writes a bundle by default, for the self-test. Both have the same files of weights, so
+of the second only the other files are kept.
+
 An export copies the package's guidance graphs, which lie here too. To change one of them, write it
 to `EMBEDDED` with `export.guidance`, put its hash into `OWN_GRAPHS`, `embed` into a new folder and
 move that here.
@@ -10,23 +14,41 @@ move that here.
 from __future__ import annotations
 
 import argparse
+import tempfile
 from pathlib import Path
+from typing import Literal
 
 from sld_edge.benchmarks.miniworld.prompts import CONCEPT
+from sld_edge.engines.files import sha256_of_file, write_whole
 from sld_edge.export import ExportSettings, export_bundle
-from sld_edge.runtime.bundle import EMBEDDED
+from sld_edge.runtime.bundle import EMBEDDED, EMBEDDED_FP16
 
 CHECKPOINT = Path(__file__).parents[1] / "checkpoint"
 
 
 def embed(output: Path = EMBEDDED) -> Path:
     """Write the bundle: FP16 weights, as the checkpoint has them, and FP32 arithmetic."""
+    return _exported(output, "fp32")
+
+
+def embed_fp16(output: Path = EMBEDDED_FP16, *, beside: Path = EMBEDDED) -> Path:
+    """Write the files of the FP16 bundle that differ from those of the FP32 bundle `beside`."""
+    output.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for file in _exported(Path(folder) / "bundle", "fp16").iterdir():
+            twin = beside / file.name
+            if not twin.exists() or sha256_of_file(twin)[0] != sha256_of_file(file)[0]:
+                write_whole(output / file.name, file.read_bytes())
+    return output
+
+
+def _exported(output: Path, precision: Literal["fp32", "fp16"]) -> Path:
     return export_bundle(
         ExportSettings(
             model=str(CHECKPOINT),
             name="miniature",
             output=output,
-            precision="fp32",
+            precision=precision,
             storage="fp16",
             safety_concept=CONCEPT,
             force=True,
@@ -37,3 +59,4 @@ def embed(output: Path = EMBEDDED) -> Path:
 if __name__ == "__main__":
     argparse.ArgumentParser(description=__doc__).parse_args()
     print(embed())
+    print(embed_fp16())

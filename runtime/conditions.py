@@ -17,6 +17,8 @@ from sld_edge.runtime.report import versions
 
 _BUSY = 0.25  # load a core at the start; above it the figures are doubtful
 _ROOT = Path("/")
+_CLOCKS = "clocks.sm,clocks.max.sm,clocks.mem,power.limit,pstate"  # of nvidia-smi
+_FREQUENCIES = ("cur", "min", "max")
 
 
 def conditions(provider: str, *, threads: int | None) -> dict[str, Any]:
@@ -40,6 +42,8 @@ def conditions(provider: str, *, threads: int | None) -> dict[str, Any]:
         "system": platform.platform(),
         "driver": _text("proc/driver/nvidia/version").partition("\n")[0] or None,
         "power_mode": power_mode(),
+        "clocks": clocks(),
+        "release": _text("etc/nv_tegra_release").partition("\n")[0] or None,
         "governor": _text("sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").strip() or None,
         "load_average": _load(),
         "versions": packages,
@@ -70,6 +74,8 @@ def condition_lines(machine: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
         "system": machine["system"],
         "driver": machine["driver"] or "",
         "power mode": machine["power_mode"] or "",
+        "clocks": machine["clocks"] or "",
+        "Jetson Linux": machine["release"] or "",
         "CPU governor": machine["governor"] or "",
         "load average at the start": f"{load:.2f}" if load is not None else "",
         "versions": ", ".join(f"{name} {value}" for name, value in machine["versions"].items()),
@@ -94,15 +100,34 @@ def memory_total(meminfo: str) -> int | None:
 
 def power_mode() -> str | None:
     """Return a Jetson's power mode, None elsewhere."""
-    command = shutil.which("nvpmodel")
-    if command is None:
-        return None
-    try:
-        done = subprocess.run([command, "-q"], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    match = re.search(r"NV Power Mode\s*:\s*(\S+)", done.stdout)
+    match = re.search(r"NV Power Mode\s*:\s*(\S+)", _answer("nvpmodel", "-q"))
     return match[1] if match is not None else None
+
+
+def clocks() -> str | None:
+    """Return the GPU's clocks, by nvidia-smi or a Jetson's /sys; None where nothing says them."""
+    asked = _answer("nvidia-smi", f"--query-gpu={_CLOCKS}", "--format=csv,noheader")
+    if asked.strip():
+        return f"{_CLOCKS}: {asked.splitlines()[0].strip()}"
+    for folder in sorted((_ROOT / "sys/class/devfreq").glob("*")):
+        if re.search(r"gpu|ga10b|gv11b|gb10b", folder.name):
+            hertz = [_text(f"sys/class/devfreq/{folder.name}/{part}_freq") for part in _FREQUENCIES]
+            if all(text.strip().isdecimal() for text in hertz):
+                now, least, most = (int(text) / 1e6 for text in hertz)
+                return f"GPU {now:.0f} MHz, {least:.0f} to {most:.0f}"
+    return None
+
+
+def _answer(program: str, *options: str) -> str:
+    """Return the output of a program; empty where it is missing or fails."""
+    command = shutil.which(program)
+    if command is None:
+        return ""
+    try:
+        done = subprocess.run([command, *options], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout if done.returncode == 0 else ""
 
 
 def _load() -> float | None:

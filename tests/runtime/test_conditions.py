@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from sld_edge.benchmarks.bench import conditions as module
-from sld_edge.benchmarks.bench.conditions import (
+from sld_edge.runtime import conditions as module
+from sld_edge.runtime.conditions import (
     busy,
+    clocks,
     condition_lines,
     conditions,
     cpu_name,
@@ -69,3 +70,22 @@ def test_governor_and_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_busy_machine_is_told(load: float | None, warned: bool) -> None:
     warning = busy({"load_average": load, "cores": 2})
     assert (warning is not None) == warned
+
+
+def test_the_clocks_of_a_jetson_and_of_a_card(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(module, "_ROOT", tmp_path)
+    assert clocks() is None
+    folder = tmp_path / "sys/class/devfreq/17000000.gpu"
+    folder.mkdir(parents=True)
+    for part, hertz in (("cur", 624750000), ("min", 306000000), ("max", 1020000000)):
+        (folder / f"{part}_freq").write_text(f"{hertz}\n")
+    assert clocks() == "GPU 625 MHz, 306 to 1020"
+    command = tmp_path / "nvidia-smi"
+    command.write_text("#!/bin/sh\necho '2520 MHz, 3105 MHz, 10501 MHz, 450.00 W, P0'\n")
+    command.chmod(command.stat().st_mode | stat.S_IXUSR)
+    told = clocks()
+    assert told is not None
+    assert told.endswith("pstate: 2520 MHz, 3105 MHz, 10501 MHz, 450.00 W, P0")
