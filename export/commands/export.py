@@ -86,8 +86,8 @@ class ExportOptions:
         "precision of the arithmetic)"
     )
     attention: Literal["op", "decomposed"] = option(
-        "op: ONNX's Attention, opset 23; decomposed: plain products, opset 20, for TensorRT before "
-        "10.13 and for fp32 plans",
+        "op: ONNX's Attention, opset 23; decomposed: plain products, opset 20, for programs that "
+        "do not have the operator; sld-build takes both",
         default="op",
     )
     via: Literal["builder", "torch"] = option(

@@ -92,7 +92,9 @@ def test_a_device_passes(planned: Path, report: Path, flavour: str) -> None:
     assert (stability.KERNELS in names(told, "pass")) == (flavour == "tensorrt-rtx")
     assert {stability.GRAPHS, stability.MEMORY, stability.RESTART} <= names(told, "pass")
     assert told["device"]["name"] == "Stand-in GPU"
-    assert told["bundle"]["components"]["unet"]["runs_on"] == f"{flavour} fp16, attention decomposed"
+    assert (
+        told["bundle"]["components"]["unet"]["runs_on"] == f"{flavour} fp16, attention decomposed"
+    )
     assert len(told["bundle"]["components"]["unet"]["plan_sha256"]) == 64
     memory = told["memory"]["device"]
     assert memory["before"] < memory["peak"] < memory["total"]
