@@ -47,7 +47,8 @@ def run_certify(settings: RunSettings, bundle: Path) -> int:
         raise InputError("--certify makes its own pictures", do="leave the prompt out")
     for name in _NOT_CERTIFIED:
         if getattr(settings, name) != getattr(RunSettings, name):
-            option = f"--{name.replace('_', '-')}"
+            switch = "no-" if getattr(RunSettings, name) is True else ""
+            option = f"--{switch}{name.replace('_', '-')}"
             raise InputError("--certify sets this itself", got=option, do="leave it out")
     if not 0 < settings.minutes <= _MOST_MINUTES:
         expected = f"above 0, to {_MOST_MINUTES}"

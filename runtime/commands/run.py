@@ -58,6 +58,8 @@ def _run(settings: RunSettings) -> int:
         return run_self_test(settings)
     if settings.certify is not None:
         return run_certify(settings, settings.certify)
+    if settings.minutes != RunSettings.minutes:
+        raise InputError("--minutes is the time for --certify", do="leave it out")
     if not settings.prompt:
         raise InputError("no prompt given", do="see sld-run --help")
     pipeline = Pipeline.load(

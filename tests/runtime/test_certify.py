@@ -162,7 +162,7 @@ def test_what_was_skipped_does_not_pass(planned: Path, report: Path) -> None:
         (("--report", "{report}", "--minutes", "nan"), "--minutes | got nan"),
         (("--report", "{report}", "--provider", "tpu"), "expected one of auto, cpu"),
         (("--report", "{exists}"), "exists"),
-        (("--report", "{report}", "--no-cuda-graph"), "sets this itself | got --cuda-graph"),
+        (("--report", "{report}", "--no-cuda-graph"), "sets this itself | got --no-cuda-graph"),
         (("--report", "{report}", "--steps", "50"), "sets this itself | got --steps"),
     ],
 )
@@ -179,6 +179,11 @@ def test_wrong_options(
     (line,) = capsys.readouterr().err.splitlines()
     assert said in line
     assert not report.exists()
+
+
+def test_minutes_without_a_certificate(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["a red star", "--minutes", "3"]) == 2
+    assert "--minutes is the time for --certify" in capsys.readouterr().err
 
 
 def test_no_bundle(report: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
