@@ -79,8 +79,9 @@ def bound(feeds: Mapping[str, Array], outputs: Mapping[str, Array]) -> CStep:
     half = feeds["noise_pred_text"].dtype == np.float16
     arrays = {**feeds, **outputs}
     for name in (*INPUTS, *OUTPUTS):
-        array, kind = arrays[name], "float16" if half and name in PREDICTIONS else "float32"
-        assert (array.dtype, array.shape) == (kind, shape_of(name, sizes)), name
+        array, kind = arrays[name], np.float16 if half and name in PREDICTIONS else np.float32
+        assert array.dtype == kind, name
+        assert array.shape == shape_of(name, sizes), name
         assert array.flags.c_contiguous, name
     return CStep(
         abi_version=ABI_VERSION,
