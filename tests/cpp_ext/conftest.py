@@ -23,6 +23,7 @@ def c_compiler() -> str:
 
 @pytest.fixture(scope="session")
 def cmake() -> str:
+    here("tool for CMake", "make", "ninja")
     return here("CMake", "cmake")
 
 

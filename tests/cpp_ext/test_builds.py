@@ -123,6 +123,7 @@ needs_nvcc = pytest.mark.skipif(
 
 
 @needs_nvcc
+@pytest.mark.usefixtures("compiler")
 def test_nvcc_takes_the_kernels(cmake: str, tmp_path: Path) -> None:
     """For every kind of device that CMake chooses; they are not run: no GPU is needed."""
     version = re.search(r"V(\d+\.\d+\.\d+)", run(NVCC, "--version"))
@@ -138,6 +139,7 @@ def test_nvcc_takes_the_kernels(cmake: str, tmp_path: Path) -> None:
 
 
 @needs_nvcc
+@pytest.mark.usefixtures("compiler")
 def test_cmake_chooses_for_every_device(cmake: str, tmp_path: Path) -> None:
     options = ["-DSLD_EDGE_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={NVCC}"]
     for _ in range(2):  # the second time with CMake's cache
@@ -146,6 +148,7 @@ def test_cmake_chooses_for_every_device(cmake: str, tmp_path: Path) -> None:
 
 
 @needs_nvcc
+@pytest.mark.usefixtures("compiler")
 def test_the_cuda_library_for_one_device(
     cmake: str, tmp_path: Path, make_feeds: Callable[..., Feeds]
 ) -> None:
