@@ -18,7 +18,7 @@ check: lint types layers test py310  ## everything CI runs
 quick: lint types layers  ## lint, types, and the tests that your change needs, within a minute
 	$(BIN)/python tests/quick.py
 
-dev: $(DEV_STAMP)  ## install what developers need; native code too, where a compiler is
+dev: $(DEV_STAMP)  ## install what developers need
 
 lint: $(DEV_STAMP)  ## ruff: rules and format
 	$(BIN)/ruff check .
@@ -63,9 +63,8 @@ $(RUN_STAMP): pyproject.toml | $(BIN)/python
 	$(BIN)/pip install --quiet --editable ".[cpu]"
 	@touch $@
 
-# Native code is built here alone: 16 s of compiling that making an image would gain nothing from.
 # torch first and by version: a range would bring a CUDA build of several gigabytes.
 $(DEV_STAMP): pyproject.toml | $(BIN)/python
 	$(BIN)/pip install --quiet torch==2.13.0
-	SLD_EDGE_NATIVE=1 $(BIN)/pip install --quiet --editable ".[dev]"
+	$(BIN)/pip install --quiet --editable ".[dev]"
 	@touch $@

@@ -1,7 +1,7 @@
 """The interface of the guidance graph: names, shapes and columns, in one place.
 
-The exporter writes the graph with these names and shapes; both loops, the self-test and `cpp_ext`
-use them.
+The exporter writes the graph with these names and shapes; both loops and the self-test use them;
+`cpp_ext/include/sld_edge.h` has them in C.
 `export/graphs/guidance.py` has the formulas.
 """
 

@@ -45,7 +45,7 @@ def test_exporting_loads_no_torch(tmp_path: Path) -> None:
     assert not loaded & {"torch", "diffusers", "transformers"}
 
 
-@pytest.mark.parametrize("package", ["engines", "runtime", "cpp_ext"])
+@pytest.mark.parametrize("package", ["engines", "runtime"])
 def test_importing_every_module_loads_nothing_heavy(package: str, tmp_path: Path) -> None:
     code = (
         f"import importlib, pkgutil, sld_edge.{package} as p\n"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ["engines", "runtime", "export", "benchmarks", "cpp_ext"]
+PACKAGES = ["engines", "runtime", "export", "benchmarks"]
 
 
 @pytest.mark.parametrize("name", PACKAGES)
@@ -23,7 +23,7 @@ def test_the_namespace_has_no_init() -> None:
     assert not (ROOT / ".namespace" / "sld_edge" / "__init__.py").exists()
 
 
-@pytest.mark.parametrize("name", ["runtime", "export", "cpp_ext"])
+@pytest.mark.parametrize("name", ["runtime", "export"])
 def test_everything_in_all_is_there_and_documented(name: str) -> None:
     module = importlib.import_module(f"sld_edge.{name}")
     for entry in module.__all__:

@@ -1,95 +1,51 @@
-"""The native code compiled for the tests, and a step's inputs."""
+"""The C library compiled once for the tests, and a step's inputs."""
 
 from __future__ import annotations
 
-import ctypes
-import shutil
-import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
-from sld_edge.cpp_ext import empty_outputs
-from sld_edge.cpp_ext.arguments import check_inputs
-from sld_edge.runtime.contract import INPUTS, OUTPUTS
-
-Array = NDArray[Any]
-Feeds = dict[str, Array]
-Step = Callable[..., Feeds]
-CPP = Path(__file__).parents[2] / "cpp_ext"
-EXACT = ["-std=c++20", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno", "-fopenmp"]
-SOURCES = [
-    *(f"-I{CPP / folder}" for folder in ("include", "src", "tests/cuda_on_cpu")),
-    *(str(CPP / "src" / name) for name in ("step.cpp", "safe_step.cpp")),
-    *("-x", "c++", str(CPP / "src" / "safe_step.cu"), "-x", "none"),
-]  # the CUDA part as loops
-
-
-class CStep(ctypes.Structure):
-    """`sld_edge_step` of the header; test_header.py holds the header against the contract."""
-
-    _fields_ = [
-        ("abi_version", ctypes.c_uint32),
-        ("prediction_type", ctypes.c_int32),
-        *((name, ctypes.c_int64) for name in ("concepts", "images", "height", "width")),
-        *((name, ctypes.c_void_p) for name in (*INPUTS, *OUTPUTS)),
-    ]
+from c_library import EXACT, SOURCES, Array, Feeds, Step, program_of, run, step_of
 
 
 @pytest.fixture(scope="session")
 def compiler() -> str:
-    found = shutil.which("c++") or shutil.which("g++")
-    if found is None:
-        pytest.skip("no C++ compiler here")
-    return found
+    return here("C++ compiler", "c++", "g++")
 
 
-def build(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+@pytest.fixture(scope="session")
+def c_compiler() -> str:
+    return here("C compiler", "cc", "gcc")
+
+
+@pytest.fixture(scope="session")
+def cmake() -> str:
+    here("tool for CMake", "make", "ninja")
+    return here("CMake", "cmake")
+
+
+def here(kind: str, *names: str) -> str:
+    program = program_of(*names)
+    if program is None:
+        pytest.skip(f"no {kind} here: {', '.join(names)}")
+    return program
 
 
 @pytest.fixture(scope="session")
 def library(compiler: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The C library as CMake makes it, with the CUDA part as loops."""
+    """The library with CMake's flags, and with the CUDA part as loops."""
     path = tmp_path_factory.mktemp("native") / "libsld_edge.so"
-    build([compiler, "-O3", *EXACT, "-shared", "-fPIC", *SOURCES, "-o", str(path)])
+    run(compiler, "-O3", *EXACT, "-shared", "-fPIC", *SOURCES, "-o", path)
     return path
 
 
 @pytest.fixture(scope="session")
 def c_step(library: Path) -> Step:
     """A step through the C interface, on the CPU or with the CUDA kernels as loops."""
-    native = ctypes.CDLL(str(library))
-    native.sld_edge_cuda_workspace_bytes.restype = ctypes.c_size_t
-
-    def run(feeds: Mapping[str, Array], *, threads: int = 1, cuda: bool) -> Feeds:
-        sizes = check_inputs(feeds)
-        outputs = empty_outputs(sizes)
-        step = CStep(
-            abi_version=2,
-            prediction_type=int(feeds["noise_pred_text"].dtype == np.float16),
-            concepts=sizes["n"],
-            images=sizes["B"],
-            height=sizes["h"],
-            width=sizes["w"],
-            **{name: array.ctypes.data for name, array in {**feeds, **outputs}.items()},
-        )
-        if cuda:
-            size = native.sld_edge_cuda_workspace_bytes(ctypes.byref(step))
-            space = ctypes.create_string_buffer(size)
-            arguments = (ctypes.byref(step), space, ctypes.c_size_t(size), None)
-            status = native.sld_edge_safe_step_cuda(*arguments)
-        else:
-            status = native.sld_edge_safe_step_cpu(ctypes.byref(step), threads)
-        assert status == 0
-        return outputs
-
-    return run
+    return step_of(library)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The step of every kind against the guidance graph in ONNX Runtime.
+"""The step on the CPU, and the CUDA kernels as loops, against the guidance graph in ONNX Runtime.
 
 Both work in FP32 in the same order, so elements differ only where ONNX Runtime fuses a
 multiplication into an addition, and figures by the order of their sums: 1e-6 of the largest.
@@ -7,27 +7,22 @@ multiplication into an addition, and figures by the order of their sums: 1e-6 of
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import numpy as np
 import onnxruntime
 import pytest
-from numpy.typing import NDArray
 
+from c_library import Feeds, Step
 from oracles.guidance import guidance
-from sld_edge.cpp_ext import reference, safe_step
 from sld_edge.export.graphs.guidance import write_guidance
 from sld_edge.runtime.contract import OUTPUTS
 from sld_edge.runtime.safety import PRESETS
 from sld_edge.runtime.samplers import SAMPLERS, sampler_table
 
-Array = NDArray[Any]
-Feeds = dict[str, Array]
-Step = Callable[..., Feeds]
 Make = Callable[..., Feeds]
 
 TOLERANCE = 1e-6
-KINDS = ("cpu", "cuda-body", "numpy", "python")
 _RANDOM = np.random.default_rng(3)
 UNITS = (1.0, *_RANDOM.uniform(0.1, 2, 2).round(3), *_RANDOM.uniform(-2, -0.1, 2).round(3))
 WHOLE = ("latents_next", "unet_latents", "momentum_next", "history_next", "edit_map_next")
@@ -49,16 +44,10 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Step:
     return run
 
 
-@pytest.fixture(params=KINDS)
-def step(request: pytest.FixtureRequest) -> Step:
+@pytest.fixture(params=["cpu", "cuda-body"])
+def step(request: pytest.FixtureRequest, c_step: Step) -> Step:
     """One implementation: feeds in, outputs out."""
-    kind = request.param
-    if kind == "numpy":
-        return reference.safe_step
-    if kind == "python":
-        return safe_step
-    c_step: Step = request.getfixturevalue("c_step")
-    return lambda feeds: c_step(feeds, cuda=kind == "cuda-body")
+    return partial(c_step, cuda=request.param == "cuda-body")
 
 
 def assert_close(got: Feeds, wanted: Feeds) -> None:
@@ -144,16 +133,6 @@ def test_threads_change_nothing(c_step: Step, make_feeds: Make, threads: int, ha
     one, many = (c_step(feeds, threads=count, cuda=False) for count in (1, threads))
     for name, array in one.items():
         np.testing.assert_array_equal(many[name], array, err_msg=name)
-
-
-def test_the_numpy_twin_is_the_tests_own(make_feeds: Make) -> None:
-    """In float64, where both may round only in their last digits."""
-    feeds = {name: array.astype(np.float64) for name, array in make_feeds(4, 3).items()}
-    wanted = guidance(feeds)
-    got = reference.safe_step(feeds)
-    for name, array in got.items():
-        assert array.dtype == np.float64, name
-        np.testing.assert_allclose(array, wanted[name], rtol=0, atol=1e-12, err_msg=name)
 
 
 @pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
