@@ -59,9 +59,8 @@ def arithmetic_errors(fp16: Bundle, seeds: Sequence[int]) -> Errors:
     return Errors(outputs=errors)
 
 
-def bias_effects(name: str, seed: int = 7) -> dict[str, float]:
+def bias_effects(bundle: Bundle, name: str, seed: int = 7) -> dict[str, float]:
     """Return a component's largest error for each bias that is left out, by the bias's name."""
-    bundle = Bundle.open()
     component = bundle.manifest.components[name]
     path = bundle.graph(component).path
     feeds = _feeds(bundle, seed).of(name)
@@ -157,7 +156,9 @@ def _run(arguments: Sequence[str] | None) -> None:
         print(f"the same, FP32 with noise of {noise:g}: {picture_errors(fp16, noise)}")
         print(f"unet, branches exchanged: {exchange_effect():.1e}")
         for component in ("unet", "text_encoder", "vae_decoder"):
-            effects: NDArray[Any] = np.array(sorted(bias_effects(component).values()))
+            effects: NDArray[Any] = np.array(
+                sorted(bias_effects(Bundle.open(), component).values())
+            )
             print(
                 f"{component}, a bias left out: smallest {effects[:3]}, "
                 f"median {np.median(effects):.1e}, {len(effects)} of them"

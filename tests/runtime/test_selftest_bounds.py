@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -33,9 +35,11 @@ def test_arithmetic_stays_well_below_the_bounds(fp16: Bundle) -> None:
     assert errors.largest("vae_decoder.images") < FP16.levels / 10
 
 
-def test_mistakes_are_well_above_the_bounds() -> None:
+def test_mistakes_are_well_above_the_bounds(bundle_copy: Path) -> None:
+    # A copy: onnx refuses weights with a second link, as other tests make them.
+    bundle = Bundle.open(bundle_copy)
     assert exchange_effect() > 100 * FP16.network
-    effects = np.array(list(bias_effects("text_encoder").values()))
+    effects = np.array(list(bias_effects(bundle, "text_encoder").values()))
     assert np.mean(effects > FP16.network) > 0.8  # the others are close to zero
     assert np.median(effects) > 5 * FP16.network
 
