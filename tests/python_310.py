@@ -18,7 +18,10 @@ PYTHON = VENV / "bin" / "python"
 UV = (sys.executable, "-m", "uv")
 EXTRAS = ".[jetson,sign,export]"
 TESTS = ("tests/runtime", "tests/engines", "tests/standin", "tests/test_supply_chain.py")
-LONG = ("tests/runtime/test_selftest.py", "tests/runtime/test_threads.py")
+LONG = tuple(
+    f"tests/runtime/test_{name}.py"
+    for name in ("certify", "selftest", "selftest_bounds", "selftest_faults", "threads")
+)
 _LEVELS = 1  # of 255: ONNX Runtime 1.23 may round otherwise than the newest
 
 
