@@ -12,7 +12,7 @@ from sld_edge.engines.errors import EngineError, InputError, MissingPackageError
 from sld_edge.engines.files import write_whole
 from sld_edge.engines.staging import locked, part_folder
 from sld_edge.engines.tensorrt.build import build_plan
-from sld_edge.engines.tensorrt.build_settings import BuildSettings, dimensions, profile
+from sld_edge.engines.tensorrt.build_settings import BuildSettings, dimensions, fixed, profile
 from sld_edge.engines.tensorrt.plan_info import (
     PlanInfo,
     PlanTensor,
@@ -183,7 +183,7 @@ class _Job:
 
     def _sizes(self, name: str) -> Mapping[str, Span]:
         """Return the sizes of a component; decoders get pictures one by one."""
-        return self.sizes if name in _LOOP else {**self.sizes, "B": Span(min=1, opt=1, max=1)}
+        return self.sizes if name in _LOOP else {**self.sizes, "B": fixed(1)}
 
     def _note_other_flavour(self, name: str) -> None:
         path = info_path(self.bundle.path / plan_name(name))

@@ -22,8 +22,8 @@ from pathlib import Path
 from sld_edge.benchmarks.tables import Row, Table
 from sld_edge.engines.tensorrt.build import build_plan
 from sld_edge.engines.tensorrt.build_log import BuildLog, Layer, LayerTensor
-from sld_edge.engines.tensorrt.build_settings import BuildSettings, dimensions, profile
-from sld_edge.engines.tensorrt.plan_info import PlanInfo, PlanTensor, Span, this_system
+from sld_edge.engines.tensorrt.build_settings import BuildSettings, dimensions, fixed, profile
+from sld_edge.engines.tensorrt.plan_info import PlanInfo, PlanTensor, this_system
 from sld_edge.engines.tensorrt.target import build_target
 from sld_edge.export.graphs.decompose import decomposed_graph
 from sld_edge.runtime.bundle import Bundle
@@ -101,8 +101,8 @@ def kernels_of(bundle: Bundle, size: int, branches: int) -> tuple[Layer, ...]:
     settings = BuildSettings(
         engine="tensorrt-rtx",
         compute_capabilities=("8.6",),
-        batch=Span(min=1, opt=1, max=1),
-        size=Span(min=size, opt=size, max=size),
+        batch=fixed(1),
+        size=fixed(size),
     )
     sizes = dimensions(
         settings,
@@ -112,7 +112,7 @@ def kernels_of(bundle: Bundle, size: int, branches: int) -> tuple[Layer, ...]:
         text_length=bundle.manifest.text_length,
         concepts=1,
     )
-    sizes["K*B"] = Span(min=branches, opt=branches, max=branches)
+    sizes["K*B"] = fixed(branches)
     target, log = build_target(settings), BuildLog()
     inputs = tuple(PlanTensor(spec=s, profile=profile(s, sizes)) for s in component.inputs)
     draft = PlanInfo(

@@ -135,7 +135,7 @@ def dimensions(
         InputError: a size is not a multiple that the graphs and their buffers need.
     """
     pixels = {
-        name: settings.size if settings.size is not None else _fixed(side)
+        name: settings.size if settings.size is not None else fixed(side)
         for name, side in (("W", width), ("H", height))
     }
     step = CELLS_STEP * downscale
@@ -156,8 +156,8 @@ def dimensions(
         # From the prompt's branch alone to prompt, empty prompt, and a branch for each concept.
         "K*B": Span(min=batch.min, opt=(2 + usual) * batch.opt, max=(2 + most) * batch.max),
         "n": Span(min=1, opt=usual, max=most),
-        "N": _fixed(1),  # texts are encoded one by one
-        "L": _fixed(text_length),
+        "N": fixed(1),  # texts are encoded one by one
+        "L": fixed(text_length),
         **pixels,
         **{
             name.lower(): Span(
@@ -168,7 +168,8 @@ def dimensions(
     }
 
 
-def _fixed(size: int) -> Span:
+def fixed(size: int) -> Span:
+    """Return the span of one size alone."""
     return Span(min=size, opt=size, max=size)
 
 
@@ -183,7 +184,7 @@ def profile(
     spans = []
     for size in spec.shape:
         if isinstance(size, int):
-            spans.append(_fixed(size))
+            spans.append(fixed(size))
         elif size in sizes:
             spans.append(sizes[size])
         else:
