@@ -25,7 +25,8 @@ from sld_edge.engines.staging import locked, sweep
 STAMP = "prepared.json"  # in an entry of `sessions`: the graph's name, and its files' hashes
 SESSIONS, JIT, FACTS, SELF_TEST = "sessions", "jit", "checked", "self-test"
 TIMING = "timing"
-OURS = (SESSIONS, JIT, FACTS, SELF_TEST, TIMING, "ort-tensorrt", "ort-tensorrt-rtx")
+FILTERS = "text-filters"
+OURS = (SESSIONS, JIT, FACTS, SELF_TEST, TIMING, FILTERS, "ort-tensorrt", "ort-tensorrt-rtx")
 # Marks a folder that sld-edge made, for backups and for `clear`: bford.info/cachedir
 _TAG = "CACHEDIR.TAG"
 _TAG_TEXT = "Signature: 8a477f597d28d172789f06886806bc55\n# made by sld-edge\n"

@@ -14,6 +14,7 @@ from sld_edge.export.families.family import Part
 from sld_edge.runtime.request import MOST_GUIDANCE
 from sld_edge.runtime.safety import PAPER_CONCEPT, PRESETS
 from sld_edge.runtime.samplers import SAMPLERS
+from sld_edge.runtime.text_filter import concepts_from_texts
 
 Precision = Literal["fp16", "fp32"]
 
@@ -35,6 +36,9 @@ class ExportSettings:
         safety_concept: default concept that Safe Latent Diffusion steers away from; a tuple holds
             several concepts, each with its own branch and gate.
         preset: default strength of safety.
+        text_filter: words that a text filter in the bundle takes out of prompts, "nudity; blood";
+            None: the safety concept's, if the preset has a filter, else no filter.
+        filter_preserve: texts whose embeddings the filter leaves; None: the package's list.
         name: the model's name in the bundle; None: the checkpoint's name.
         verify: compare every graph with diffusers' module (needs torch).
         force: replace an existing bundle.
@@ -60,6 +64,8 @@ class ExportSettings:
     height: int | None = None
     safety_concept: str | tuple[str, ...] = PAPER_CONCEPT
     preset: str = "medium"
+    text_filter: str | tuple[str, ...] | None = None
+    filter_preserve: tuple[str, ...] | None = None
     name: str | None = None
     verify: bool = False
     force: bool = False
@@ -118,6 +124,14 @@ class ExportSettings:
         """The safety concepts, each once."""
         concepts = self.safety_concept
         return (concepts,) if isinstance(concepts, str) else tuple(dict.fromkeys(concepts))
+
+    @property
+    def filter_concepts(self) -> tuple[str, ...]:
+        """The concepts of the text filter; none without a filter."""
+        texts = self.text_filter
+        if texts is None:
+            texts = self.safety_concepts if PRESETS[self.preset].text_filter else ()
+        return concepts_from_texts((texts,) if isinstance(texts, str) else texts) if texts else ()
 
     def precision_of(self, part: Part) -> Precision:
         """Return the arithmetic of one graph."""

@@ -22,6 +22,7 @@ from sld_edge.export.output import Kind, check_output, staged
 from sld_edge.export.refuse import NOT_BUILT, ODD_VALUES, refusing
 from sld_edge.export.settings import ExportSettings
 from sld_edge.export.shape import Say, Shape, shape_of
+from sld_edge.export.text_filter import PRESERVE, filter_file, write_text_filter
 from sld_edge.export.verify import (
     GraphFacts,
     errors_against_diffusers,
@@ -40,6 +41,7 @@ from sld_edge.runtime.manifest import (
     File,
     Manifest,
     ModelInfo,
+    StoredFilter,
     TextInput,
     file_entry,
 )
@@ -57,6 +59,8 @@ if TYPE_CHECKING:
 Watch = Callable[[int, int], None]
 Writers = Mapping[str, Callable[[Path], None]]
 _PARTS = {part.name: part for family in FAMILIES for part in family.parts}
+# The outputs of text encoders that the UNets of all families read.
+_SOURCES = ("text_encoder.hidden_states", "text_encoder_2.hidden_states", "text_encoder_2.pooled")
 
 
 def _bundle_files(root: Path) -> Set[str]:
@@ -87,6 +91,8 @@ BUNDLE = Kind(
         *(f"{name}.json" for name in TOKENIZERS.values()),
         "context.npy",
         "pooled.npy",
+        PRESERVE,
+        *map(filter_file, _SOURCES),
         *(f"{name}.onnx{end}" for name in _PARTS for end in ("", ".data")),
     },
 )
@@ -158,6 +164,7 @@ def export_bundle(
             conditioning=shape.inputs.conditioning,
             embeddings=_write_embeddings(tokenizers, settings, folder, shape),
             components=_components(family, graphs, settings, folder),
+            text_filter=_write_filter(tokenizers, settings, folder, shape, say),
         )
         _write(folder / MANIFEST, _checked_json(manifest))
     return Path(settings.output)
@@ -194,10 +201,10 @@ def _check_safety(settings: ExportSettings, tokenizers: Mapping[str, Tokenizer],
             say(f"note: the model does not read the end of the safety concept: “{cut}”")
     policy = machine_policy()
     policy.require(
-        policy.default_preset(settings.preset) == settings.preset,
+        settings.preset in policy.allowed_presets,
         "the bundle's preset",
         got=settings.preset,
-        expected=f"{policy.minimum} or stronger",
+        expected=f"as strong as {policy.minimum}: {', '.join(policy.allowed_presets)}",
     )
 
 
@@ -347,6 +354,24 @@ def _write_embeddings(
         np.save(stream, array.astype(np.float32, copy=False))
         arrays[name] = _write(folder / f"{name}.npy", stream.getvalue())
     return Embeddings(texts=texts, arrays=arrays)
+
+
+def _write_filter(
+    tokenizers: Mapping[str, Tokenizer],
+    settings: ExportSettings,
+    folder: Path,
+    shape: Shape,
+    say: Say,
+) -> StoredFilter | None:
+    concepts = settings.filter_concepts
+    if not concepts:
+        return None
+    say(f"text filter: {'; '.join(concepts)}")
+    conditions = shape.inputs.conditioning.values()
+    sources = [source for item in conditions if item.per == "branch" for source in item.sources]
+    return write_text_filter(
+        folder, tokenizers, sources, concepts, preserve=settings.filter_preserve
+    )
 
 
 def _write(path: Path, data: bytes) -> File:

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from sld_edge.engines.checks import shown
 from sld_edge.engines.errors import InputError
 from sld_edge.runtime.conditioning import Texts
 from sld_edge.runtime.manifest import Manifest
 from sld_edge.runtime.policy import Policy
-from sld_edge.runtime.request import ImageRun, Run, Savings, different_concepts, table_for
+from sld_edge.runtime.request import (
+    ImageRun,
+    Run,
+    Savings,
+    different_concepts,
+    filtered_concepts,
+    table_for,
+)
 from sld_edge.runtime.safety import Safety, empty_concept
 from sld_edge.runtime.samplers import SamplerTable
+from sld_edge.runtime.text_filter import MOST_CONCEPTS
 
 
 def require_admitted(
@@ -61,12 +70,24 @@ def require_admitted(
     for image in images:
         if not image.safety.acts and rules is None:
             continue
-        for concept in image.acting_concepts:
+        for concept in (*image.acting_concepts, *image.acting_filter):
             if texts.says_nothing(concept):
                 raise empty_concept(concept)
+        _require_layers(image, manifest)
         if rules is None:
             continue
         policy.require_safety(image.safety, calls=run.table.calls)
+        if image.safety.text_filter:
+            wanted = filtered_concepts(
+                rules.concepts_always, replace(image.safety, concept=None), manifest
+            )
+            missing = [concept for concept in wanted if concept not in image.text_filter]
+            policy.require(
+                not missing,
+                "a text filter of the caller",
+                got=" | ".join(image.text_filter),
+                expected=f"also {' | '.join(missing)}",
+            )
         if rules.concepts_always:  # a caller's concept could push the other way, and harder
             wanted = different_concepts(rules.concepts_always, None, manifest.safety_concepts)
             policy.require(
@@ -102,6 +123,26 @@ def require_admitted(
             )
 
 
+def _require_layers(image: ImageRun, manifest: Manifest) -> None:
+    """Refuse layers of safety that could not act.
+
+    Raises:
+        InputError: too many concepts, or a negative prompt without guidance.
+    """
+    count = len(image.text_filter)
+    if image.safety.text_filter and not 0 < count <= MOST_CONCEPTS:
+        raise InputError("concepts of the text filter", got=count, expected=f"1 to {MOST_CONCEPTS}")
+    guided = image.guidance_scale > 1 and manifest.guidance == "classifier-free"
+    if image.safety.negative and not guided:
+        raise InputError(
+            f"{image.preset}: a negative prompt has no effect without classifier-free guidance",
+            got=f"guidance scale {image.guidance_scale:g}"
+            if manifest.guidance == "classifier-free"
+            else f"{manifest.model.id}, which takes the scale as an input",
+            do="choose the preset guard",
+        )
+
+
 def table_of(run: Run, manifest: Manifest) -> SamplerTable:
     """Compute the sampler table of a run from its settings and the bundle.
 
@@ -130,7 +171,12 @@ def _typed(run: Run, images: Sequence[ImageRun]) -> Iterator[tuple[object, type]
             yield image.negative_prompt, str
         yield image.guidance_scale, float
         yield image.concepts, tuple
-        yield from ((concept, str) for concept in image.concepts)
+        yield image.text_filter, tuple
+        yield from ((text, str) for text in (*image.concepts, *image.text_filter))
         yield image.safety.warmup_steps, int
+        if image.safety.stop_step is not None:
+            yield image.safety.stop_step, int
+        for name in ("text_filter", "negative"):
+            yield getattr(image.safety, name), bool
         for name in ("scale", "threshold", "momentum_scale", "momentum_beta"):
             yield getattr(image.safety, name), float

@@ -27,6 +27,7 @@ from sld_edge.runtime.manifest import MANIFEST, OWN_GRAPHS, Component, File, Man
 from sld_edge.runtime.manifest_file import manifest_from_json
 from sld_edge.runtime.policy import NO_POLICY, Policy
 from sld_edge.runtime.signatures import require_signed
+from sld_edge.runtime.text_filter import FilterTexts, TextFilter
 
 EMBEDDED = Path(__file__).parent / "miniature"  # the bundle that ships with the package
 # The files of the same in FP16 that differ from `EMBEDDED`, for the self-test.
@@ -232,6 +233,45 @@ class Bundle:
             for text, row in zip(entry.texts, array, strict=True):
                 stored[text][spec.name] = row
         return stored
+
+    def text_filter(self) -> tuple[FilterTexts, TextFilter] | None:
+        """Return the checked stored text filter with its texts; None if the bundle has none.
+
+        Raises:
+            BundleError: the hash of a file is not the manifest's, or a file has other contents.
+        """
+        entry = self.manifest.text_filter
+        if entry is None:
+            return None
+        matrices = {}
+        for source, file in entry.arrays.items():
+            try:
+                matrix = floats_from_npy(self.read(file, _ARRAY_LIMIT))
+            except ValueError as error:
+                raise BundleError(
+                    f"{file.path} is not a NumPy array", got=error, do=_AGAIN
+                ) from error
+            width = self._width(source)
+            if matrix.shape != (width, width) or not np.isfinite(matrix).all():
+                raise BundleError(
+                    file.path, got=f"float32 {matrix.shape}", expected=f"finite ({width}, {width})"
+                )
+            matrices[source] = matrix
+        try:
+            lines = self.read(entry.preserve, JSON_LIMIT).decode("utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise BundleError(f"{entry.preserve.path} is not UTF-8 text", do=_AGAIN) from error
+        texts = FilterTexts(concepts=entry.concepts, guide=entry.guide, preserve=("", *lines))
+        return texts, TextFilter(concepts=entry.concepts, matrices=matrices)
+
+    def _width(self, source: str) -> int:
+        """Return the width of a text encoder's output."""
+        component, _, output = source.partition(".")
+        specs = {spec.name: spec for spec in self.manifest.components[component].outputs}
+        width = specs[output].shape[-1]
+        if not isinstance(width, int):
+            raise BundleError(f"{source} has no fixed width", do="export the bundle again")
+        return width
 
     def _compare(self, path: Path, digest: str, file: File) -> None:
         if digest != file.sha256:

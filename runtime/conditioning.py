@@ -18,10 +18,12 @@ from sld_edge.engines.cache import remember, remembered
 from sld_edge.engines.errors import BundleError
 from sld_edge.runtime.bundle import Bundle
 from sld_edge.runtime.denoise.job import Conditioning, Floats
+from sld_edge.runtime.filter_store import FilterStore
 from sld_edge.runtime.manifest import SIZE, Condition
 from sld_edge.runtime.numerics import not_finite
 from sld_edge.runtime.request import ImageRun
 from sld_edge.runtime.safety import empty_concept
+from sld_edge.runtime.text_filter import FilterEffect, effect_on
 from sld_edge.runtime.tokenizer import Tokenizer
 
 Embedding = Mapping[str, Floats]  # the arrays of a text, by input per branch
@@ -55,9 +57,17 @@ class Texts:
         """Return the token ids of a text, for each text encoder."""
         return tuple(ids for ids, _ in self._read(text).values())
 
+    def ids_for(self, text: str, encoder: str) -> tuple[int, ...]:
+        """Return the token ids [L] of a text for a text encoder."""
+        return self._read(text)[encoder][0]
+
+    def words(self, text: str) -> list[tuple[str, list[int]]]:
+        """Return the words that the model reads, each with the places of its tokens."""
+        return next(iter(self._tokenizers.values())).words(text)
+
     def input_ids(self, text: str, encoder: str) -> NDArray[np.int64]:
         """Return the token ids of a text for a text encoder, int64 [1,L]."""
-        return np.array([self._read(text)[encoder][0]], np.int64)
+        return np.array([self.ids_for(text, encoder)], np.int64)
 
     def cut(self, text: str) -> str:
         """Return the end of a text that no text encoder reads; empty for a short text."""
@@ -101,6 +111,7 @@ class Conditioner:
         self._image = {name: item for name, item in conditions.items() if item.per == "image"}
         self._stored: dict[str, Embedding] = dict(bundle.embeddings())
         self._encoded: OrderedDict[str, Embedding] = OrderedDict()  # the last used text last
+        self._filters = FilterStore(bundle, self._outputs, texts.ids_for, identity=identity)
         self._checked = False
 
     def embedding(self, text: str) -> Embedding:
@@ -134,14 +145,14 @@ class Conditioner:
         for text in {concept for image in images for concept in image.acting_concepts}:
             if not _distance(self.embedding(text), self.embedding("")) > _EMPTY:
                 raise empty_concept(text)
-        uncond = [self._unconditional(image.negative_prompt) for image in images]
-        prompts = [self.embedding(image.prompt) for image in images]
+        uncond = [self._unconditional(image.unconditional_text) for image in images]
+        prompts = [self._prompt(image) for image in images]
         count = most_concepts(images)
         safety = []
         for k in range(count):
             for index, image in enumerate(images):
-                acting = image.acting_concepts
-                concept = acting[k if k < len(acting) else 0] if acting else None
+                edited = image.edited_concepts
+                concept = edited[k if k < len(edited) else 0] if edited else None
                 safety.append(uncond[index] if concept is None else self.embedding(concept))
         rows = [*uncond, *prompts, *safety]
         return Conditioning(
@@ -152,9 +163,26 @@ class Conditioner:
             concepts=count,
         )
 
-    def _unconditional(self, negative_prompt: str | None) -> Embedding:
-        if negative_prompt is not None:
-            return self.embedding(negative_prompt)
+    def filter_effect(self, image: ImageRun) -> FilterEffect | None:
+        """Return the effect of the text filter on an image's prompt; None without a filter."""
+        if not self._is_filtered(image):
+            return None
+        before, after = self.embedding(image.prompt), self._prompt(image)
+        return effect_on(before, after, self._texts.words(image.prompt))
+
+    def _prompt(self, image: ImageRun) -> Embedding:
+        embedding = self.embedding(image.prompt)
+        if not self._is_filtered(image):
+            return embedding
+        return self._filters.filter_for(image.acting_filter).applied(embedding, self._branch)
+
+    def _is_filtered(self, image: ImageRun) -> bool:
+        """Whether an image has a filter, and its prompt a word."""
+        return bool(image.acting_filter) and not self._texts.says_nothing(image.prompt)
+
+    def _unconditional(self, text: str | None) -> Embedding:
+        if text is not None:
+            return self.embedding(text)
         empty = self.embedding("")
         return {
             name: np.zeros_like(empty[name]) if item.absent == "zeros" else empty[name]
@@ -162,6 +190,10 @@ class Conditioner:
         }
 
     def _encode(self, text: str) -> Embedding:
+        return embedding_from_outputs(self._branch, self._outputs(text))
+
+    def _outputs(self, text: str) -> dict[str, Floats]:
+        """Return the text encoders' outputs for a text, by "COMPONENT.OUTPUT"."""
         outputs: dict[str, Floats] = {}
         for encoder in self._bundle.manifest.texts:
             ids = self._texts.input_ids(text, encoder)
@@ -170,7 +202,7 @@ class Conditioner:
                     component = self._bundle.manifest.components[encoder]
                     raise not_finite(encoder, precision=component.precision)
                 outputs[f"{encoder}.{output}"] = array[0]
-        return embedding_from_outputs(self._branch, outputs)
+        return outputs
 
     def _check_stored(self) -> None:
         """Compare every stored embedding with the text encoders' output, once for a bundle.
@@ -213,7 +245,7 @@ def embedding_from_outputs(
 
 def most_concepts(images: Sequence[ImageRun]) -> int:
     """Count the safety branches of images in a batch, at least 1."""
-    return max(1, *(len(image.acting_concepts) for image in images))
+    return max(1, *(len(image.edited_concepts) for image in images))
 
 
 def _image_input(item: Condition, images: Sequence[ImageRun], time_ids: Sequence[int]) -> Floats:

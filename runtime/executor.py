@@ -227,9 +227,10 @@ class Executor:
                 bundle=self._loader.bundle,
                 run=run,
                 image=image,
-                calls=_calls(made, figures, position, len(image.acting_concepts)),
+                calls=_calls(made, figures, position, len(image.edited_concepts)),
                 seconds=seconds,
                 cut=self._cut_texts(image),
+                filter_effect=self.conditioner.filter_effect(image),
                 ran_on=ran_on,
             )
             for position, image in enumerate(images)
@@ -242,7 +243,7 @@ class Executor:
         )
 
     def _cut_texts(self, image: ImageRun) -> dict[str, str]:
-        texts = {"prompt": image.prompt, "negative_prompt": image.negative_prompt or ""}
+        texts = {"prompt": image.prompt, "negative_prompt": image.unconditional_text or ""}
         several = len(image.acting_concepts) > 1
         for k, concept in enumerate(image.acting_concepts, 1):
             texts[f"safety_concept_{k}" if several else "safety_concept"] = concept

@@ -132,6 +132,23 @@ class Embeddings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StoredFilter:
+    """A text filter (`text_filter`) and the texts that determine it.
+
+    Attributes:
+        concepts: the words or phrases that it takes out.
+        guide: the word that takes their place.
+        preserve: a UTF-8 file of the other texts, one a line; the empty text is not in it.
+        arrays: a file for each output of a text encoder ("COMPONENT.OUTPUT"), float32 [C,C].
+    """
+
+    concepts: tuple[str, ...]
+    guide: str
+    preserve: File
+    arrays: Mapping[str, File]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """`bundle.json`, typed."""
 
@@ -148,6 +165,7 @@ class Manifest:
     conditioning: Mapping[str, Condition]
     embeddings: Embeddings
     components: Mapping[str, Component]
+    text_filter: StoredFilter | None = None
 
     @property
     def safety_concept(self) -> str:
@@ -163,6 +181,8 @@ class Manifest:
         """Return every file of the bundle but the plans, which `plans.json` lists (`plan_list`)."""
         parts = [text.tokenizer for text in self.texts.values()]
         parts += self.embeddings.arrays.values()
+        if self.text_filter is not None:
+            parts += [self.text_filter.preserve, *self.text_filter.arrays.values()]
         parts += [file for part in self.components.values() for file in part.files]
         return list(dict.fromkeys(parts))  # the two graphs of a UNet share their weights
 

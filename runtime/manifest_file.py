@@ -31,6 +31,7 @@ from sld_edge.runtime.manifest import (
     Per,
     PredictionType,
     Size,
+    StoredFilter,
     TextInput,
 )
 
@@ -125,9 +126,19 @@ def _manifest(body: Mapping[str, Any]) -> Manifest:
             },
         ),
         components=components,
+        text_filter=None if body.get("text_filter") is None else _filter(body["text_filter"]),
     )
     _check_inputs(manifest)
     return manifest
+
+
+def _filter(item: Mapping[str, Any]) -> StoredFilter:
+    return StoredFilter(
+        concepts=_texts("concepts of the text filter", item["concepts"]),
+        guide=exact_text("guide", item["guide"]),
+        preserve=file_from_json(item["preserve"]),
+        arrays={source: file_from_json(file) for source, file in _items(item["arrays"])},
+    )
 
 
 def _condition(name: str, item: Mapping[str, Any]) -> Condition:
@@ -169,6 +180,9 @@ def _check_inputs(manifest: Manifest) -> None:
                 spec.name for spec in components[component].outputs
             }:
                 raise ValueError(f"{name} comes from {source!r}, which is no text encoder's output")
+    sources = {source for name in branch for source in conditioning[name].sources}
+    if manifest.text_filter is not None and manifest.text_filter.arrays.keys() != sources:
+        raise ValueError("a text filter without an array for each output of the text encoders")
     embedded = any(GUIDANCE in item.sources for item in conditioning.values())
     if embedded != (manifest.guidance == "embedded"):
         raise ValueError("guidance and conditioning contradict each other")

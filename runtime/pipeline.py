@@ -139,6 +139,7 @@ class Pipeline:
         *,
         safety: str | Safety | Sequence[str | Safety] | None = None,
         safety_concept: str | tuple[str, ...] | Sequence[str | tuple[str, ...]] | None = None,
+        text_filter: str | tuple[str, ...] | bool | None = None,
         steps: int | None = None,
         guidance_scale: float | Sequence[float] | None = None,
         sampler: str | None = None,
@@ -164,9 +165,12 @@ class Pipeline:
 
         Args:
             prompt: a prompt or a list of prompts; "" gives an unconditional image.
-            safety: a preset ("off", "weak", "medium", "strong", "max") or a `Safety`.
+            safety: a preset (`PRESETS`) or a `Safety`.
             safety_concept: the text that the image is steered away from. A tuple holds several
                 concepts; each has its own UNet branch and threshold.
+            text_filter: words to take out of the prompts, "blood; weapons" or a tuple; True takes
+                the concepts of the bundle's filter; False switches a preset's filter off. The
+                default is the preset's.
             steps: denoising steps.
             guidance_scale: how closely the prompt is followed; 1 and below switch guidance off,
                 never safety.
@@ -199,6 +203,7 @@ class Pipeline:
             negative_prompt=negative_prompt,
             safety=safety,
             safety_concept=safety_concept,
+            text_filter=text_filter,
             guidance_scale=guidance_scale,
             seed=seed,
             count=count,

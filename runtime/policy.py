@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from sld_edge.engines.errors import PolicyError
-from sld_edge.runtime.safety import PRESETS, Safety, safety_from_preset
+from sld_edge.runtime.safety import (
+    PRESETS,
+    STRONGEST,
+    Safety,
+    is_as_strong,
+    preset_of,
+    safety_from_preset,
+)
 
 POLICY_FILE = (
     Path("C:/ProgramData/sld-edge/policy.json")
@@ -24,9 +31,9 @@ OnFlag = Literal["report", "escalate", "blur", "withhold", "escalate-withhold"]
 ON_FLAG: tuple[OnFlag, ...] = get_args(OnFlag)
 Recipe = Literal["keep", "omit"]
 RECIPES: tuple[Recipe, ...] = get_args(Recipe)
+_CALLS = 50  # the presets are compared in a run of this length
 Custom = Literal["refuse", "stronger"]
 Allow = Literal["allow", "refuse"]
-LADDER = tuple(PRESETS)  # from off to max; no number of a preset is weaker than the one before
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,9 +114,25 @@ class Policy:
         return "off" if self.safety is None else self.safety.minimum
 
     def default_preset(self, preset: str) -> str:
-        """Return the stronger of `preset`, the bundle's default, and the minimum."""
-        ranks = {name: rank for rank, name in enumerate(LADDER)}
-        return max(preset, self.minimum, key=lambda name: ranks.get(name, len(ranks)))
+        """Return `preset`, the bundle's default, or a preset as strong as it and the minimum."""
+        if preset not in PRESETS:
+            return preset  # the next check refuses it
+        both = [safety_from_preset(name, calls=_CALLS) for name in (preset, self.minimum)]
+        for name in (preset, self.minimum):
+            chosen = safety_from_preset(name, calls=_CALLS)
+            if all(is_as_strong(chosen, each, calls=_CALLS) for each in both):
+                return name
+        return STRONGEST
+
+    @property
+    def allowed_presets(self) -> tuple[str, ...]:
+        """The presets that are as strong as the minimum."""
+        floor = safety_from_preset(self.minimum, calls=_CALLS)
+        return tuple(
+            name
+            for name in PRESETS
+            if is_as_strong(safety_from_preset(name, calls=_CALLS), floor, calls=_CALLS)
+        )
 
     def require_safety(self, safety: Safety, *, calls: int) -> None:
         """Refuse a picture's resolved safety numbers if they are weaker than the minimum.
@@ -121,16 +144,16 @@ class Policy:
         if self.safety is None:
             return
         floor = safety_from_preset(self.minimum, calls=calls)
-        for name in LADDER:
-            if _numbers(safety_from_preset(name, calls=calls)) == _numbers(safety):
-                if LADDER.index(name) >= LADDER.index(self.minimum):
-                    return
-                raise self.error("safety", got=name, expected=f"{self.minimum} or stronger")
-        if self.safety.custom == "refuse":
+        strong = is_as_strong(safety, floor, calls=calls)
+        preset = preset_of(safety, calls=calls)
+        if preset is not None:
+            expected = f"as strong as {self.minimum}: {', '.join(self.allowed_presets)}"
+            self.require(strong, "safety", got=preset, expected=expected)
+        elif self.safety.custom == "refuse":
             raise self.error(
                 "safety numbers that are no preset", expected="a preset", do=f"use {self.minimum}"
             )
-        if not _dominates(safety, floor):
+        elif not strong:
             raise self.error(
                 "safety numbers that are no preset",
                 got=_text(safety),
@@ -175,7 +198,7 @@ class Policy:
         if self.safety is not None:
             rules = self.safety
             lines += [
-                f"safety: {rules.minimum} or stronger; numbers that are no preset: "
+                f"safety: {', '.join(self.allowed_presets)}; numbers that are no preset: "
                 + ("refused" if rules.custom == "refuse" else "each at least as strong"),
                 f"guidance scale: {rules.guidance_scale[0]:g} to {rules.guidance_scale[1]:g}; "
                 f"negative prompt: {rules.negative_prompt}",
@@ -205,30 +228,18 @@ class Policy:
 NO_POLICY = Policy()
 
 
-def _numbers(safety: Safety) -> tuple[float, ...]:
-    return (
-        safety.scale,
-        safety.warmup,
-        safety.threshold,
-        safety.momentum_scale,
-        safety.momentum_beta,
-    )
-
-
-def _dominates(safety: Safety, floor: Safety) -> bool:
-    """Whether each number is at least as strong as that of the floor.
-
-    A larger momentum_beta keeps past edits longer but also delays a new edit, so it must be equal.
-    """
-    return (
-        safety.scale >= floor.scale
-        and safety.warmup <= floor.warmup
-        and safety.threshold >= floor.threshold
-        and safety.momentum_scale >= floor.momentum_scale
-        and (safety.momentum_beta == floor.momentum_beta or not floor.acts)
-    )
-
-
 def _text(safety: Safety) -> str:
-    names = ("scale", "warm-up", "threshold", "momentum scale", "beta")
-    return ", ".join(f"{n} {v:g}" for n, v in zip(names, _numbers(safety), strict=True))
+    numbers = {
+        "scale": safety.scale,
+        "warm-up": safety.warmup,
+        "threshold": safety.threshold,
+        "momentum scale": safety.momentum_scale,
+        "beta": safety.momentum_beta,
+        "stop": safety.stop_step,
+        "text filter": safety.text_filter or None,
+        "concept as negative prompt": safety.negative or None,
+    }
+    shown = {name: value for name, value in numbers.items() if value is not None}
+    return ", ".join(
+        name if value is True else f"{name} {value:g}" for name, value in shown.items()
+    )

@@ -19,7 +19,6 @@ from sld_edge.engines.errors import InputError, PolicyError, one_line
 from sld_edge.engines.files import json_from_bytes, read_limited
 from sld_edge.runtime import policy
 from sld_edge.runtime.policy import (
-    LADDER,
     NO_POLICY,
     ON_FLAG,
     RECIPES,
@@ -30,6 +29,7 @@ from sld_edge.runtime.policy import (
     SafetyRules,
     ScreeningRules,
 )
+from sld_edge.runtime.safety import PRESETS
 
 FORMAT, FORMAT_VERSION = "sld-edge-policy", 1
 _LIMIT = 1 << 20  # bytes of a policy
@@ -124,7 +124,7 @@ def _safety_rules(name: str, body: object) -> SafetyRules | None:
     entries = _Entries(name, body)
     entries.take("safety_interval_max", _count, 1)  # from older policies; no run skips branches now
     rules = SafetyRules(
-        minimum=entries.take("minimum", _one_of(LADDER), "off"),
+        minimum=entries.take("minimum", _one_of(tuple(PRESETS)), "off"),
         custom=entries.take("custom", _one_of(get_args(Custom)), "refuse"),
         concepts_always=entries.take("concepts_always", _texts, ()),
         cache_interval_max=entries.take("cache_interval_max", _count, 1),

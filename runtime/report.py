@@ -13,6 +13,7 @@ from typing import Any
 from sld_edge.runtime.bundle import Bundle
 from sld_edge.runtime.request import ImageRun, Run
 from sld_edge.runtime.safety import NO_EFFECT_BELOW
+from sld_edge.runtime.text_filter import FilterEffect
 
 # The entries that are needed to make a picture again; a report without recipe lacks them.
 _RECIPE = ("prompt", "negative_prompt", "cut_from_prompts", "seed")
@@ -39,18 +40,21 @@ def image_report(
     calls: Sequence[StepReport],
     seconds: dict[str, float],
     cut: dict[str, str],
+    filter_effect: FilterEffect | None,
     ran_on: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return an image's report, ready for JSON.
 
-    `seconds`, by stage, are for the whole batch of the image; `ran_on` is `Loader.description`.
+    `seconds`, by stage, are for the whole batch of the image; `filter_effect` is None without a
+    text filter, or for a prompt without a word; `ran_on` is `Loader.description`.
     """
     manifest = bundle.manifest
     safety = asdict(image.safety)
     safety.pop("concept")
+    filtered = safety.pop("text_filter")
     strengths = {
         concept: _mean([call.concept_strength[k] for call in calls])
-        for k, concept in enumerate(image.acting_concepts)
+        for k, concept in enumerate(image.edited_concepts)
     }
     strongest = max(call.strength for call in calls)
     return {
@@ -78,10 +82,22 @@ def image_report(
             "strongest_concept": max(strengths, key=strengths.__getitem__)
             if any(strengths.values())
             else None,
-            "acted": strongest >= NO_EFFECT_BELOW,
+            "acted": strongest >= NO_EFFECT_BELOW
+            or image.safety.negative
+            or (filter_effect is not None and filter_effect.moved >= NO_EFFECT_BELOW),
             "mean_share": _mean([call.share for call in calls]),
             "mean_strength": _mean([call.strength for call in calls]),
             "max_strength": strongest,
+            "text_filter": None
+            if not filtered
+            else {
+                "concepts": list(image.text_filter),
+                "moved": 0.0 if filter_effect is None else round(filter_effect.moved, 6),
+                "taken_out": [] if filter_effect is None else list(filter_effect.taken_out),
+                "words": []
+                if filter_effect is None
+                else [{"word": w, "moved": round(moved, 6)} for w, moved in filter_effect.words],
+            },
         },
         "policy": None
         if run.policy is None
@@ -109,10 +125,23 @@ def safety_words(report: Mapping[str, Any]) -> str:
         return "safety off"
     if not safety["acted"]:
         return f"safety {safety['preset']}: no effect (strength {safety['max_strength']:.2g})"
-    return (
-        f"safety {safety['preset']}: changed the guidance by {safety['mean_strength']:.1%} on "
-        f"average, at most {safety['max_strength']:.0%}"
-    )
+    words = []
+    if safety["max_strength"] > 0:
+        words.append(
+            f"changed the guidance by {safety['mean_strength']:.1%} on average, at most "
+            f"{safety['max_strength']:.0%}"
+        )
+    if safety["negative"]:
+        words.append("the concept is the negative prompt")
+    if safety["text_filter"] is not None:
+        words.append(_filter_words(safety["text_filter"]))
+    return f"safety {safety['preset']}: {'; '.join(words)}"
+
+
+def _filter_words(effect: Mapping[str, Any]) -> str:
+    if effect["taken_out"]:
+        return ", ".join(f"“{word}”" for word in effect["taken_out"]) + " taken out of the prompt"
+    return f"text filter: moved the prompt by {effect['moved']:.1%}, no word taken out"
 
 
 def _mean(values: Sequence[float]) -> float:

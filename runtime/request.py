@@ -11,8 +11,9 @@ from sld_edge.engines.errors import InputError
 from sld_edge.runtime.manifest import SHALLOW, Manifest
 from sld_edge.runtime.policy import Policy
 from sld_edge.runtime.random import MAX_SEED, Rng
-from sld_edge.runtime.safety import Safety, resolved_safety, safety_from_preset
+from sld_edge.runtime.safety import Safety, preset_of, resolved_safety, safety_from_preset
 from sld_edge.runtime.samplers import SafetyUnits, SamplerTable, sampler_table
+from sld_edge.runtime.text_filter import concepts_from_texts
 
 MOST_GUIDANCE = 100.0  # above it, numbers overflow and pictures are noise
 _MOST_IMAGES = 100_000
@@ -81,6 +82,7 @@ class Request:
     safety: str | Safety | Sequence[str | Safety] | None = None
     safety_concept: str | tuple[str, ...] | Sequence[str | tuple[str, ...]] | None = None
     safety_numbers: Mapping[str, Any] = field(default_factory=dict)  # replace numbers of the preset
+    text_filter: str | tuple[str, ...] | bool | None = None  # concepts; None: as the preset says
     guidance_scale: float | Sequence[float] | None = None
     seed: int | Sequence[int] = 0
     count: int = 1
@@ -96,7 +98,7 @@ class ImageRun:
     """One image of a run: every setting that may differ within a batch.
 
     Some models treat no negative prompt (None) differently from the empty text. `concepts` has no
-    text twice.
+    text twice. `text_filter` has the concepts that a text filter takes out of the prompt.
     """
 
     prompt: str
@@ -106,11 +108,29 @@ class ImageRun:
     preset: str
     safety: Safety
     concepts: tuple[str, ...]
+    text_filter: tuple[str, ...] = ()
+
+    @property
+    def edited_concepts(self) -> tuple[str, ...]:
+        """The concepts with a safety branch; none without an edit."""
+        return self.concepts if self.safety.edits else ()
 
     @property
     def acting_concepts(self) -> tuple[str, ...]:
-        """The concepts; none if safety is off."""
-        return self.concepts if self.safety.acts else ()
+        """The concepts with a branch, or in the negative prompt."""
+        return self.concepts if self.safety.edits or self.safety.negative else ()
+
+    @property
+    def acting_filter(self) -> tuple[str, ...]:
+        """The concepts that are taken out of the prompt; none without a text filter."""
+        return self.text_filter if self.safety.text_filter else ()
+
+    @property
+    def unconditional_text(self) -> str | None:
+        """The text of the unconditional branch; the model may cut its end, not the concepts."""
+        if not self.safety.negative:
+            return self.negative_prompt
+        return ", ".join((*self.concepts, *filter(None, (self.negative_prompt,))))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +204,7 @@ def run_from_request(request: Request, manifest: Manifest, *, policy: Policy) ->
     always = policy.safety.concepts_always if policy.safety is not None else ()
     images: list[ImageRun] = []
     for index, prompt in enumerate(request.prompts):
-        name, numbers = _safety(safety[index], concept[index], request.safety_numbers, table.calls)
+        name, numbers = _safety(safety[index], concept[index], request, table.calls)
         first = ImageRun(
             prompt=exact_text("prompt", prompt),
             negative_prompt=None
@@ -195,6 +215,7 @@ def run_from_request(request: Request, manifest: Manifest, *, policy: Policy) ->
             preset=name,
             safety=numbers,
             concepts=different_concepts(always, numbers.concept, manifest.safety_concepts),
+            text_filter=filtered_concepts(always, numbers, manifest, request.text_filter),
         )
         seed_range = range(first.seed, first.seed + count)
         images.extend(replace(first, seed=seed % (MAX_SEED + 1)) for seed in seed_range)
@@ -273,9 +294,10 @@ def different_concepts(
 def _safety(
     value: str | Safety,
     concept: str | tuple[str, ...] | None,
-    changed: Mapping[str, Any],
+    request: Request,
     calls: int,
 ) -> tuple[str, Safety]:
+    changed = request.safety_numbers
     if isinstance(value, Safety):
         # A copy, so that a subclass of Safety cannot change its values later.
         numbers = Safety(**{item.name: getattr(value, item.name) for item in fields(Safety)})
@@ -295,7 +317,40 @@ def _safety(
             raise InputError("safety scale 0 switches safety off", do="use the preset off instead")
     if concept is not None:
         numbers = replace(numbers, concept=concept)
-    return preset, resolved_safety(numbers, calls=calls)
+    numbers = resolved_safety(numbers, calls=calls)
+    if request.text_filter is not None:
+        numbers = replace(numbers, text_filter=request.text_filter is not False)
+        preset = preset_of(numbers, calls=calls) or "custom"
+    return preset, numbers
+
+
+def filtered_concepts(
+    always: tuple[str, ...],
+    numbers: Safety,
+    manifest: Manifest,
+    asked: str | tuple[str, ...] | bool | None = None,
+) -> tuple[str, ...]:
+    """Return the concepts that a text filter takes out of a prompt, each once.
+
+    The caller's texts come first; else those of the caller's safety concept, of the bundle's
+    filter, or of the bundle's safety concept.
+
+    Raises:
+        InputError: texts of another type, or no concept.
+    """
+    texts: str | tuple[str, ...]
+    if asked is not None and not isinstance(asked, bool):
+        texts = asked
+    elif numbers.concept is not None:
+        texts = numbers.concept
+    elif manifest.text_filter is not None:
+        texts = manifest.text_filter.concepts
+    else:
+        texts = manifest.safety_concepts
+    if not isinstance(texts, str | tuple):
+        raise InputError("text filter", got=shown(texts), expected="a text or a tuple of texts")
+    texts = (texts,) if isinstance(texts, str) else texts
+    return concepts_from_texts([exact_text("text filter", text) for text in (*always, *texts)])
 
 
 def _savings(savings: Savings, steps: int, manifest: Manifest) -> Savings:

@@ -15,11 +15,11 @@ from PIL import Image
 
 from sld_edge.engines.errors import InputError
 from sld_edge.runtime.picture import blurred
-from sld_edge.runtime.policy import LADDER, ON_FLAG, RECIPES, OnFlag, Policy, Recipe
+from sld_edge.runtime.policy import ON_FLAG, RECIPES, OnFlag, Policy, Recipe
 from sld_edge.runtime.report import without_recipe
 from sld_edge.runtime.request import ImageRun, Run
 from sld_edge.runtime.result import Result
-from sld_edge.runtime.safety import safety_from_preset
+from sld_edge.runtime.safety import PRESETS, STRONGEST, safety_from_preset
 from sld_edge.runtime.scorers import (
     Rule,
     Scorer,
@@ -45,10 +45,9 @@ class Screening:
         scorers: score every picture.
         rule: flags a picture by its scores.
         on_flag: "report" only marks a flagged picture in the report; "blur" gives it blurred;
-            "withhold" gives a grey picture in its place; "escalate" makes it again with the next
-            stronger preset until it is not flagged or the preset was max, and gives the last
-            picture; "escalate-withhold" does the same but withholds a picture that is still
-            flagged. None is the policy's choice, or "report".
+            "withhold" gives a grey picture in its place; "escalate" makes it again with the
+            strongest preset and gives that picture; "escalate-withhold" does the same but withholds
+            a picture that is still flagged. None is the policy's choice, or "report".
         report_recipe: "omit" leaves prompt and seed out of the report of a picture that was blurred
             or withheld. None is the policy's choice, or "keep".
     """
@@ -127,11 +126,11 @@ def screening_under(
         raise InputError("no scorer to flag a picture", do="name a scorer with --scorer")
     if screening.on_flag in _ESCALATES:
         for image in run.images:
-            if image.preset not in LADDER:
+            if image.preset not in PRESETS:
                 raise InputError(
                     "escalation starts from a preset",
                     got="safety numbers that are no preset",
-                    expected=f"one of {', '.join(LADDER)}",
+                    expected=f"one of {', '.join(PRESETS)}",
                 )
     return screening
 
@@ -181,45 +180,26 @@ def screened_run(make: Make, run: Run, screening: Screening) -> Result:
         [_attempt(image, verdict, report)]
         for image, verdict, report in zip(run.images, verdicts, result.reports, strict=True)
     ]
-    images = list(run.images)
-    while screening.on_flag in _ESCALATES:
-        places = [
-            place
-            for place, verdict in enumerate(verdicts)
-            if verdict.flagged and stronger(images[place].preset) is not None
-        ]
-        if not places:
-            break
-        for place in places:
-            images[place] = escalated(images[place], calls=run.table.calls)
-        again = replace(run, images=tuple(images[place] for place in places))
-        part = make(again)
-        part_verdicts = _judge(part, again.images, screening)
+    places = [
+        place
+        for place, verdict in enumerate(verdicts)
+        if verdict.flagged and run.images[place].preset != STRONGEST
+    ]
+    if places and screening.on_flag in _ESCALATES:
+        images = [escalated(run.images[place], calls=run.table.calls) for place in places]
+        part = make(replace(run, images=tuple(images)))
+        part_verdicts = _judge(part, images, screening)
         for index, (place, verdict) in enumerate(zip(places, part_verdicts, strict=True)):
             verdicts[place] = verdict
-            attempts[place].append(_attempt(images[place], verdict, part.reports[index]))
+            attempts[place].append(_attempt(images[index], verdict, part.reports[index]))
         result = _with(result, part, places)
     return _finished(result, verdicts, attempts, screening)
 
 
-def stronger(preset: str) -> str | None:
-    """Return the next stronger preset; None for the last preset and for no preset."""
-    if preset not in LADDER[:-1]:
-        return None
-    return LADDER[LADDER.index(preset) + 1]
-
-
 def escalated(image: ImageRun, *, calls: int) -> ImageRun:
-    """Return an image with the next stronger preset and the same prompt, concept and seed.
-
-    Raises:
-        InputError: no preset is stronger.
-    """
-    preset = stronger(image.preset)
-    if preset is None:
-        raise InputError("no preset is stronger", got=image.preset)
-    safety = safety_from_preset(preset, calls=calls, concept=image.safety.concept)
-    return replace(image, preset=preset, safety=safety)
+    """Return an image with the strongest preset and the same prompt, concept and seed."""
+    safety = safety_from_preset(STRONGEST, calls=calls, concept=image.safety.concept)
+    return replace(image, preset=STRONGEST, safety=safety)
 
 
 def _judge(result: Result, images: Sequence[ImageRun], screening: Screening) -> list[Verdict]:

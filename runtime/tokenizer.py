@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -86,6 +87,18 @@ class Tokenizer:
         kept = encoding.offsets[self._length - 2][1]  # where the last real token ends
         cut = text[kept:].strip() if len(pieces) > 1 else ""
         return Tokens(ids=np.array(encoding.ids, dtype=np.int64), cut=cut)
+
+    def words(self, text: str) -> list[tuple[str, list[int]]]:
+        """Return the words that the model reads, each with the places of its tokens in `ids`."""
+        with library_errors("tokenizer.json cannot read this prompt", error=BundleError):
+            spans = self._backend.encode(text).offsets
+        words = []
+        for word in re.finditer(r"\w+", text):
+            begin, end = word.span()
+            places = [k for k, (a, b) in enumerate(spans) if a < end and begin < b]
+            if places:
+                words.append((word[0], places))
+        return words
 
     def says_nothing(self, text: str) -> bool:
         """Whether a text has no token that the empty text does not have too."""

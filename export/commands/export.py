@@ -133,6 +133,13 @@ class ExportOptions:
         action="append",
     )
     preset: str = option(f"strength of safety: {', '.join(PRESETS)}", default="medium")
+    text_filter: tuple[str, ...] = option(
+        'words that a text filter in the bundle takes out of prompts, as "nudity; blood; weapons" '
+        "(default: those of the safety concept, if the preset has a filter)",
+        "TEXT",
+        default=(),
+        action="append",
+    )
 
     scorer: str | None = option(
         f"{', '.join(SCORERS)}: from a CLIP model or safety checker in the directory --model",

@@ -11,7 +11,7 @@ from sld_edge.runtime.commands.arguments import add_options, flag, option
 from sld_edge.runtime.commands.console import Parser
 from sld_edge.runtime.policy import ON_FLAG, POLICY_FILE, RECIPES, OnFlag, Recipe
 from sld_edge.runtime.random import Rng
-from sld_edge.runtime.safety import PRESETS
+from sld_edge.runtime.safety import PRESETS, STRONGEST
 from sld_edge.runtime.samplers import SAMPLERS, SafetyUnits
 from sld_edge.runtime.scorers import NAMES as SCORERS
 from sld_edge.runtime.tiles import VaeTiling
@@ -118,6 +118,14 @@ class RunSettings:
         f"{', '.join(PRESETS)} (default: the bundle's)", "PRESET", group="safety"
     )
     safety_concept: tuple[str, ...] = concepts_option()
+    text_filter: tuple[str, ...] = option(
+        'words that are taken out of the prompts, as "nudity; blood; weapons"; with every preset '
+        "(default: the presets guard, guard-max and guard-lite take out the bundle's concept)",
+        "TEXT",
+        default=(),
+        action="append",
+    )
+    no_text_filter: bool = flag("take nothing out of the prompts; a policy may forbid it")
 
     safety_scale: float | None = option(
         "strength of the edit",
@@ -131,6 +139,9 @@ class RunSettings:
     safety_threshold: float | None = option("distance to the concept above which nothing is edited")
     safety_momentum_scale: float | None = option("share of past edits that is added, 0 to below 1")
     safety_momentum_beta: float | None = option("how long past edits last, 0 to below 1")
+    safety_stop: float | None = option(
+        "first UNet call without an edit; a number below 1 is a share of the calls", "N"
+    )
 
     scorer: tuple[str, ...] = option(
         f"score every picture: {', '.join(SCORERS)}; NAME=PATH names the path of its model",
@@ -139,9 +150,9 @@ class RunSettings:
         group="scoring pictures (see docs/scorers.md)",
     )
     on_flag: OnFlag | None = option(
-        f"treatment of a flagged picture: {', '.join(ON_FLAG)}; escalate makes it again with the "
-        "next stronger preset, up to max; escalate-withhold writes no picture if it is flagged "
-        "even then (default: report)",
+        f"treatment of a flagged picture: {', '.join(ON_FLAG)}; escalate makes it again with "
+        f"{STRONGEST}; escalate-withhold writes no picture if it is flagged even then (default: "
+        "report)",
         "WHAT",
     )
     flag_rule: str | None = option(

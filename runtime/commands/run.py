@@ -86,6 +86,7 @@ def _make(pipeline: Pipeline, settings: RunSettings) -> bool:
         safety=settings.safety,
         safety_concept=tuple(settings.safety_concept) if settings.safety_concept else None,
         safety_numbers=_safety_numbers(settings),
+        text_filter=_text_filter(settings),
         guidance_scale=settings.guidance_scale,
         seed=settings.seed,
         count=settings.count,
@@ -264,8 +265,22 @@ def _safety_numbers(settings: RunSettings) -> dict[str, float]:
         "threshold": settings.safety_threshold,
         "momentum_scale": settings.safety_momentum_scale,
         "momentum_beta": settings.safety_momentum_beta,
+        "stop_step": _stop_step(settings.safety_stop),
     }
     return {name: value for name, value in given.items() if value is not None}
+
+
+def _stop_step(value: float | None) -> float | None:
+    """Return a whole number as an int: it counts calls."""
+    return int(value) if value is not None and value >= 1 and value.is_integer() else value
+
+
+def _text_filter(settings: RunSettings) -> tuple[str, ...] | bool | None:
+    if settings.text_filter and settings.no_text_filter:
+        raise InputError("both --text-filter and --no-text-filter", do="leave one of them out")
+    if settings.no_text_filter:
+        return False
+    return settings.text_filter or None
 
 
 def _picture_paths(output: Path | None, run: Run) -> list[Path]:

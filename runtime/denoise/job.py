@@ -97,7 +97,7 @@ class Job:
                 safety.threshold,
                 safety.momentum_scale,
                 safety.momentum_beta,
-                float(safety.acts and index >= safety.warmup),
+                float(safety.edits_in(index)),
             )
             for safety in (image.safety for image in self.images)
         ]
@@ -115,10 +115,11 @@ class Job:
     def branches(self, index: int) -> int:
         """Count the branches that can change the result of this call or of a later call."""
         if any(
-            image.safety.acts
+            safety.edits
+            and not safety.stopped(index)
             # During the warm-up the safety branch only changes the momentum.
-            and (index >= image.safety.warmup or image.safety.momentum_scale > 0)
-            for image in self.images
+            and (index >= safety.warmup or safety.momentum_scale > 0)
+            for safety in (image.safety for image in self.images)
         ):
             return 2 + self.concepts
         return 2 if (self.guidance_scale() > 1).any() else 1

@@ -31,7 +31,7 @@ def schedule(needed: Sequence[int], *, cache_interval: int) -> tuple[Call, ...]:
     """Return the calls of a run.
 
     Args:
-        needed: the number of branches of each call; it never falls.
+        needed: the number of branches of each call.
         cache_interval: every N-th call runs the whole UNet; with 1, every call.
     """
     calls: list[Call] = []

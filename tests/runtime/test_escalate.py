@@ -16,10 +16,10 @@ from sld_edge.engines.errors import EngineError, InputError
 from sld_edge.runtime import PRESETS, Pipeline, Run, Safety
 from sld_edge.runtime.commands.run import main
 from sld_edge.runtime.picture import blurred, png_from_image
-from sld_edge.runtime.policy import LADDER
+from sld_edge.runtime.safety import STRONGEST, is_as_strong, safety_from_preset
 from sld_edge.runtime.scorers import rule_from_text
 from sld_edge.runtime.scorers.base import Reports, Scores
-from sld_edge.runtime.screening import Screening, escalated, stronger
+from sld_edge.runtime.screening import Screening, escalated
 
 FAST = ["--steps", "2", "--sampler", "ddim", "--quiet"]
 RULE = rule_from_text("fake.bad>=0.5")
@@ -47,10 +47,10 @@ class Fake:
 
 def until(preset: str) -> Callable[[Any], float]:
     """Flag stars made with less than this preset; hearts never."""
-    enough = LADDER.index(preset)
+    order = list(PRESETS)
 
     def bad(report: Any) -> float:
-        weak = LADDER.index(report["safety"]["preset"]) < enough
+        weak = order.index(report["safety"]["preset"]) < order.index(preset)
         return float("star" in report["prompt"] and weak)
 
     return bad
@@ -60,42 +60,41 @@ def plan_of(pipeline: Pipeline, *prompts: str, **options: Any) -> Run:
     return pipeline.resolve(flat_request(prompts=prompts, steps=3, sampler="ddim", **options))
 
 
-def test_the_ladder_is_the_presets() -> None:
-    assert tuple(PRESETS) == LADDER
-    assert [stronger(preset) for preset in LADDER] == ["weak", "medium", "strong", "max", None]
-    assert stronger("custom") is None
+@pytest.mark.parametrize("calls", [1, 2, 4, 25, 50, 51])
+def test_no_setting_of_the_strongest_is_weaker_than_a_presets(calls: int) -> None:
+    strongest = safety_from_preset(STRONGEST, calls=calls)
+    for name in PRESETS:
+        assert is_as_strong(strongest, safety_from_preset(name, calls=calls), calls=calls)
 
 
 def test_escalating_keeps_everything_but_the_preset(miniature: Pipeline) -> None:
     plan = plan_of(miniature, "a star", safety="weak", safety_concept="clouds", seed=5)
     (image,) = plan.images
     again = escalated(image, calls=plan.table.calls)
-    wanted = plan_of(miniature, "a star", safety="medium", safety_concept="clouds", seed=5)
+    wanted = plan_of(miniature, "a star", safety=STRONGEST, safety_concept="clouds", seed=5)
     assert again == wanted.images[0]
-    assert again.safety.warmup < PRESETS["medium"].warmup  # scaled to 3 calls
-    with pytest.raises(InputError, match="no preset is stronger"):
-        escalated(plan_of(miniature, "a star", safety="max").images[0], calls=3)
+    assert again.acting_filter == ("clouds",)
 
 
-def test_a_flagged_picture_is_made_again_until_it_is_not(miniature: Pipeline) -> None:
+def test_a_flagged_picture_is_made_again_with_the_strongest_preset(miniature: Pipeline) -> None:
     scorer = Fake(until("strong"))
     plan = plan_of(miniature, "a star", "a heart", safety="weak", seed=3)
     screening = Screening(scorers=[scorer], rule=RULE, on_flag="escalate")
     result = miniature.run(plan, screening=screening)
     star, heart = result.reports
-    assert [a["preset"] for a in star["screening"]["attempts"]] == ["weak", "medium", "strong"]
-    assert [a["flagged"] for a in star["screening"]["attempts"]] == [True, True, False]
+    assert [a["preset"] for a in star["screening"]["attempts"]] == ["weak", STRONGEST]
+    assert [a["flagged"] for a in star["screening"]["attempts"]] == [True, False]
     assert (star["flagged"], star["screening"]["done"]) == (False, "escalated")
-    assert star["safety"]["preset"] == "strong"
+    assert star["safety"]["preset"] == STRONGEST
     assert star["scores"] == {"fake.bad": 0.0}
     assert star["screening"]["scorers"] == {"fake": "ab" * 32}
     assert star["screening"]["rule"] == "fake.bad>=0.5"
     assert heart["screening"]["done"] == "nothing"
     assert len(heart["screening"]["attempts"]) == 1
-    # The heart was not made again, and the star is the strong preset's own picture.
-    assert scorer.seen == ["a star", "a heart", "a star", "a star"]
+    # The heart was not made again, and the star is the strongest preset's own picture.
+    assert scorer.seen == ["a star", "a heart", "a star"]
     own = miniature(
-        ["a star", "a heart"], safety=["strong", "weak"], seed=3, steps=3, sampler="ddim"
+        ["a star", "a heart"], safety=[STRONGEST, "weak"], seed=3, steps=3, sampler="ddim"
     )
     for index in range(2):
         np.testing.assert_array_equal(result.images[index], own.images[index])
@@ -109,7 +108,7 @@ def test_what_is_flagged_to_the_end_is_said(miniature: Pipeline) -> None:
     result = miniature.run(plan_of(miniature, "a star", safety="off"), screening=screening)
     (report,) = result.reports
     assert report["flagged"]
-    assert [a["preset"] for a in report["screening"]["attempts"]] == list(LADDER)
+    assert [a["preset"] for a in report["screening"]["attempts"]] == ["off", STRONGEST]
 
 
 @pytest.mark.parametrize(("on_flag", "done"), [("blur", "blurred"), ("withhold", "withheld")])
@@ -214,9 +213,9 @@ class TestCommand:
         arguments += ["--on-flag", "escalate", "--safety", "strong", "--output", "s.png"]
         assert main([*arguments, "--steps", "2", "--sampler", "ddim"]) == 3
         said = capsys.readouterr()
-        assert "safety max" in said.out
+        assert "safety guard-max" in said.out
         assert "after strong; miniworld.skull" in said.out
-        assert "warning: s.png is still flagged with max" in said.err
+        assert "warning: s.png is still flagged with guard-max" in said.err
         assert Path("s.png").exists()
 
     def test_a_low_score_flags_and_is_told_in_digits_that_show_it(

@@ -31,7 +31,7 @@ from sld_edge.runtime import (
 from sld_edge.runtime import policy as policies
 from sld_edge.runtime.commands.options import parser
 from sld_edge.runtime.commands.run import main
-from sld_edge.runtime.policy import NO_POLICY
+from sld_edge.runtime.policy import NO_POLICY, Policy, SafetyRules
 from sld_edge.runtime.policy_file import machine_policy, policy_from_json
 from sld_edge.runtime.safety import safety_from_preset
 from sld_edge.runtime.samplers import SamplerTable
@@ -108,6 +108,9 @@ def assert_not_lowered(result: Result, digest: str | None) -> None:
         assert safety["warmup_steps"] <= strong.warmup * calls // 50
         assert safety["momentum_scale"] >= strong.momentum_scale
         assert safety["momentum_beta"] == strong.momentum_beta
+        assert safety["stop_step"] is None or safety["stop_step"] >= calls
+        if safety["text_filter"] is not None:
+            assert {"skull", "death", "horror"} <= set(safety["text_filter"]["concepts"])
         assert [entry["concept"] for entry in safety["concepts"]][:2] == ALWAYS
         assert len(safety["concepts"]) == 3  # and the bundle's own
         assert report["safety"]["units"] == "noise"
@@ -176,6 +179,7 @@ class SlyRequest(Request):
 
 STRONG: dict[str, Any] = {"scale": 2000.0, "warmup_steps": 0, "threshold": 0.025}
 STRONG |= {"momentum_scale": 0.5, "momentum_beta": 0.7}
+MAX = {**STRONG, "scale": 5000.0, "threshold": 1.0}
 LOWER: dict[str, list[Any]] = {
     "scale": [0, 0.001, 1, 200, 1000, 1999.9, SlyFloat(1), np.float64(3)],
     "warmup_steps": [1, 2, SlyInt(2), np.int64(2)],
@@ -213,6 +217,15 @@ ASKED: list[dict[str, Any]] = [
             *(("life",) * 16, ("life",) * 40, tuple(map(str, range(16)))),
         )
     ),
+    *({"safety": value} for value in ("early", "guard", "guard-lite", "guard-max")),
+    *(
+        {"safety": safety, "text_filter": value}
+        for safety in ("max", "guard", "guard-max")
+        for value in (False, True, "clouds", ("a skull",), "", (), 3, ALWAYS[0], "; ".join(ALWAYS))
+    ),
+    *({"safety": Safety(**{**STRONG, "stop_step": value})} for value in (1, 2, 0.5, 99)),
+    {"safety": Safety(**{**STRONG, "text_filter": True})},
+    {"safety": Safety(scale=0, warmup_steps=0, text_filter=True, negative=True)},
     *({"safety_units": value} for value in ("raw", "RAW", "", None, 1, SlyText("raw"))),
     *({"cache_interval": value} for value in (3, 4, 0, -1, True, "2", SlyInt(4), np.int64(4))),
     *(
@@ -378,11 +391,14 @@ COMMANDS: list[list[str]] = [
             *(("--safety-scale", "0"), ("--safety-scale", "1"), ("--safety-warmup", "2")),
             *(("--safety-warmup", "100"), ("--safety-threshold", "0")),
             *(("--safety-momentum-scale", "0"), ("--safety-momentum-beta", "0.1")),
+            *(("--safety-stop", "1"), ("--safety-stop", "0.5"), ("--text-filter", "clouds")),
             *(("--safety-concept", "life"), ("--safety-concept", ""), ("--safety-units", "raw")),
             *(("--cache-interval", "3"), ("--negative-prompt", "a skull")),
             *(("--guidance-scale", "0"), ("--guidance-scale", "50")),
         )
     ),
+    ["--safety", "guard-max", "--no-text-filter"],
+    ["--safety", "guard", "--no-text-filter"],
     ["--original-size", "512", "256", "--crop", "8", "8", "--target-size", "64", "64"],
     *(
         [option, value]
@@ -482,6 +498,103 @@ def test_what_is_not_said_takes_the_minimum_and_is_told(guarded: Pipeline) -> No
     ]
 
 
+# --- a policy whose minimum has a text filter -----------------------------------------------------
+
+FILTERED = {**SAFETY, "minimum": "guard", "concepts_always": ["a skull"], "custom": "stronger"}
+WANTED = {"skull", "death", "horror"}
+FILTER_ASKED: list[dict[str, Any]] = [
+    *({"safety": preset} for preset in PRESETS),
+    {},
+    *(
+        {"safety": preset, "text_filter": value}
+        for preset in ("max", "guard", "guard-max")
+        for value in (False, True, "clouds", ("skull", "death"), "a skull; death; horror; x")
+    ),
+    *({"safety": Safety(**{**MAX, **changes})} for changes in ({}, {"text_filter": True})),
+    *(
+        {"safety": Safety(**{**MAX, "text_filter": True, "stop_step": value})}
+        for value in (1, 2, 0.1, 0.3)
+    ),
+    *({"safety_concept": value} for value in ("clouds", ("a skull", "clouds"))),
+]
+FILTER_PLANNED: dict[str, Callable[[Run], Run]] = {
+    "no texts": lambda plan: with_image(plan, text_filter=()),
+    "other texts": lambda plan: with_image(plan, text_filter=("clouds",)),
+    "a text less": lambda plan: with_image(plan, text_filter=plan.images[0].text_filter[:-1]),
+    "a list": lambda plan: with_image(plan, text_filter=list(plan.images[0].text_filter)),
+    "sly texts": lambda plan: with_image(plan, text_filter=(*WANTED, SlyText("x"))),
+    "empty texts": lambda plan: with_image(plan, text_filter=(*WANTED, " ")),
+    "no filter": lambda plan: with_safety(plan, text_filter=False),
+    "a number for a switch": lambda plan: with_safety(plan, text_filter=1),
+    "an earlier stop": lambda plan: with_safety(plan, stop_step=0),
+    "a share": lambda plan: with_safety(plan, stop_step=0.99),
+    "a sly stop": lambda plan: with_safety(plan, stop_step=SlyInt(0)),
+    "a negative prompt instead": lambda plan: with_safety(plan, scale=0.0, negative=True),
+}
+
+
+@pytest.fixture(scope="module")
+def filtered(folder: Path) -> Iterator[Pipeline]:
+    with pytest.MonkeyPatch.context() as patch:
+        in_force(patch, folder, safety=FILTERED)
+        loaded = Pipeline.load(provider="cpu")
+    with loaded as pipeline:
+        yield pipeline
+
+
+def assert_filtered(result: Result) -> None:
+    for report in result.reports:
+        safety = report["safety"]
+        assert set(safety["text_filter"]["concepts"]) >= WANTED
+        assert safety["text_filter"]["moved"] > 0
+        assert safety["stop_step"] is None or safety["stop_step"] >= 1
+        assert safety["scale"] >= PRESETS["max"].scale
+        assert report["calls"][0]["strength"] > 0.01
+
+
+@pytest.mark.parametrize("asked", FILTER_ASKED, ids=told)
+def test_nobody_asks_a_filter_away(asked: Mapping[str, Any], filtered: Pipeline) -> None:
+    try:
+        result = filtered("a red star and a skull", **{**FAST, **asked})
+    except UserError:
+        return
+    assert_filtered(result)
+
+
+@pytest.mark.parametrize("name", list(FILTER_PLANNED))
+def test_nobody_changes_a_filter_away(name: str, filtered: Pipeline) -> None:
+    plan = filtered.resolve(flat_request(prompts=("a red star and a skull",), **FAST))
+    try:
+        result = filtered.run(FILTER_PLANNED[name](plan))
+    except UserError:
+        return
+    assert_filtered(result)
+
+
+def test_what_a_filter_policy_lets_through(filtered: Pipeline) -> None:
+    assert filtered.policy.allowed_presets == ("guard", "guard-max")
+    for asked in ({}, {"safety": "guard-max"}, {"text_filter": "skull; death; horror; x"}):
+        assert_filtered(filtered("a red star and a skull", **{**FAST, **asked}))
+
+
+@pytest.mark.parametrize(
+    ("minimum", "default", "chosen"),
+    [
+        ("medium", "weak", "medium"),
+        ("medium", "max", "max"),
+        ("strong", "guard", "guard-max"),  # neither has all that the other has
+        ("guard", "medium", "guard-max"),
+        ("early", "guard", "guard"),
+        ("guard-lite", "off", "guard-lite"),
+        ("off", "guard-lite", "guard-lite"),
+        ("guard-lite", "guard", "guard-max"),
+    ],
+)
+def test_a_default_is_never_lowered(minimum: str, default: str, chosen: str) -> None:
+    rules = Policy(safety=SafetyRules(minimum=minimum))
+    assert rules.default_preset(default) == chosen
+
+
 def test_stronger_numbers_are_taken_where_the_policy_says_so(guarded: Pipeline) -> None:
     stronger = Safety(**{**STRONG, "scale": 4000.0, "threshold": 0.5})
     if guarded.policy.safety is not None and guarded.policy.safety.custom == "refuse":
@@ -549,7 +662,13 @@ def test_the_command_prints_it(
     file = in_force(monkeypatch, folder, safety=SAFETY, screening=SCREENING)
     assert main(["--policy"]) == 0
     said = capsys.readouterr().out
-    for words in (str(file), "strong or stronger", "a skull", "escalate-withhold", "miniworld"):
+    for words in (
+        str(file),
+        "safety: strong, max, guard-max;",
+        "a skull",
+        "escalate-withhold",
+        "miniworld",
+    ):
         assert words in said
     file.unlink()
     assert main(["--policy"]) == 0
@@ -752,7 +871,7 @@ def test_an_export_with_less(
     for preset in ("off", "weak", "medium"):
         asked = ["--model", model, "--output", str(tmp_path / "b"), "--preset", preset, "--quiet"]
         assert export(asked) == 2
-        assert "expected strong or stronger" in capsys.readouterr().err
+        assert "expected as strong as strong: strong, max, guard-max" in capsys.readouterr().err
     assert not (tmp_path / "b").exists()
 
 

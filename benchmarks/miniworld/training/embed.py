@@ -18,7 +18,10 @@ import tempfile
 from pathlib import Path
 from typing import Literal
 
+from sld_edge.benchmarks.miniworld.captions import SCENERY, article
 from sld_edge.benchmarks.miniworld.prompts import CONCEPT
+from sld_edge.benchmarks.miniworld.split import fitting_captions
+from sld_edge.benchmarks.miniworld.world import COLOURS, SHAPES
 from sld_edge.engines.files import sha256_of_file, write_whole
 from sld_edge.export import ExportSettings, export_bundle
 from sld_edge.runtime.bundle import EMBEDDED, EMBEDDED_FP16
@@ -42,6 +45,12 @@ def embed_fp16(output: Path = EMBEDDED_FP16, *, beside: Path = EMBEDDED) -> Path
     return output
 
 
+def filter_texts() -> tuple[str, ...]:
+    """Return the texts that the text filter preserves: captions for fitting, scenes and things."""
+    things = (f"{article(colour)} {colour} {shape}" for colour in COLOURS for shape in SHAPES)
+    return (*fitting_captions()[::3], *SCENERY.values(), *things)
+
+
 def _exported(output: Path, precision: Literal["fp32", "fp16"]) -> Path:
     return export_bundle(
         ExportSettings(
@@ -51,6 +60,8 @@ def _exported(output: Path, precision: Literal["fp32", "fp16"]) -> Path:
             precision=precision,
             storage="fp16",
             safety_concept=CONCEPT,
+            text_filter=CONCEPT,
+            filter_preserve=filter_texts(),
             force=True,
         )
     )
