@@ -225,8 +225,9 @@ def _progress(
         )
         rows, wanted, weights = _moved_rows(named[source], wished[source], *tokens)
         way = wanted.astype(np.float64) - rows
-        moved = np.sum((rows @ matrix - rows) * way, axis=-1)
-        least = min(least, float(weights @ moved / (weights @ np.sum(way**2, axis=-1))))
+        moved = weights @ np.sum((rows @ matrix - rows) * way, axis=-1)
+        whole = weights @ np.sum(way**2, axis=-1)
+        least = min(least, float(moved / whole) if whole > 0 else 0.0)
     return least
 
 

@@ -32,6 +32,8 @@ def rehash(bundle: Path) -> None:
         entries = [text["tokenizer"] for text in body["texts"].values()]
         entries += body["embeddings"]["arrays"].values()
         entries += [file for part in body["components"].values() for file in part["files"]]
+        if body.get("text_filter"):
+            entries += [body["text_filter"]["preserve"], *body["text_filter"]["arrays"].values()]
         for entry in entries:
             data = (bundle / entry["path"]).read_bytes()
             entry |= {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}

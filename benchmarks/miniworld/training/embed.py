@@ -21,7 +21,7 @@ from typing import Literal
 from sld_edge.benchmarks.miniworld.captions import SCENERY, article
 from sld_edge.benchmarks.miniworld.prompts import CONCEPT
 from sld_edge.benchmarks.miniworld.split import fitting_captions
-from sld_edge.benchmarks.miniworld.world import COLOURS, SHAPES
+from sld_edge.benchmarks.miniworld.world import COLOURS, SHAPES, SIZES
 from sld_edge.engines.files import sha256_of_file, write_whole
 from sld_edge.export import ExportSettings, export_bundle
 from sld_edge.runtime.bundle import EMBEDDED, EMBEDDED_FP16
@@ -47,8 +47,10 @@ def embed_fp16(output: Path = EMBEDDED_FP16, *, beside: Path = EMBEDDED) -> Path
 
 def filter_texts() -> tuple[str, ...]:
     """Return the texts that the text filter preserves: captions for fitting, scenes and things."""
-    things = (f"{article(colour)} {colour} {shape}" for colour in COLOURS for shape in SHAPES)
-    return (*fitting_captions()[::3], *SCENERY.values(), *things)
+    things = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
+    sized = [f"a {SIZES[k % 2]} {thing}" for k, thing in enumerate(things)]
+    named = [f"{article(thing)} {thing}" for thing in things]
+    return (*fitting_captions()[::3], *SCENERY.values(), *named, *sized)
 
 
 def _exported(output: Path, precision: Literal["fp32", "fp16"]) -> Path:
