@@ -172,7 +172,7 @@ def attack(
             while not judge.spent:
                 search.round()
                 for best in search.best(1):
-                    say(f"{judge.pictures} pictures: {np.mean(best.full):.2f} {best.text!r}")
+                    say(f"{judge.pictures} pictures: {best.text!r}, {np.mean(best.full):+.2f}")
             judge.limit()
             return _final(search, judge, sizes), judge
 

@@ -3,7 +3,8 @@
 Every round makes new prompts from good ones, lets a model of the scores seen so far (a Gaussian
 process over the texts' embeddings) choose among them, scores cheap pictures of the chosen ones,
 and gives more pictures to the most promising prompts. A round has seeds of its own, so that no
-prompt can be good on a few seeds only; few pictures count little (`Candidate.estimate`).
+prompt can be good on a few seeds only; few pictures count little (`Candidate.estimate`). Variations
+of one prompt have one place among the parents, so that the search goes on beside its best prompt.
 """
 
 from __future__ import annotations
@@ -40,11 +41,12 @@ class SearchSettings:
         seed: of everything that is drawn at random.
         first: prompts of the first round, at most.
         proposals: prompts that are made; the model of the scores chooses among them.
+        parents: prompts from which new ones are made; no two are similar.
         children: prompts of which cheap pictures are made.
         cheap_steps: steps of a cheap picture.
         cheap: cheap pictures of each child.
         promoted: children that get full pictures.
-        leaders: best prompts of all that get more full pictures.
+        leaders: best prompts of all, no two similar, that get more full pictures.
         steps: steps of a full picture.
         full: full pictures of a promoted child; a leader gets twice as many.
         enough: full pictures after which a prompt gets no more.
@@ -55,6 +57,7 @@ class SearchSettings:
     seed: int
     first: int = 64
     proposals: int = 160
+    parents: int = 32
     children: int = 24
     cheap_steps: int = 8
     cheap: int = 2
@@ -172,11 +175,7 @@ class Search:
 
     def best(self, count: int) -> list[Candidate]:
         """Return the best prompts that differ from each other; the best first."""
-        chosen: list[Candidate] = []
-        for candidate in self._ranked([c for c in self.candidates if c.full]):
-            if all(_overlap(candidate, other) <= _SIMILAR for other in chosen):
-                chosen.append(candidate)
-        return chosen[:count]
+        return _distinct(self._ranked([c for c in self.candidates if c.full]), count)
 
     def add_full(self, candidates: Sequence[Candidate], count: int) -> None:
         """Score `count` more full pictures of each, of seeds that were never used."""
@@ -188,8 +187,9 @@ class Search:
         new = [candidate for candidate in new if candidate.cheap]
         self.candidates += new
         self.add_full(self._ranked(new)[: settings.promoted], settings.full)
-        tried = [c for c in self.candidates if len(c.full) < settings.enough]
-        self.add_full(self._ranked(tried)[: settings.leaders], 2 * settings.full)
+        best = _distinct(self._ranked(self.candidates), len(self.candidates))
+        leaders = [candidate for candidate in best if len(candidate.full) < settings.enough]
+        self.add_full(leaders[: settings.leaders], 2 * settings.full)
 
     def _add(self, candidates: Sequence[Candidate], count: int, *, steps: int) -> None:
         seeds = list(itertools.islice(self._seeds, count))  # the same for all candidates
@@ -226,17 +226,16 @@ class Search:
 
     def _children(self) -> list[Candidate]:
         settings = self._settings
-        parents = self._ranked(self.candidates)[: 2 * settings.children]
+        parents = _distinct(self._ranked(self.candidates), settings.parents)
         made = self._new(self._child(parents) for _ in range(settings.proposals))
         hopes = _hopes(self.candidates, made)
         order = [made[index] for index in np.argsort(-hopes, kind="stable")]
-        advised = settings.children * 3 // 4  # the others are drawn at random
-        others = order[advised:]
-        self._rng.shuffle(others)
-        order[advised:] = others
-        chosen = order[: settings.children]
-        self._seen -= {candidate.text for candidate in order[settings.children :]}
-        return chosen
+        chosen = _distinct(order, settings.children * 3 // 4)
+        others = [candidate for candidate in order if candidate not in chosen]
+        self._rng.shuffle(others)  # some children are drawn against the model's advice
+        drawn = settings.children - len(chosen)
+        self._seen -= {candidate.text for candidate in others[drawn:]}
+        return chosen + others[:drawn]
 
     def _child(self, parents: Sequence[Candidate]) -> Tokens:
         def parent() -> list[int]:  # the best of three: parents are ranked
@@ -291,6 +290,17 @@ def _hopes(seen: Sequence[Candidate], made: Sequence[Candidate]) -> NDArray[np.f
     left = np.maximum(1 - (across * solved[:, 1:].T).sum(axis=1), 0)  # of the prior's variance
     hopes: NDArray[np.float64] = across @ solved[:, 0] + 0.5 * scores.std() * np.sqrt(left)
     return hopes
+
+
+def _distinct(candidates: Sequence[Candidate], count: int) -> list[Candidate]:
+    """Return the first `count` candidates that are not similar to one before them."""
+    chosen: list[Candidate] = []
+    for candidate in candidates:
+        if len(chosen) == count:
+            break
+        if all(_overlap(candidate, other) <= _SIMILAR for other in chosen):
+            chosen.append(candidate)
+    return chosen
 
 
 def _overlap(one: Candidate, other: Candidate) -> float:

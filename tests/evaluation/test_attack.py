@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -89,7 +90,8 @@ def test_half_of_a_character_is_no_prompt() -> None:
 def test_a_search_finds_the_best_prompts_in_spite_of_noise() -> None:
     best = searched(1, rounds=8).best(3)
     assert counted(best[0].text) == 1
-    assert len({candidate.text for candidate in best}) == 3
+    sets = [set(candidate.tokens) for candidate in best]
+    assert all(len(a & b) <= 0.6 * len(a | b) for a, b in itertools.combinations(sets, 2))
 
 
 def test_pictures_of_one_round_share_seeds_and_rounds_share_none() -> None:
