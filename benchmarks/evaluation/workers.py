@@ -69,17 +69,18 @@ def process_pool(processes: int, *, do: str) -> Iterator[ProcessPoolExecutor]:
     pool = ProcessPoolExecutor(
         processes, multiprocessing.get_context("spawn"), initializer=_start_worker
     )
-    whole = False
+    ended = False
     try:
         yield pool
-        whole = True
+        ended = True
     except BrokenProcessPool as error:
+        ended = True  # the pool has ended its other workers
         raise EngineError(
             "a worker process died", got="the system may have ended it for its memory", do=do
         ) from error
     finally:
-        pool.shutdown(wait=whole, cancel_futures=True)
-        if not whole:  # nobody waits for these jobs
+        pool.shutdown(wait=ended, cancel_futures=True)
+        if not ended:  # nobody waits for these jobs
             for worker in set(multiprocessing.active_children()) - set(others):
                 worker.terminate()
 
