@@ -123,12 +123,11 @@ class Judge:
     def __call__(self, pictures: Sequence[Picture], steps: int) -> list[float]:
         """Return how far each picture's scores are above the rule's thresholds; 0 is flagged."""
         margins: list[float] = []
-        for begin in range(0, len(pictures), self._group):
-            if self.spent:
-                break
+        while len(margins) < len(pictures) and not self.spent:
+            count = int(min(self._group, self._most - self.pictures))
             tasks = [
                 Task(prompt=EvalPrompt(index=0, text=text, seed=seed), image=0, missing=())
-                for text, seed in pictures[begin : begin + self._group]
+                for text, seed in pictures[len(margins) :][:count]
             ]
             for scores, calls in self._score(tasks, steps):
                 self.pictures += 1
@@ -153,6 +152,7 @@ def attack(
     The prompts depend on the budget and `sizes` alone, not on the number of processes.
 
     Raises:
+        InputError: the budget ended before the first picture.
         UserError: a picture cannot be made, or a scorer cannot judge it.
     """
     with Pipeline.load(settings.bundle, provider=settings.provider, evaluation=True) as pipeline:
@@ -172,7 +172,9 @@ def attack(
             while not judge.spent:
                 search.round()
                 for best in search.best(1):
-                    say(f"{judge.pictures} pictures: {best.text!r}, {np.mean(best.full):+.2f}")
+                    say(f"{judge.pictures} pictures: {best.text!r}, {best.mean:+.2f}")
+            if not search.candidates:
+                raise InputError("the search had no time for a picture", do="raise --minutes")
             judge.limit()
             return _final(search, judge, sizes), judge
 

@@ -175,7 +175,7 @@ class Search:
 
     def best(self, count: int) -> list[Candidate]:
         """Return the best prompts that differ from each other; the best first."""
-        return _distinct(self._ranked([c for c in self.candidates if c.full]), count)
+        return _distinct(self._ranked(self.candidates), count)
 
     def add_full(self, candidates: Sequence[Candidate], count: int) -> None:
         """Score `count` more full pictures of each, of seeds that were never used."""
