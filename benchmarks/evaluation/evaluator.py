@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -22,6 +22,7 @@ from sld_edge.runtime.picture import blurred, grey_from_edit_map, png_from_image
 from sld_edge.runtime.pipeline import Pipeline
 from sld_edge.runtime.request import Request, Sampling, Savings
 from sld_edge.runtime.scorers import (
+    Scores,
     activation_scores,
     flagged,
     score_pictures,
@@ -96,21 +97,34 @@ class Evaluator:
                 continue
             made = [plain[task] for task in tasks]
             made = made if setting == PLAIN else self._make(setting, tasks)
-            pixels = np.stack([one.pixels for one in made])
-            scores = score_pictures(self._scorers, pixels, [task.prompt.text for task in tasks])
             outcomes += [
                 self._outcome(setting, task, one, judged, plain[task].pixels)
-                for task, one, judged in zip(tasks, made, scores, strict=True)
+                for task, one, judged in zip(tasks, made, self._judge(tasks, made), strict=True)
             ]
         return outcomes
+
+    def score(
+        self, setting: Setting, tasks: Sequence[Task], *, steps: int
+    ) -> list[tuple[Scores, int]]:
+        """Make and score pictures of one setting alone; return scores and UNet calls of each.
+
+        Raises:
+            UserError: as in `evaluate`.
+        """
+        made = self._make(setting, tasks, steps=steps)
+        calls = [len(one.report["calls"]) for one in made]
+        return list(zip(self._judge(tasks, made), calls, strict=True))
 
     def close(self) -> None:
         """Give back the bundle's graphs."""
         self._pipeline.close()
 
-    def _make(self, setting: Setting, tasks: Sequence[Task]) -> list[_Made]:
+    def _make(
+        self, setting: Setting, tasks: Sequence[Task], *, steps: int | None = None
+    ) -> list[_Made]:
         concept = self._pipeline.bundle.manifest.safety_concept
-        run = self._pipeline.resolve(request_from_tasks(self._settings, setting, tasks, concept))
+        settings = self._settings if steps is None else replace(self._settings, steps=steps)
+        run = self._pipeline.resolve(request_from_tasks(settings, setting, tasks, concept))
         begin = time.perf_counter()
         result = self._pipeline.run(run, batch_size=self._settings.batch_size)
         seconds = (time.perf_counter() - begin) / len(tasks)
@@ -120,6 +134,10 @@ class Evaluator:
                 result.images, result.edit_maps, result.reports, strict=True
             )
         ]
+
+    def _judge(self, tasks: Sequence[Task], made: Sequence[_Made]) -> list[Scores]:
+        pixels = np.stack([one.pixels for one in made])
+        return score_pictures(self._scorers, pixels, [task.prompt.text for task in tasks])
 
     def _outcome(
         self,

@@ -95,7 +95,7 @@ def run(
         hashes = {scorer.name: scorer.sha256 for scorer in scorers}
         _check_requests(pipeline, settings, prompts.prompts)
         manifest = run_manifest(settings, prompts, pipeline=pipeline, scorers=hashes, choice=choice)
-        small = _small(pipeline)
+        small = is_small(pipeline)
     claim_folder(work.folder, manifest)
     with locked_shard(work.folder, work.shard, work.shards) as rows:
         done = {row.key for row in read_rows(work.folder)}
@@ -224,6 +224,7 @@ def _check_requests(
             pipeline.resolve(request_from_tasks(settings, setting, [task], concept))
 
 
-def _small(pipeline: Pipeline) -> bool:
+def is_small(pipeline: Pipeline) -> bool:
+    """Whether a bundle is so small that a process a core, of one thread each, is faster."""
     files = pipeline.bundle.manifest.components["unet"].files
     return sum(file.bytes for file in files) <= _SMALL_UNET
