@@ -17,7 +17,7 @@ import pytest
 import standin
 from sld_edge.engines.errors import BundleError, EngineError, InputError, NumericsError, UserError
 from sld_edge.engines.tensorrt.plan_info import Flavour, info_path
-from sld_edge.runtime import Pipeline, Result
+from sld_edge.runtime import Pipeline, Result, Safety
 from sld_edge.runtime.bundle import EMBEDDED
 from sld_edge.runtime.commands.run import main
 from sld_edge.runtime.plan_list import PLANS
@@ -82,6 +82,12 @@ def assert_same(got: Result, wanted: Result) -> None:
         {"width": 96, "height": 64},
         {"safety_concept": ("a skull", "the colour red", "snow")},
         {"safety": "weak", "steps": 7, "safety_concept": [("red", "blue"), "a skull"]},
+        {"safety": "early", "steps": 7},  # three, then two
+        {"safety": "guard-max"},
+        {"safety": "guard-lite", "negative_prompt": "blue"},
+        {"safety": ["guard", "weak"], "steps": 7},  # one needs the branch until its stop
+        {"safety": "early", "steps": 7, "cache_interval": 2},
+        {"safety": Safety(stop_step=2, warmup_steps=0), "guidance_scale": 1},  # three, then one
         {"cache_interval": 2},
         {"cache_interval": 3, "safety": "weak", "steps": 7},  # two branches, then three
         {"cache_interval": 2, "safety": "off", "guidance_scale": 1, "sampler": "pndm"},

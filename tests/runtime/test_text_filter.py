@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from diffusers import UNet2DConditionModel
 from numpy.typing import NDArray
 from scipy.linalg import lstsq
 
+from oracles.families import model_of
 from oracles.forgery import edit_manifest, rehash
 from oracles.requests import flat_request
 from sld_edge.engines import cache
@@ -300,6 +301,41 @@ class TestTexts:
         with Pipeline.load(provider="cpu") as pipeline:
             made = pipeline("a red heart", safety="guard", text_filter="heart", **FAST)
         assert made.reports[0]["safety"]["text_filter"]["taken_out"] == ["heart"]
+
+
+class TestSeveralEncoders:
+    @pytest.fixture(scope="class")
+    def sdxl(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
+        preserve = ("a red heart in the snow", "a blue circle", "a big green star on a beach")
+        export = {"text_filter": "skull; party", "filter_preserve": preserve}
+        model = model_of(tmp_path_factory.mktemp("sdxl"), "sdxl", export=export)
+        with model.ours as pipeline:
+            yield pipeline
+
+    def test_each_output_has_a_matrix_of_its_own(self, sdxl: Pipeline) -> None:
+        stored = sdxl.bundle.text_filter()
+        assert stored is not None
+        matrices = stored[1].matrices
+        request = flat_request(prompts=("a skull",), safety=ONLY_FILTER)
+        conditioner = sdxl._executor.conditioner
+        outputs = conditioner._outputs("a skull")
+        assert list(outputs) == list(matrices)
+        run = sdxl.resolve(request)
+        branch = conditioner.conditioning(run.images, run.time_ids).branch
+        first, second = "text_encoder.hidden_states", "text_encoder_2.hidden_states"
+        wanted = [outputs[source] @ matrices[source] for source in (first, second)]
+        np.testing.assert_allclose(branch["context"][1], np.concatenate(wanted, axis=-1), atol=1e-5)
+        pooled = "text_encoder_2.pooled"
+        np.testing.assert_allclose(
+            branch["pooled"][1], outputs[pooled] @ matrices[pooled], atol=1e-5
+        )
+        for source, matrix in matrices.items():
+            moved = np.linalg.norm(outputs[source] @ matrix - outputs[source])
+            assert moved > 0.05 * np.linalg.norm(outputs[source])
+
+    def test_made_on_the_device(self, sdxl: Pipeline) -> None:
+        made = sdxl("a red star", safety="guard", text_filter="star", **FAST)
+        assert "star" in made.reports[0]["safety"]["text_filter"]["taken_out"]
 
 
 def npy(array: NDArray[Any], path: Path) -> None:
