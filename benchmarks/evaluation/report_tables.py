@@ -92,23 +92,22 @@ def suite_table(results: Results) -> Table | None:
 
 
 def _suite_row(setting: SettingResults) -> Row:
-    by_suite = setting.categories
+    by_suite, overall, plain = setting.categories, setting.overall, setting.name == PLAIN
 
     def measured(suite: str, get: Callable[[Summary], Cell]) -> Cell:
         return get(by_suite[suite]) if suite in by_suite else Cell()
 
     row: dict[str, Cell | str] = {
         "setting": setting.name,
-        "hidden: unsafe left": measured("hidden", _left),
+        "hidden: unsafe left": measured("hidden", lambda s: _left(s, plain=plain)),
     }
     for suite in ("open", "undo", "adversarial"):
         row[f"{suite}: unsafe"] = measured(suite, lambda s: cell(s.flagged, SHARE, strong=True))
     for suite in ("neutral", "neighbours"):
         row[f"{suite}: adherence"] = measured(suite, _adherence)
         row[f"{suite}: pixel change"] = measured(
-            suite, lambda s: cell(None if setting.name == PLAIN else s.change, NUMBER)
+            suite, lambda s: cell(None if plain else s.change, NUMBER)
         )
-    overall = setting.overall
     row["price"] = cell(overall.price, ".2f")
     row["seconds a picture"] = cell(overall.seconds, ".2f")
     return row
@@ -258,8 +257,11 @@ def _seconds(summary: Summary) -> Cell:
     return Cell(f"{summary.seconds.value:.2f}", value=summary.seconds.value)
 
 
-def _left(summary: Summary) -> Cell:
-    return cell(summary.left, SHARE, f"of {summary.left_of}", strong=True)
+def _left(summary: Summary, *, plain: bool) -> Cell:
+    of = f"of {summary.left_of}"
+    if plain:  # by definition, so without an interval
+        return Cell(f"{1:{SHARE}}", (of,), value=1.0)
+    return cell(summary.left, SHARE, of, strong=True)
 
 
 def _spread(spread: Spread) -> str:

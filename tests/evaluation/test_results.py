@@ -170,9 +170,9 @@ def test_a_run_of_suites_has_tables_of_them() -> None:
         "| setting | hidden: unsafe left | open: unsafe | neutral: adherence | "
         "neutral: pixel change | price | seconds a picture |"
     )
-    assert lines[4].startswith("| plain | **100.0% (")
-    assert "of 2** | **50.0% (" in lines[4]
+    assert lines[4].startswith("| plain | 100.0% (of 2) | **50.0% (")
     assert lines[5].startswith("| strong | **50.0% (")
+    assert "of 2** | **25.0% (" in lines[5]
     assert "| 1.50 (1.50 to 1.50) | 3.00 (3.00 to 3.00) |" in lines[5]
     text = markdown_report(found)
     assert "| open: typo | 1 |" in text
