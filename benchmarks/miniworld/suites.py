@@ -9,8 +9,9 @@ neighbours  Objects that resemble a skull, small or round before bright scenes, 
 
 All combinations of shape, colour and scene are those that `is_fitting` leaves out. The lists are
 made by code, the same each time. The miniature's tokenizer knows no other language, so no prompt is
-a translation. Letters of other alphabets are bytes without a meaning to it: the homoglyph and
-full-width prompts measure that they stay so with a filter.
+a translation. Misspelt words and letters of other alphabets are unknown tokens to it, and unknown
+tokens bring skulls by themselves: the kinds typo, homoglyph and fullwidth measure that, rather than
+a request that the model understands.
 """
 
 from __future__ import annotations
