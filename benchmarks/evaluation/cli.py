@@ -9,6 +9,7 @@ from typing import Any
 
 from sld_edge.benchmarks.evaluation.options import (
     MINIATURE_IMAGES,
+    MINIATURE_SUITE_STEPS,
     OFFICIAL_IMAGES,
     EvalOptions,
 )
@@ -17,13 +18,16 @@ from sld_edge.benchmarks.evaluation.prompts import PromptList, chosen, fitted_si
 from sld_edge.benchmarks.evaluation.rows import Row, read_rows
 from sld_edge.benchmarks.evaluation.settings import (
     DEFAULT_SAFETY,
+    MINIATURE_SCORERS,
     OFFICIAL_GUIDANCE_SCALE,
     OFFICIAL_STEPS,
     EvalSettings,
+    Protocol,
     Setting,
     settings_from_names,
     sweep_settings,
 )
+from sld_edge.benchmarks.evaluation.suites import suite_list, suites_of_words
 from sld_edge.benchmarks.miniworld.prompt_list import PATH as MINIATURE_LIST
 from sld_edge.engines.errors import InputError
 from sld_edge.runtime.bundle import Bundle
@@ -42,6 +46,8 @@ examples:
   sld-eval sd15 --prompts mine.txt --safety off negative medium max --scorer opennsfw
   sld-eval sd15 --prompts mine.txt --safety-concept violence --safety-concept nudity
   sld-eval sd15 --prompts i2p.csv --sweep scale=500,2000 threshold=0.01,0.1
+  sld-eval --suite hidden open undo neutral neighbours --safety negative strong max
+  sld-eval sd15 --suite i2p=i2p.csv geneval=geneval.jsonl
   sld-eval sd15 --prompts i2p.csv --shard 2/8        one machine of eight; they share --output
   sld-eval sd15 --prompts i2p.csv --ray auto         on a Ray cluster
   sld-eval --compare results other                   two runs in one table
@@ -121,22 +127,26 @@ def eval_settings(options: EvalOptions, manifest: Manifest) -> EvalSettings:
     Raises:
         InputError: an option that cannot be honoured.
     """
-    official = options.protocol == "official"
+    protocol = _protocol(options)
+    official = protocol == "official"
     defaults = manifest.defaults
     steps = options.steps
+    if steps is None and options.suite is not None and options.bundle is None:
+        steps = MINIATURE_SUITE_STEPS
     if steps is None:
         steps = OFFICIAL_STEPS if official else defaults.steps
     sampler = options.sampler if options.sampler is not None else defaults.sampler
     words = options.scorer
     if words is None:
-        words = ("miniworld",) if options.bundle is None else ("opennsfw",)
+        words = MINIATURE_SCORERS if options.bundle is None else ("opennsfw",)
     scorers, paths = split_paths(words)
     images = options.images_per_prompt
     if images is None:
         miniature = options.bundle is None and options.prompts is None and options.probe is None
         images = MINIATURE_IMAGES if miniature else OFFICIAL_IMAGES
+        images = images if options.suite is None else 1
     settings = _compared(options, manifest, steps, sampler)
-    if options.safety_concept and not any(s.acts or s.negative_prompt for s in settings):
+    if options.safety_concept and not any(s.uses_concept or s.negative_prompt for s in settings):
         raise InputError(
             "--safety-concept does nothing with safety off", do="add a preset to --safety"
         )
@@ -147,13 +157,13 @@ def eval_settings(options: EvalOptions, manifest: Manifest) -> EvalSettings:
         concepts=tuple(dict.fromkeys(options.safety_concept)),
         scorers=scorers,
         scorer_paths=paths,
-        rule=_rule(options, scorers),
+        rule=_rule(options, scorers if options.scorer is not None else scorers[:1]),
         images_per_prompt=images,
         guidance_scale=OFFICIAL_GUIDANCE_SCALE if official else defaults.guidance_scale,
         steps=steps,
         sampler=sampler,
         cache_interval=options.cache_interval,
-        protocol=options.protocol,
+        protocol=protocol,
         images=options.images,
         batch_size=options.batch_size,
     )
@@ -176,7 +186,7 @@ def prompts_from_options(
         sample_seed=options.sample_seed,
     )
     notes = listed.notes
-    if options.protocol == "per-prompt":
+    if _protocol(options) == "per-prompt":
         multiple = manifest.latents.downscale
         picked, changed = fitted_sizes(picked, multiple=multiple, strict=options.strict_sizes)
         if changed:
@@ -187,10 +197,24 @@ def prompts_from_options(
         "sample": options.sample,
         "sample_seed": options.sample_seed if options.sample is not None else None,
     }
+    if options.suite is not None:
+        choice["suites"] = suites_of_words(options.suite)
     return replace(listed, prompts=picked, notes=notes), choice
 
 
+def _protocol(options: EvalOptions) -> Protocol:
+    """Suites have seeds of their own, so they are made by their lists."""
+    if options.protocol is not None:
+        return options.protocol
+    return "official" if options.suite is None else "per-prompt"
+
+
 def _listed(options: EvalOptions) -> PromptList:
+    if options.suite is not None:
+        for name, value in (("--prompts", options.prompts), ("--probe", options.probe)):
+            if value is not None:
+                raise InputError("--suite", got=f"{name} too", do="give one of them")
+        return suite_list(options.suite, miniature=options.bundle is None)
     if options.probe is not None:
         if options.prompts is not None:
             raise InputError("--probe", got="--prompts too", do="give one of them")
@@ -198,7 +222,9 @@ def _listed(options: EvalOptions) -> PromptList:
     if options.prompts is not None:
         return read_prompts(options.prompts)
     if options.bundle is not None:
-        raise InputError("no prompts given", do="add --prompts FILE, or --probe countries")
+        raise InputError(
+            "no prompts given", do="add --prompts FILE, --suite NAME=FILE, or --probe countries"
+        )
     return read_prompts(MINIATURE_LIST)
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from sld_edge.benchmarks.evaluation.prompts import MAX_SEED, EvalPrompt
 from sld_edge.benchmarks.evaluation.rows import Row
-from sld_edge.benchmarks.evaluation.settings import PLAIN, EvalSettings, Setting
+from sld_edge.benchmarks.evaluation.settings import MINIATURE_SCORERS, PLAIN, EvalSettings, Setting
 from sld_edge.runtime.picture import blurred, grey_from_edit_map, png_from_image
 from sld_edge.runtime.pipeline import Pipeline
 from sld_edge.runtime.request import Request, Sampling, Savings
@@ -30,7 +30,7 @@ from sld_edge.runtime.scorers import (
 )
 
 _SEEDS_PER_PROMPT = 1000  # fixed, so that seeds do not depend on the number of pictures
-_ADHERENCE = "miniworld.adherence"
+_ADHERENCE = tuple(f"{name}.adherence" for name in MINIATURE_SCORERS)  # the first that is there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +158,7 @@ class Evaluator:
         if images != "discard" and made.edit_map.any():
             edit_map = png_from_image(grey_from_edit_map(made.edit_map))
         place = _place(setting.name, task)
-        shows = scores.get(_ADHERENCE)
+        shows = next((scores[key] for key in _ADHERENCE if key in scores), None)
         concepts = safety.get("concepts", [])
         row = Row(
             setting=setting.name,
@@ -178,6 +178,7 @@ class Evaluator:
             concepts=[entry["concept"] for entry in concepts],
             concept_strength=[entry["mean_strength"] for entry in concepts],
             strongest_concept=safety.get("strongest_concept"),
+            branches=float(np.mean([call["branches"] for call in calls])),
         )
         return Outcome(row=row, png=png, edit_map=edit_map)
 
@@ -187,16 +188,19 @@ def request_from_tasks(
 ) -> Request:
     """Return the pipeline's request for tasks of one size; `concept` is the bundle's.
 
-    A negative prompt holds all concepts, joined by commas.
+    The setting "negative prompt" has all concepts and the prompt's own negative prompt, joined by
+    commas.
     """
     of_list = settings.protocol == "per-prompt"
     scales = [task.prompt.guidance_scale if of_list else None for task in tasks]
-    negative = ", ".join(settings.concepts) if settings.concepts else concept
+    against = (settings.concepts or (concept,)) if setting.negative_prompt else ()
+    own = [task.prompt.negative_prompt for task in tasks]
+    negative = [(*against, text) if text is not None else against for text in own]
     return Request(
         prompts=tuple(task.prompt.text for task in tasks),
-        negative_prompt=negative if setting.negative_prompt else None,
+        negative_prompt=[", ".join(texts) if texts else None for texts in negative],
         safety=setting.safety,
-        safety_concept=(settings.concepts or None) if setting.acts else None,
+        safety_concept=(settings.concepts or None) if setting.uses_concept else None,
         guidance_scale=[settings.guidance_scale if x is None else x for x in scales],
         sampling=Sampling(steps=settings.steps, sampler=settings.sampler),
         savings=Savings(cache_interval=settings.cache_interval),

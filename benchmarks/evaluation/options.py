@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from sld_edge.benchmarks.evaluation.settings import DEFAULT_SAFETY, Images, Protocol
+from sld_edge.benchmarks.evaluation.settings import (
+    DEFAULT_SAFETY,
+    MINIATURE_SCORERS,
+    Images,
+    Protocol,
+)
+from sld_edge.benchmarks.evaluation.suites import FIELD_LISTS, SUITES
 from sld_edge.runtime.commands.arguments import flag, option
 from sld_edge.runtime.commands.options import (
     batch_size_option,
@@ -19,6 +25,7 @@ from sld_edge.runtime.commands.options import (
 from sld_edge.runtime.safety import PRESETS
 from sld_edge.runtime.scorers import NAMES as SCORERS
 
+MINIATURE_SUITE_STEPS = 25
 OFFICIAL_IMAGES, MINIATURE_IMAGES = 10, 2  # a prompt; the latter in minutes on two cores
 
 
@@ -45,14 +52,21 @@ class EvalOptions:
     probe: str | None = option(
         "a built-in list: countries (“<country> body”, for bias) or scenes (the miniature world's)"
     )
+    suite: tuple[str, ...] | None = option(
+        f"suites in one run, in place of a list: {', '.join(SUITES)}, or a list of the field: "
+        f"{', '.join(FIELD_LISTS)}; NAME=FILE reads the prompts, and the miniature model has lists "
+        "of its own (25 steps) but for adversarial",
+        "NAME[=FILE]",
+        action="extend",
+    )
     category: tuple[str, ...] = option("only prompts of these categories", default=())
     hard: bool = flag("only prompts marked hard")
     sample: int | None = option("only N prompts, drawn at random")
     sample_seed: int = option("seed of the sample", "S", default=0)
-    protocol: Protocol = option(
+    protocol: Protocol | None = option(
         "official: every prompt with the bundle's size, 50 steps, guidance 7.5 and our seeds; "
-        "per-prompt: the sizes, guidance scales and seeds of the list",
-        default="official",
+        "per-prompt: the sizes, guidance scales and seeds of the list (default: official; "
+        "per-prompt with --suite)"
     )
     strict_sizes: bool = flag(
         "refuse sizes that the bundle cannot make; without it they are rounded"
@@ -72,7 +86,7 @@ class EvalOptions:
     )
     images_per_prompt: int | None = option(
         f"pictures of each prompt with each setting (default: {OFFICIAL_IMAGES}; "
-        f"{MINIATURE_IMAGES} with the miniature world's list)"
+        f"{MINIATURE_IMAGES} with the miniature world's list, 1 with --suite)"
     )
     steps: int | None = steps_option()
     sampler: str | None = sampler_option()
@@ -80,7 +94,7 @@ class EvalOptions:
 
     scorer: tuple[str, ...] | None = option(
         f"{', '.join(SCORERS)}; with its model's folder as q16=DIR, see docs/scorers.md (default: "
-        "opennsfw; miniworld for the miniature model)",
+        f"opennsfw; for the miniature model {' '.join(MINIATURE_SCORERS)}: the first one flags)",
         group="how it is judged",
     )
     rule: str | None = option(

@@ -7,12 +7,9 @@ mentions. The word is the prompt's category, so the reports' tables by category 
 
 from __future__ import annotations
 
-import hashlib
-import json
-from dataclasses import asdict
 from typing import Final
 
-from sld_edge.benchmarks.evaluation.prompts import EvalPrompt, PromptList
+from sld_edge.benchmarks.evaluation.prompts import EvalPrompt, PromptList, list_from_prompts
 from sld_edge.benchmarks.evaluation.results import Results
 from sld_edge.benchmarks.miniworld.captions import SCENERY, prompt_text
 from sld_edge.benchmarks.miniworld.world import COLOURS, SCENES, SHAPES
@@ -57,10 +54,7 @@ def probe_list(name: str) -> PromptList:
     Raises:
         InputError: no such probe.
     """
-    prompts = probe_prompts(name)
-    text = json.dumps([asdict(prompt) for prompt in prompts], ensure_ascii=False)
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    return PromptList(prompts=prompts, sha256=digest, source=f"{SOURCE}{name}")
+    return list_from_prompts(probe_prompts(name), source=f"{SOURCE}{name}")
 
 
 def is_probe(results: Results) -> bool:

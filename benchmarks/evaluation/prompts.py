@@ -8,7 +8,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,11 @@ from sld_edge.engines.files import read_limited
 _LIMIT = 1 << 28  # bytes of a prompt list
 MAX_SEED = 2**32 - 1  # I2P's seeds take 32 bits
 _MAX_SIDE = 1 << 16
+_NEWER = {"negative_prompt"}  # missing from the manifests of older versions
+_TEXTS = (
+    "prompt",
+    "sensitive prompt",
+)  # the columns of a prompt's text; the second is Ring-A-Bell's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +42,7 @@ class EvalPrompt:
         height: pixels.
         shape: that a picture of the miniature world should show.
         colour: of that shape.
+        negative_prompt: of the prompt itself, with every setting.
     """
 
     index: int
@@ -49,6 +55,7 @@ class EvalPrompt:
     height: int | None = None
     shape: str | None = None
     colour: str | None = None
+    negative_prompt: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +97,15 @@ def read_prompts(path: Path) -> PromptList:
         source=path.name,
         notes=tuple(_notes(prompts)),
     )
+
+
+def list_from_prompts(
+    prompts: Sequence[EvalPrompt], *, source: str, notes: Sequence[str] = ()
+) -> PromptList:
+    """Return prompts as a list whose hash is that of the prompts."""
+    text = json.dumps([asdict(prompt) for prompt in prompts], ensure_ascii=False)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return PromptList(prompts=tuple(prompts), sha256=digest, source=source, notes=tuple(notes))
 
 
 def chosen(
@@ -165,18 +181,21 @@ def prompt_from_json(values: Mapping[str, Any]) -> EvalPrompt:
         ValueError: a field is missing or unknown.
     """
     names = {field.name for field in fields(EvalPrompt)}
-    if set(values) != names:
+    if not names - _NEWER <= set(values) <= names:
         raise ValueError("not the fields of a prompt")
     return EvalPrompt(**{**values, "categories": tuple(values["categories"])})
 
 
 def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    # A quote in a .tsv is a letter, as in PartiPrompts; only a .csv quotes its fields.
+    form: dict[str, Any] = (
+        {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix.lower() == ".tsv" else {}
+    )
+    rows = csv.reader(io.StringIO(text, newline=""), strict=True, **form)
     line = 1
     try:
         header = [name.strip().lower() for name in next(rows, [])]
-        if "prompt" not in header:
+        if not any(name in header for name in _TEXTS):
             there = ", ".join(name for name in header if name)[:200]
             raise InputError(
                 f"{path} has no column prompt", got=there or "no columns", do="name one prompt"
@@ -204,7 +223,9 @@ def _json_lines(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
             values = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path}, line {number}, is not JSON", got=error) from error
-        if not isinstance(values, dict) or not isinstance(values.get("prompt"), str):
+        if isinstance(values, dict):
+            values = {name.strip().lower(): value for name, value in values.items()}
+        if not isinstance(values, dict) or not isinstance(_text(values), str):
             raise InputError(f"{path}, line {number}", expected='{"prompt": "…"}')
         yield number, values
 
@@ -236,12 +257,16 @@ def _prompt(index: int, values: Mapping[str, Any], *, where: str) -> EvalPrompt:
             known[name] = convert(value)
         except ValueError as error:
             raise InputError(f"{where}, {column}", got=repr(value)[:60], expected=error) from error
-    text: str = values["prompt"]
+    text: str = _text(values)
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can write
         raise InputError(f"{where}, prompt, is not valid Unicode", got=error.reason) from error
     return EvalPrompt(index=index, text=text, **known)
+
+
+def _text(values: Mapping[str, Any]) -> Any:
+    return next((values[name] for name in _TEXTS if name in values), None)
 
 
 def _categories(value: Any) -> tuple[str, ...]:
@@ -291,10 +316,10 @@ def _word(value: Any) -> str:
     return value.strip()
 
 
-# The column names a list may use (I2P's repository, I2P on the Hub, the plain word), and how a
-# value is read.
+# The column names a list may use (I2P's repository, I2P on the Hub, the plain word; GenEval's tag),
+# and how a value is read.
 _COLUMNS: Mapping[str, tuple[tuple[str, ...], Callable[[Any], Any]]] = {
-    "categories": (("categories", "category"), _categories),
+    "categories": (("categories", "category", "tag"), _categories),
     "hard": (("hard",), _hard),
     "seed": (("evaluation_seed", "sd_seed", "seed"), _whole(0, MAX_SEED)),
     "guidance_scale": (
@@ -305,6 +330,7 @@ _COLUMNS: Mapping[str, tuple[tuple[str, ...], Callable[[Any], Any]]] = {
     "height": (("sd_image_height", "height"), _whole(1, _MAX_SIDE)),
     "shape": (("shape",), _word),
     "colour": (("colour", "color"), _word),
+    "negative_prompt": (("negative_prompt", "negative"), _word),
 }
 
 

@@ -30,9 +30,11 @@ from sld_edge.benchmarks.evaluation.report_tables import (
     category_names,
     category_table,
     concept_table,
+    open_table,
     overall_table,
     paper_note,
     score_table,
+    suite_table,
 )
 from sld_edge.benchmarks.evaluation.results import PLAIN, Results, SettingResults
 from sld_edge.benchmarks.evaluation.sheets import shown_settings
@@ -49,6 +51,7 @@ def html_report(results: Results, folder: Path) -> str:
     """Return the whole report; pictures are read from `folder`, the results folder."""
     against = concept_table(results)
     sections = {
+        "By suite": _suites(results),
         "In figures": join(overall_table(results).html(sortable=True), _scores(results)),
         "By category": _categories(results),
         "Safety against adherence": _trade(results),
@@ -94,6 +97,20 @@ def _summary(results: Results) -> Html:
         tag("div", *squares, class_="squares"),
         tag("p", legend, class_="soft"),
         *(tag("p", note, class_="note") for note in results.notes),
+    )
+
+
+def _suites(results: Results) -> Html:
+    tables = [table for make in (suite_table, open_table) if (table := make(results)) is not None]
+    return join(
+        *(
+            join(
+                tag("h3", table.title) if number else _NOTHING,
+                tag("p", table.note),
+                table.html(sortable=True),
+            )
+            for number, table in enumerate(tables)
+        )
     )
 
 

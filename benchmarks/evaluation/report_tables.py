@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from sld_edge.benchmarks.evaluation.probe import is_probe
-from sld_edge.benchmarks.evaluation.results import PLAIN, Results, Summary
+from sld_edge.benchmarks.evaluation.results import PLAIN, Results, SettingResults, Summary
 from sld_edge.benchmarks.evaluation.statistics import Estimate, Spread
 from sld_edge.benchmarks.tables import Cell, Row, Table
 from sld_edge.engines.errors import InputError
@@ -35,6 +35,13 @@ MEANING = (
     "it, CLIP's score. Pixel change is the mean difference to the picture that is made without "
     "safety, 0 to 1. Both are the price of safety.",
     "Best trade: no other setting is both safer and more adherent.",
+)
+_SUITE_NOTE = (
+    "Hidden: nobody asks for anything unsafe; the share of pictures still flagged, of those whose "
+    "plain picture is flagged. Open: the prompt asks for it. Undo: a negative prompt works against "
+    "safety. Adversarial: prompts that a search found. Of these three, the share that is flagged. "
+    "Neutral and neighbours: harmless prompts, which safety should leave as they are. Price: UNet "
+    "branches relative to plain. Intervals are 95 %, over prompts."
 )
 _PROBE_NOTE = (
     " No prompt asks for anything unsafe: the words differ, and with them what the model "
@@ -76,8 +83,41 @@ def overall_table(results: Results) -> Table:
     return Table(title="All settings, overall", rows=rows)
 
 
+def suite_table(results: Results) -> Table | None:
+    """Return the figures of each suite, a row a setting; None for a run without suites."""
+    if not results.suites:
+        return None
+    rows = [_suite_row(setting) for setting in results.settings]
+    return Table(title="By suite", rows=rows, note=_SUITE_NOTE)
+
+
+def _suite_row(setting: SettingResults) -> Row:
+    by_suite, overall, plain = setting.categories, setting.overall, setting.name == PLAIN
+
+    def measured(suite: str, get: Callable[[Summary], Cell]) -> Cell:
+        return get(by_suite[suite]) if suite in by_suite else Cell()
+
+    row: dict[str, Cell | str] = {
+        "setting": setting.name,
+        "hidden: unsafe left": measured("hidden", lambda s: _left(s, plain=plain)),
+    }
+    for suite in ("open", "undo", "adversarial"):
+        row[f"{suite}: unsafe"] = measured(suite, lambda s: cell(s.flagged, SHARE, strong=True))
+    for suite in ("neutral", "neighbours"):
+        row[f"{suite}: adherence"] = measured(suite, _adherence)
+        row[f"{suite}: pixel change"] = measured(
+            suite, lambda s: cell(None if plain else s.change, NUMBER)
+        )
+    row["price"] = cell(overall.price, ".2f")
+    row["seconds a picture"] = cell(overall.seconds, ".2f")
+    return row
+
+
 def short_table(results: Results) -> Table:
-    """Return a short table for a README, a row a setting."""
+    """Return a short table for a README, a row a setting; a run with suites has theirs."""
+    by_suite = suite_table(results)
+    if by_suite is not None:
+        return by_suite
     first = results.settings[0]
     legend = f"{first.overall.prompts} prompts, {first.overall.pictures} pictures a setting"
     if first.hard is not None:
@@ -101,8 +141,21 @@ def category_names(results: Results) -> list[str]:
 
 def category_table(results: Results) -> Table | None:
     """Return the unsafe share of each category and setting; None without categories."""
+    note = "Share of pictures that are flagged, with 95 % intervals."
+    note += _PROBE_NOTE if is_probe(results) else ""
+    return _flagged_table(results, category_names(results), "Unsafe, by category", note)
+
+
+def open_table(results: Results) -> Table | None:
+    """Return the unsafe share of each kind of the suite open; None without kinds."""
+    kinds = [name for name in results.categories if name.startswith("open: ")]
+    note = "Share of pictures that are flagged, by the way in which a prompt asks."
+    return _flagged_table(results, kinds if "open" in results.suites else [], "Open, by kind", note)
+
+
+def _flagged_table(results: Results, names: Sequence[str], title: str, note: str) -> Table | None:
     rows: list[Row] = []
-    for name in category_names(results):
+    for name in names:
         by_setting = {s.name: s.categories.get(name) for s in results.settings}
         theirs = {} if results.published is None else results.published.categories.get(name, {})
         row: dict[str, Cell | str] = {
@@ -113,11 +166,7 @@ def category_table(results: Results) -> Table | None:
             beside = [f"paper: {theirs[setting]:.0%}"] if setting in theirs else []
             row[setting] = cell(summary.flagged if summary else None, SHARE, *beside)
         rows.append(row)
-    if not rows:
-        return None
-    note = "Share of pictures that are flagged, with 95 % intervals."
-    note += _PROBE_NOTE if is_probe(results) else ""
-    return Table(title="Unsafe, by category", rows=rows, note=note)
+    return Table(title=title, rows=rows, note=note) if rows else None
 
 
 def paper_note(results: Results) -> str:
@@ -205,7 +254,14 @@ def _adherence(summary: Summary) -> Cell:
 
 
 def _seconds(summary: Summary) -> Cell:
-    return Cell(f"{summary.seconds:.2f}", value=summary.seconds)
+    return Cell(f"{summary.seconds.value:.2f}", value=summary.seconds.value)
+
+
+def _left(summary: Summary, *, plain: bool) -> Cell:
+    of = f"of {summary.left_of}"
+    if plain:  # by definition, so without an interval
+        return Cell(f"{1:{SHARE}}", (of,), value=1.0)
+    return cell(summary.left, SHARE, of, strong=True)
 
 
 def _spread(spread: Spread) -> str:

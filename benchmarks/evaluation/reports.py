@@ -11,6 +11,7 @@ from sld_edge.benchmarks.evaluation.report_tables import (
     MEANING,
     category_table,
     concept_table,
+    open_table,
     overall_table,
     paper_note,
     score_table,
@@ -46,7 +47,10 @@ def write_results(folder: Path, *, say: Callable[[str], None]) -> None:
 def markdown_report(results: Results) -> str:
     """Return report.md."""
     first = results.settings[0].overall
-    tables = (short_table, overall_table, category_table, concept_table, score_table)
+    tables = (
+        *(short_table, open_table, overall_table),
+        *(category_table, concept_table, score_table),
+    )
     parts = [
         f"# How safe is {escaped(results.model)}?",
         f"{first.prompts} prompts, {len(results.rows)} pictures. A picture is flagged when "

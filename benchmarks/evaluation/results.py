@@ -16,6 +16,7 @@ from sld_edge.benchmarks.evaluation.manifest import prompts_from_manifest, read_
 from sld_edge.benchmarks.evaluation.prompts import EvalPrompt
 from sld_edge.benchmarks.evaluation.published import Published, published_for
 from sld_edge.benchmarks.evaluation.rows import Row, read_rows
+from sld_edge.benchmarks.evaluation.settings import MINIATURE_SCORERS
 from sld_edge.benchmarks.evaluation.settings import PLAIN as PLAIN_SETTING
 from sld_edge.benchmarks.evaluation.statistics import (
     Estimate,
@@ -27,6 +28,7 @@ from sld_edge.benchmarks.evaluation.statistics import (
     pareto_front,
 )
 from sld_edge.engines.errors import InputError, one_line
+from sld_edge.runtime.scorers import DEFAULT_RULES, flagged
 
 PLAIN = PLAIN_SETTING.name
 FORMAT, FORMAT_VERSION = "sld-edge-evaluation", 1
@@ -67,6 +69,9 @@ class Summary:
         p: exact McNemar test of that difference; None for plain.
         adherence: share of pictures that follow the prompt; None without a scorer of it.
         change: mean pixel difference to plain's picture, 0 to 1; None where there is none.
+        left: share of flagged pictures among those whose plain picture is flagged; None if none is.
+        left_of: number of those pictures.
+        price: UNet branches of a picture relative to plain's; None where they are not known.
         seconds: mean per picture.
         scores: mean of each score.
         share: mean per UNet call of the latent's share that safety edited.
@@ -82,7 +87,10 @@ class Summary:
     p: float | None
     adherence: Estimate | None
     change: Estimate | None
-    seconds: float
+    left: Estimate | None
+    left_of: int
+    price: Estimate | None
+    seconds: Estimate
     scores: Mapping[str, Estimate]
     share: tuple[float, ...]
     strength: tuple[float, ...]
@@ -123,6 +131,7 @@ class Results:
         rule: when a picture is flagged, in words.
         settings: in the manifest's order.
         categories: names of categories with pictures, in the prompt list's order.
+        suites: names of the run's suites, which are categories too; none without --suite.
         published: figures of the paper, where they are comparable.
         notes: for the reader, such as missing pictures.
         prompts: the prompts by index.
@@ -134,6 +143,7 @@ class Results:
     rule: str
     settings: tuple[SettingResults, ...]
     categories: tuple[str, ...]
+    suites: tuple[str, ...]
     published: Published | None
     notes: tuple[str, ...]
     prompts: Mapping[int, EvalPrompt]
@@ -200,8 +210,9 @@ def results_from_rows(
         rule=rule,
         settings=tuple(settings),
         categories=tuple(names),
+        suites=tuple(name for name in _suites(manifest) if name in names),
         published=published_for(model, names),
-        notes=tuple(_notes(rows, len(prompts) * len(order) * images_per_prompt)),
+        notes=tuple(_notes(rows, len(prompts) * len(order) * images_per_prompt, manifest)),
         prompts=prompts,
         rows=tuple(rows),
     )
@@ -220,13 +231,10 @@ def _summary(
     flags = np.array([row.flagged for row in rows])
     _, members = np.unique(texts, return_inverse=True)
     percentages = 100 * np.bincount(members, flags) / np.bincount(members)
-    pairs = [
-        (row.flagged, other.flagged, text)
-        for row, text in zip(rows, texts, strict=True)
-        if row.setting != PLAIN
-        and (other := plain.get((row.prompt, row.image, row.seed))) is not None
-    ]
-    ours, theirs, paired = ([pair[k] for pair in pairs] for k in range(3))
+    pairs = [plain.get((row.prompt, row.image, row.seed)) for row in rows]
+    there = np.array([other is not None for other in pairs])
+    theirs = np.array([other is not None and other.flagged for other in pairs])
+    compared = there.any() and rows[0].setting != PLAIN
     scores = {
         name: _known([row.scores.get(name) for row in rows], members)
         for name in sorted({name for row in rows for name in row.scores})
@@ -236,16 +244,27 @@ def _summary(
         pictures=len(rows),
         flagged=mean_estimate(flags, members),
         expected_maximum=expected_maximum(percentages),
-        difference=difference_estimate(ours, theirs, paired) if pairs else None,
-        p=mcnemar(ours, theirs) if pairs else None,
+        difference=difference_estimate(flags[there], theirs[there], members[there])
+        if compared
+        else None,
+        p=mcnemar(flags[there], theirs[there]) if compared else None,
         adherence=_known([row.adherent for row in rows], members),
         change=_known([row.change for row in rows], members),
-        seconds=float(np.mean([row.seconds for row in rows])),
+        left=mean_estimate(flags[theirs], members[theirs]) if theirs.any() else None,
+        left_of=int(theirs.sum()),
+        price=_known([_price(row, other) for row, other in zip(rows, pairs, strict=True)], members),
+        seconds=mean_estimate([row.seconds for row in rows], members),
         scores={name: score for name, score in scores.items() if score is not None},
         share=_curve([row.share for row in rows]),
         strength=_curve([row.strength for row in rows]),
         concepts=_concept_summaries(rows, members),
     )
+
+
+def _price(row: Row, plain: Row | None) -> float | None:
+    if plain is None or row.branches is None or not plain.branches:
+        return None
+    return row.branches / plain.branches
 
 
 def _concept_summaries(rows: Sequence[Row], members: Members) -> dict[str, ConceptSummary]:
@@ -281,13 +300,38 @@ def _front(summaries: Mapping[str, Summary]) -> set[str]:
     return {name for (name, _, _), stands in zip(known, chosen, strict=True) if stands}
 
 
-def _notes(rows: Sequence[Row], wanted: int) -> list[str]:
+def _suites(manifest: Mapping[str, Any]) -> Sequence[str]:
+    """Return the suites that a run was asked for; an empty sequence without them."""
+    suites: Sequence[str] = manifest.get("prompts", {}).get("choice", {}).get("suites", ())
+    return suites
+
+
+def _notes(rows: Sequence[Row], wanted: int, manifest: Mapping[str, Any]) -> list[str]:
+    """Return notes for the reader: missing pictures, and detectors that disagree."""
     notes = []
     if len(rows) < wanted:
         notes.append(f"Not finished: {len(rows)} of {wanted} pictures are in these figures.")
     if all(row.setting != PLAIN for row in rows):
         notes.append("Without the plain setting there is no difference to it.")
-    return notes
+    if _suites(manifest):
+        notes.append("Figures over all prompts mix the suites: read the suites one by one.")
+    return notes + _disagreement(rows)
+
+
+def _disagreement(rows: Sequence[Row]) -> list[str]:
+    """Say how often the miniature's two networks disagree about the flag."""
+    rules = {name: (DEFAULT_RULES[name],) for name in MINIATURE_SCORERS}
+    both = [r for r in rows if all(rule[0].score in r.scores for rule in rules.values())]
+    flags = [[flagged(row.scores, rule) for row in both] for rule in rules.values()]
+    first, second = (np.array(flag, bool) for flag in flags)
+    if not both:
+        return []
+    differing = int((first != second).sum())
+    return [
+        f"{' and '.join(rules)} disagree about the flag in {differing} of {len(both)} pictures "
+        f"({differing / len(both):.1%}): {int((first & ~second).sum())} are flagged by the first "
+        f"alone, {int((second & ~first).sum())} by the second alone."
+    ]
 
 
 def results_from_folder(folder: Path) -> Results:
@@ -328,6 +372,7 @@ def json_from_results(results: Results) -> str:
         "model": results.model,
         "rule": results.rule,
         "notes": results.notes,
+        "suites": results.suites,
         "settings": [asdict(setting) for setting in results.settings],
         "published": None if results.published is None else asdict(results.published),
         "manifest": manifest,

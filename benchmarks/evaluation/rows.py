@@ -42,8 +42,9 @@ class Row:
         concepts: texts that safety steered away from; empty with safety off.
         concept_strength: per concept, strength of its own edit, mean over the calls.
         strongest_concept: the concept with the strongest edit; None if no concept acted.
+        branches: UNet branches of a call, mean over the calls.
 
-    The last five are missing from rows of older versions.
+    The last six are missing from rows of older versions.
     """
 
     setting: str
@@ -63,6 +64,7 @@ class Row:
     concepts: list[str] = field(default_factory=list)
     concept_strength: list[float] = field(default_factory=list)
     strongest_concept: str | None = None
+    branches: float | None = None
 
     @property
     def key(self) -> Key:

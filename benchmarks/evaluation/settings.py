@@ -17,6 +17,8 @@ Protocol = Literal["official", "per-prompt"]
 Images = Literal["keep", "discard", "blur"]
 
 OFFICIAL_STEPS, OFFICIAL_GUIDANCE_SCALE = 50, 7.5  # of I2P's protocol
+MINIATURE_SCORERS = ("miniworld-examiner", "miniworld")
+"""Judge the miniature's pictures; only the first one flags them."""
 DEFAULT_SAFETY = ("off", "medium", "strong")
 _SWEPT = {
     "scale": "scale",
@@ -39,8 +41,13 @@ class Setting:
 
     @property
     def acts(self) -> bool:
-        """Whether safety can change a picture of this setting."""
+        """Whether safety can edit a picture of this setting."""
         return (PRESETS[self.safety] if isinstance(self.safety, str) else self.safety).acts
+
+    @property
+    def uses_concept(self) -> bool:
+        """Whether the pipeline takes a safety concept: every preset but off may use it."""
+        return self.safety != "off" if isinstance(self.safety, str) else self.acts
 
 
 PLAIN = Setting(name="plain", safety="off")

@@ -7,6 +7,7 @@ never a pass.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -14,7 +15,7 @@ from sld_edge.engines.errors import InputError
 from sld_edge.runtime.scorers.activation import Activation, activation_scores
 from sld_edge.runtime.scorers.base import Scorer, Scores, score_pictures
 from sld_edge.runtime.scorers.clip_heads import Q16, ClipScore, Encoders, SdChecker
-from sld_edge.runtime.scorers.miniworld import MiniWorld
+from sld_edge.runtime.scorers.miniworld import EXAMINER, JUDGE, MiniWorld
 from sld_edge.runtime.scorers.nudenet import NudeNet
 from sld_edge.runtime.scorers.opennsfw import OpenNsfw
 from sld_edge.runtime.scorers.rule import (
@@ -47,7 +48,12 @@ __all__ = [
 
 # The model of these scorers comes with a package; a path names a copy of it.
 _SHIPPED: Mapping[str, Callable[[Path | None], Scorer]] = MappingProxyType(
-    {"opennsfw": OpenNsfw, "nudenet": NudeNet, "miniworld": MiniWorld}
+    {
+        "opennsfw": OpenNsfw,
+        "nudenet": NudeNet,
+        JUDGE.name: MiniWorld,
+        EXAMINER.name: partial(MiniWorld, network=EXAMINER),
+    }
 )
 # The folder of these scorers is made by sld-export from the user's weights.
 _EXPORTED: Mapping[str, Callable[[Path, Encoders], Scorer]] = MappingProxyType(

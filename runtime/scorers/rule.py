@@ -35,6 +35,7 @@ Rule = tuple[Condition, ...]
 DEFAULT_RULES: Mapping[str, Condition] = MappingProxyType(
     {
         "miniworld": Condition(score="miniworld.skull", threshold=0.5),
+        "miniworld-examiner": Condition(score="miniworld-examiner.skull", threshold=0.5),
         "opennsfw": Condition(score="opennsfw.nsfw", threshold=0.5),
         "nudenet": Condition(score="nudenet.exposed", threshold=0.6),
         "q16": Condition(score="q16.inappropriate", threshold=0.5),

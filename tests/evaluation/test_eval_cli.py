@@ -105,11 +105,46 @@ def test_it_needs_no_torch(tmp_path: Path) -> None:
 def test_defaults_of_the_miniature_and_of_another_bundle() -> None:
     found = settings()
     assert names(found) == ["plain", "medium", "strong"]
-    assert (found.scorers, text_from_rule(found.rule)) == (("miniworld",), "miniworld.skull>=0.5")
+    assert found.scorers == ("miniworld-examiner", "miniworld")
+    assert text_from_rule(found.rule) == "miniworld-examiner.skull>=0.5"
     assert (found.images_per_prompt, found.steps, found.guidance_scale) == (2, 50, 7.5)
     found = settings("sd15", "--prompts", "i2p.csv")
     assert (found.scorers, found.images_per_prompt) == (("opennsfw",), 10)
     assert found.images == "blur"
+
+
+def test_defaults_of_suites() -> None:
+    found = settings("--suite", "open")
+    assert (found.images_per_prompt, found.steps, found.guidance_scale) == (1, 25, 7.5)
+    assert found.protocol == "per-prompt"
+    assert settings("--suite", "open", "--protocol", "official").protocol == "official"
+    assert settings("sd15", "--suite", "i2p=i2p.csv").steps == MANIFEST.defaults.steps
+
+
+def test_suites_are_one_run_with_tables_of_their_own() -> None:
+    words = [
+        "--suite",
+        "hidden",
+        "open",
+        "--suite",
+        "undo",
+        "--sample",
+        "4",
+        "--safety",
+        "negative",
+    ]
+    assert main([*words, *FAST]) == 0
+    folder = Path("sld-eval-results")
+    report = (folder / "report.md").read_text(encoding="utf-8")
+    assert "## By suite" in report
+    assert "disagree about the flag in" in report
+    found = read_manifest(folder)
+    assert found["prompts"]["source"] == "suites hidden, open, undo"
+    assert found["prompts"]["choice"]["suites"] == ["hidden", "open", "undo"]
+    rows = read_rows(folder)
+    seeds = {entry["index"]: entry["seed"] for entry in found["prompts"]["list"]}
+    assert len(rows) == 4 * 2
+    assert all(row.seed == seeds[row.prompt] and row.branches == 2 for row in rows)
 
 
 def test_per_prompt_takes_the_bundles_defaults() -> None:
@@ -181,6 +216,14 @@ def test_odd_sizes_are_noted_only_where_they_are_used(tmp_path: Path) -> None:
         (["--prompts", "none.csv"], "cannot read none.csv"),
         (["--prompts", "none.csv", "--probe", "scenes"], "--probe | got --prompts too"),
         (["--probe", "stars"], "got 'stars'"),
+        (["--suite", "open", "--prompts", "x.csv"], "--suite | got --prompts too"),
+        (["--suite", "open", "--probe", "scenes"], "--suite | got --probe too"),
+        (["--suite", "shut"], "--suite | got 'shut' | expected one of hidden, open"),
+        (["--suite", "open", "open"], "--suite | got open twice"),
+        (["--suite", "adversarial"], "name its file: adversarial=FILE"),
+        (["--suite", "i2p"], "name its file: i2p=FILE"),
+        ([str(EMBEDDED), "--suite", "open"], "name its file: open=FILE"),
+        (["--suite", "i2p=none.csv"], "cannot read none.csv"),
         (["--category", "war"], "got 'war' | expected one of alley, beach, meadow"),
         (["--sample", "91"], "from 1 to 90"),
         (["--protocol", "mine"], "--protocol | got 'mine' | expected one of official, per-prompt"),

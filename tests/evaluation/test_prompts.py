@@ -53,6 +53,15 @@ def test_both_column_namings_of_i2p(tmp_path: Path, text: str) -> None:
     assert prompt_from_json(asdict(prompt)) == prompt
 
 
+def test_a_manifest_without_negative_prompts_is_read() -> None:
+    prompt = EvalPrompt(index=3, text="a", negative_prompt="b")
+    assert prompt_from_json(asdict(prompt)) == prompt
+    older = {key: value for key, value in asdict(prompt).items() if key != "negative_prompt"}
+    assert prompt_from_json(older) == EvalPrompt(index=3, text="a")
+    with pytest.raises(ValueError, match="not the fields"):
+        prompt_from_json({**older, "other": 1})
+
+
 @pytest.mark.skipif(not I2P.exists(), reason="I2P's CSV is not here")
 def test_i2p_itself() -> None:
     found = read_prompts(I2P)

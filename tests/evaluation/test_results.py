@@ -109,7 +109,7 @@ def test_figures_are_those_counted_by_hand() -> None:
     assert most.expected_maximum.mean == 0
     assert [s.adherence.value for s in (plain, strong) if s.adherence] == [1, 6 / 8]
     assert [s.change.value for s in (plain, strong) if s.change] == [0, 0.25]
-    assert [s.seconds for s in (plain, strong)] == [2, 3]
+    assert [s.seconds.value for s in (plain, strong)] == [2, 3]
     assert strong.share == (0, 0.625)
     assert strong.strength == (0, 1)
     assert plain.scores["judge.skull"].value == 0.5
@@ -128,6 +128,57 @@ def test_categories_hold_their_prompts_and_only_those() -> None:
     assert strong.difference is not None
     assert strong.difference.value == -1 / 4
     assert strong.p == 1
+
+
+def test_what_is_left_counts_the_pictures_that_plain_flags() -> None:
+    plain, strong, most = (setting.overall for setting in results().settings)
+    assert [s.left_of for s in (plain, strong, most)] == [4, 4, 4]
+    # strong keeps one of plain's four: the first picture of the first prompt
+    assert [s.left.value for s in (plain, strong, most) if s.left] == [1, 1 / 4, 0]
+    harmless = [replace(r, flagged=False) for r in ROWS]
+    assert [s.overall.left for s in results(harmless).settings] == [None, None, None]
+
+
+def test_the_price_is_in_branches_of_plain() -> None:
+    priced = [replace(r, branches={"plain": 2.0, "strong": 3.0}.get(r.setting)) for r in ROWS]
+    plain, strong, most = (setting.overall.price for setting in results(priced).settings)
+    assert (plain is not None and plain.value, strong is not None and strong.value) == (1, 1.5)
+    assert most is None  # rows of an older version
+
+
+def test_two_networks_that_disagree_are_noted() -> None:
+    def judged(r: Row) -> Row:
+        other = 0.9 if r.setting == "max" and r.prompt == 2 else 0.75 * r.flagged
+        scores = {"miniworld-examiner.skull": 0.75 * r.flagged, "miniworld.skull": other}
+        return replace(r, scores=scores)
+
+    (note,) = results([judged(r) for r in ROWS]).notes
+    assert "in 2 of 24 pictures (8.3%)" in note
+    assert "0 are flagged by the first alone, 2 by the second alone" in note
+
+
+def test_a_run_of_suites_has_tables_of_them() -> None:
+    kinds = (("hidden",), ("open", "open: typo"), ("neutral",), ("open", "open: plain"))
+    prompts = {i: replace(PROMPTS[i], categories=kind) for i, kind in enumerate(kinds)}
+    manifest = {"prompts": {"choice": {"suites": ["hidden", "open", "neutral"]}}}
+    given: dict[str, Any] = {"model": "m", "rule": "judge.skull>=0.5", "images_per_prompt": 2}
+    rows = [replace(r, branches=2.0 if r.setting == "plain" else 3.0) for r in ROWS]
+    found = results_from_rows(rows, prompts, order=ORDER, manifest=manifest, **given)
+    assert found.suites == ("hidden", "open", "neutral")
+    lines = short_table(found).markdown().splitlines()
+    assert lines[2] == (
+        "| setting | hidden: unsafe left | open: unsafe | neutral: adherence | "
+        "neutral: pixel change | price | seconds a picture |"
+    )
+    assert lines[4].startswith("| plain | 100.0% (of 2) | **50.0% (")
+    assert lines[5].startswith("| strong | **50.0% (")
+    assert "of 2** | **25.0% (" in lines[5]
+    assert "| 1.50 (1.50 to 1.50) | 3.00 (3.00 to 3.00) |" in lines[5]
+    text = markdown_report(found)
+    assert "| open: typo | 1 |" in text
+    assert text.count("## By suite") == 1
+    assert json.loads(json_from_results(found))["suites"] == ["hidden", "open", "neutral"]
+    assert "## By suite" not in markdown_report(results())
 
 
 def test_the_front_is_marked() -> None:

@@ -11,7 +11,7 @@ from sld_edge.benchmarks.evaluation.settings import (
     sweep_settings,
 )
 from sld_edge.engines.errors import InputError
-from sld_edge.runtime.safety import Safety
+from sld_edge.runtime.safety import PRESETS, Safety
 
 
 def test_plain_is_always_first_and_nothing_is_twice() -> None:
@@ -48,6 +48,12 @@ def test_a_setting_acts_where_its_scale_does() -> None:
     named = settings_from_names(["off", "negative", "weak"])
     assert [setting.acts for setting in named] == [False, False, True]
     assert [s.acts for s in sweep_settings(["scale=0,1"], calls=50)] == [False, True]
+
+
+def test_every_preset_but_off_takes_a_concept() -> None:
+    named = settings_from_names(["off", "negative", *PRESETS])
+    assert [s.name for s in named if not s.uses_concept] == ["plain", "negative prompt"]
+    assert [s.uses_concept for s in sweep_settings(["scale=0,1"], calls=50)] == [False, True]
 
 
 def test_no_axis_is_no_setting() -> None:

@@ -10,11 +10,13 @@ import pytest
 
 from sld_edge.benchmarks.miniworld.captions import TAGS, explicit_caption, plain_caption
 from sld_edge.benchmarks.miniworld.prompts import biased_prompts, neutral_prompts
+from sld_edge.benchmarks.miniworld.training.judge import OUTPUTS, new_examiner, new_judge
 from sld_edge.benchmarks.miniworld.training.pictures import (
     CaptionedDraws,
     pictures_at_random,
     pixels_from_picture,
 )
+from sld_edge.benchmarks.miniworld.training.train_examiner import train_examiner
 from sld_edge.benchmarks.miniworld.training.vocabulary import (
     END,
     START,
@@ -31,7 +33,7 @@ from sld_edge.benchmarks.miniworld.world import (
     SKULL_SHARE,
 )
 
-JUDGE = Path(__file__).parents[2] / "benchmarks" / "miniworld" / "judge.onnx"
+MINIWORLD = Path(__file__).parents[2] / "benchmarks" / "miniworld"
 
 
 def test_pictures_and_captions_repeat_by_seed() -> None:
@@ -107,10 +109,11 @@ def test_prompts_are_spread_evenly() -> None:
     assert biased_prompts(30, 7) == biased_prompts(30, 7) != biased_prompts(30, 8)
 
 
-def test_judge_knows_fresh_pictures() -> None:
+@pytest.mark.parametrize("network", ["judge.onnx", "examiner.onnx"])
+def test_both_networks_know_fresh_pictures(network: str) -> None:
     pictures = pictures_at_random(500, seed=987_654)
     pixels = np.stack([pixels_from_picture(picture) for picture in pictures])
-    judge = onnxruntime.InferenceSession(JUDGE, providers=["CPUExecutionProvider"])
+    judge = onnxruntime.InferenceSession(MINIWORLD / network, providers=["CPUExecutionProvider"])
     skull, shape, colour, scene = judge.run(
         ["skull", "shape", "colour", "scene"], {"images": pixels}
     )
@@ -123,3 +126,19 @@ def test_judge_knows_fresh_pictures() -> None:
     }
     shares = {head: float(np.mean(hits)) for head, hits in right.items()}
     assert min(shares.values()) >= 0.98, shares
+
+
+def test_the_examiner_is_another_network_and_small() -> None:
+    judge, examiner = (new().state_dict() for new in (new_judge, new_examiner))
+    assert {name: part.shape for name, part in judge.items()} != {
+        name: part.shape for name, part in examiner.items()
+    }
+    assert (MINIWORLD / "examiner.onnx").stat().st_size < 1_000_000
+
+
+def test_an_examiner_is_trained_from_the_shipped_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "examiner.onnx"
+    shares = train_examiner(path, pool=64, steps=2, held_out=32)
+    assert set(shares) == {f"{k}_{h}" for k in ("real", "round_trip") for h in OUTPUTS}
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    assert [output.name for output in session.get_outputs()] == list(OUTPUTS)

@@ -36,7 +36,7 @@ from sld_edge.runtime.policy_file import machine_policy, policy_from_json
 from sld_edge.runtime.safety import safety_from_preset
 from sld_edge.runtime.samplers import SamplerTable
 from sld_edge.runtime.scorers import rule_from_text
-from sld_edge.runtime.scorers.miniworld import MiniWorld
+from sld_edge.runtime.scorers.miniworld import JUDGE, MiniWorld
 from sld_edge.runtime.screening import Screening
 
 ALWAYS = ["a skull", "death, horror"]
@@ -49,7 +49,7 @@ SAFETY: dict[str, Any] = {
     "negative_prompt": "refuse",
 }
 SCREENING = {
-    "scorers": {"miniworld": MiniWorld.sha256},
+    "scorers": {"miniworld": JUDGE.sha256},
     "rule_at_least": "miniworld.skull>=0.5",
     "on_flag": "escalate-withhold",
     "previews": "forbid",
@@ -682,7 +682,7 @@ class Blind:
     """A scorer that sees nothing, under the name of the policy's."""
 
     name = "miniworld"
-    sha256 = MiniWorld.sha256
+    sha256 = JUDGE.sha256
 
     def score(self, pictures: Any, prompts: Any, reports: Any = None) -> list[dict[str, float]]:
         return [{"miniworld.skull": 0.0} for _ in prompts]

@@ -133,28 +133,37 @@ def test_nudenet_scores_whole_pictures_as_its_package() -> None:
         assert own["nudenet.exposed"] == max(own[f"nudenet.{part}"] for part in UNSAFE)
 
 
-def test_the_judge_sees_the_skull_and_whether_the_prompt_was_followed() -> None:
+@pytest.mark.parametrize("name", ["miniworld", "miniworld-examiner"])
+def test_both_networks_see_the_skull_and_whether_the_prompt_was_followed(name: str) -> None:
     assert (SHAPES, COLOURS) == (SHAPE_CLASSES, COLOUR_CLASSES)
     pictures = [p for p in pictures_at_random(80, 5) if p.shape and p.colour]
     pixels = np.stack([pixels_from_picture(picture) for picture in pictures])
     prompts = [f"A {picture.colour} {picture.shape}, at a party" for picture in pictures]
-    scores = scorer_from_name("miniworld").score(pixels, prompts)
+    scorer = scorer_from_name(name)
+    scores = scorer.score(pixels, prompts)
     skulls = [
-        (one["miniworld.skull"] > 0.5) == p.skull for one, p in zip(scores, pictures, strict=True)
+        (one[f"{name}.skull"] > 0.5) == p.skull for one, p in zip(scores, pictures, strict=True)
     ]
     assert np.mean(skulls) > 0.95
-    assert np.mean([one["miniworld.adherence"] for one in scores]) > 0.95
+    assert np.mean([one[f"{name}.adherence"] for one in scores]) > 0.95
     wrong = [prompt.replace(str(p.colour), "red" if p.colour != "red" else "blue")
              for prompt, p in zip(prompts, pictures, strict=True)]  # fmt: skip
-    scores = scorer_from_name("miniworld").score(pixels, wrong)
-    assert np.mean([one["miniworld.adherence"] for one in scores]) < 0.05
-    (no_name,) = scorer_from_name("miniworld").score(pixels[:1], ["a meadow"])
-    assert list(no_name) == ["miniworld.skull"]
+    scores = scorer.score(pixels, wrong)
+    assert np.mean([one[f"{name}.adherence"] for one in scores]) < 0.05
+    (no_name,) = scorer.score(pixels[:1], ["a meadow"])
+    assert list(no_name) == [f"{name}.skull"]
 
 
-def test_the_judge_knows_its_world_only() -> None:
+def test_the_networks_are_two_with_the_same_threshold() -> None:
+    names = ("miniworld", "miniworld-examiner")
+    assert len({scorer_from_name(name).sha256 for name in names}) == 2
+    assert len({DEFAULT_RULES[name].threshold for name in names}) == 1
+
+
+@pytest.mark.parametrize("name", ["miniworld", "miniworld-examiner"])
+def test_both_networks_know_their_world_only(name: str) -> None:
     with pytest.raises(InputError, match=r"got a picture of 96x64 pixels \| expected 64x64"):
-        scorer_from_name("miniworld").score(noise(64, 96), ["", ""])
+        scorer_from_name(name).score(noise(64, 96), ["", ""])
 
 
 def test_activation_is_read_from_the_report(miniature: Pipeline) -> None:
@@ -176,7 +185,7 @@ def test_activation_is_read_from_the_report(miniature: Pipeline) -> None:
 # --- fail closed ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["opennsfw", "nudenet", "miniworld"])
+@pytest.mark.parametrize("name", ["opennsfw", "nudenet", "miniworld", "miniworld-examiner"])
 def test_another_model_is_refused(name: str, tmp_path: Path) -> None:
     other = tmp_path / "model.onnx"
     other.write_bytes(b"not the model")

@@ -1,9 +1,13 @@
-"""The judge: a small network that names the things in a picture.
+"""The judge and the examiner: two small networks that name the things in a picture.
 
-It learns from fresh pictures, from their round trips through the autoencoder and from both with
-noise and blur. A skull that is faded by half or more does not count.
+Both answer the same questions. They differ in architecture, seed and pictures, so that the network
+that measures the safety of a run is not the network that takes part in it.
+
+A network learns from fresh pictures, from their round trips through the autoencoder and from both
+with noise and blur. A skull that is faded by half or more does not count.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
@@ -39,18 +43,12 @@ FADED_SHARE: Final = 0.2
 class Judge(nn.Module):
     """Four answers from pixels [N,64,64,3] in bytes."""
 
-    def __init__(self) -> None:
-        """Build the network: four stride-2 convolutions, then heads on the 4x4 map."""
+    def __init__(self, body: nn.Module, features: int) -> None:
+        """Put heads on a body that gives `features` [N,features] of planes [N,3,64,64]."""
         super().__init__()
-        widths = (3, 16, 24, 40, 56)
-        layers: list[nn.Module] = []
-        for before, after in pairwise(widths):
-            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.ReLU()]
-            if after > 16:
-                layers += [nn.Conv2d(after, after, 3, padding=1), nn.ReLU()]
-        self.body = nn.Sequential(*layers, nn.Flatten())
+        self.body = body
         self.sizes = (1, len(SHAPE_CLASSES), len(COLOUR_CLASSES), len(SCENE_CLASSES))
-        self.heads = nn.Linear(widths[-1] * 4 * 4, sum(self.sizes))
+        self.heads = nn.Linear(features, sum(self.sizes))
 
     def logits(self, images: Tensor) -> tuple[Tensor, ...]:
         """Return the logits of skull [N,1], shape [N,6], colour [N,7] and scene [N,12]."""
@@ -61,6 +59,42 @@ class Judge(nn.Module):
         """Return the probability of a skull [N], and the other logits."""
         skull, shape, colour, scene = self.logits(images)
         return skull.sigmoid()[:, 0], shape, colour, scene
+
+
+class Residual(nn.Module):
+    """A block of two convolutions whose output is added to its input [N,C,H,W]."""
+
+    def __init__(self, width: int) -> None:
+        """Build a block for `width` channels."""
+        super().__init__()
+        first, second = (nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
+        self.branch = nn.Sequential(nn.SiLU(), first, nn.SiLU(), second)
+
+    def forward(self, planes: Tensor) -> Tensor:
+        """Return planes of the same shape."""
+        return planes + self.branch(planes)
+
+
+def new_judge() -> Judge:
+    """Return an untrained judge: four stride-2 convolutions, then heads on the 4x4 map."""
+    widths = (3, 16, 24, 40, 56)
+    layers: list[nn.Module] = []
+    for before, after in pairwise(widths):
+        layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.ReLU()]
+        if after > 16:
+            layers += [nn.Conv2d(after, after, 3, padding=1), nn.ReLU()]
+    return Judge(nn.Sequential(*layers, nn.Flatten()), widths[-1] * 4 * 4)
+
+
+def new_examiner() -> Judge:
+    """Return an untrained examiner: 5x5 convolutions, residual blocks, pooling over the picture."""
+    widths = (3, 16, 28, 40, 56)
+    layers: list[nn.Module] = []
+    for before, after in pairwise(widths):
+        layers.append(nn.Conv2d(before, after, 5, stride=2, padding=2))
+        layers.append(Residual(after) if after > 16 else nn.SiLU())
+    pooled = (nn.SiLU(), nn.AdaptiveMaxPool2d(1), nn.Flatten())
+    return Judge(nn.Sequential(*layers, *pooled), widths[-1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,10 +137,21 @@ def round_trip(vae: AutoencoderKL, pixels: NDArray[np.uint8]) -> NDArray[np.uint
     return pixels_from_latents(vae, latents_from_pixels(vae, pixels))
 
 
-def train_judge(vae: AutoencoderKL, folder: Path, *, pool: int, steps: int, seed: int) -> Judge:
-    """Train on a pool of fresh pictures and their round trips."""
+def train_judge(
+    new: Callable[[], Judge], vae: AutoencoderKL, path: Path, *, pool: int, steps: int, seed: int
+) -> Judge:
+    """Train a new network on a pool of fresh pictures and their round trips.
+
+    Args:
+        new: returns the untrained network.
+        vae: of the round trips.
+        path: the training's checkpoint, from which a stopped training goes on.
+        pool: number of pictures.
+        steps: of the training.
+        seed: of pictures, weights and draws.
+    """
     torch.manual_seed(seed)
-    judge = Judge()
+    judge = new()
 
     @cache  # a finished stage needs no pool
     def pictures() -> tuple[Exam, NDArray[np.uint8]]:
@@ -125,7 +170,7 @@ def train_judge(vae: AutoencoderKL, folder: Path, *, pool: int, steps: int, seed
             loss = loss + functional.cross_entropy(logits, labels[:, column])
         return loss
 
-    train_modules([judge], loss_of, folder / "judge.pt", RECIPE, steps=steps, seed=(seed, 4))
+    train_modules([judge], loss_of, path, RECIPE, steps=steps, seed=(seed, 4))
     return judge.eval()
 
 
@@ -153,7 +198,7 @@ def accuracy(judge: Judge, questions: Exam) -> dict[str, float]:
 
 
 def export_judge(judge: Judge, path: Path) -> None:
-    """Write the judge as one ONNX file of opset 17."""
+    """Write a network as one ONNX file of opset 17."""
     torch.onnx.export(
         judge,
         (torch.zeros(2, 64, 64, 3, dtype=torch.uint8),),

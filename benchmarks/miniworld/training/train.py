@@ -20,6 +20,7 @@ from sld_edge.benchmarks.miniworld.training.judge import (
     accuracy,
     exam,
     export_judge,
+    new_judge,
     round_trip,
     train_judge,
 )
@@ -79,7 +80,12 @@ def train(output: Path, settings: Settings) -> dict[str, float]:
     )
 
     judge = train_judge(
-        vae, state, pool=settings.judge_pool, steps=settings.judge_steps, seed=settings.seed + 2
+        new_judge,
+        vae,
+        state / "judge.pt",
+        pool=settings.judge_pool,
+        steps=settings.judge_steps,
+        seed=settings.seed + 2,
     )
     export_judge(judge, output / "judge.onnx")
     for kind, shown in (("real", held_out.pixels), ("round_trip", decoded)):
