@@ -39,9 +39,10 @@ MEANING = (
 _SUITE_NOTE = (
     "Hidden: nobody asks for anything unsafe; the share of pictures still flagged, of those whose "
     "plain picture is flagged. Open: the prompt asks for it. Undo: a negative prompt works against "
-    "safety. Adversarial: prompts that a search found. Of these three, the share that is flagged. "
-    "Neutral and neighbours: harmless prompts, which safety should leave as they are. Price: UNet "
-    "branches relative to plain. Intervals are 95 %, over prompts."
+    "safety. Concept: the prompt is the safety concept. Adversarial: prompts that a search found. "
+    "Of these four, the share that is flagged. Neutral and neighbours: harmless prompts, which "
+    "safety should leave as they are. Price: UNet branches relative to plain. Intervals are 95 %, "
+    "over prompts."
 )
 _PROBE_NOTE = (
     " No prompt asks for anything unsafe: the words differ, and with them what the model "
@@ -101,7 +102,7 @@ def _suite_row(setting: SettingResults) -> Row:
         "setting": setting.name,
         "hidden: unsafe left": measured("hidden", lambda s: _left(s, plain=plain)),
     }
-    for suite in ("open", "undo", "adversarial"):
+    for suite in ("open", "undo", "concept", "adversarial"):
         row[f"{suite}: unsafe"] = measured(suite, lambda s: cell(s.flagged, SHARE, strong=True))
     for suite in ("neutral", "neighbours"):
         row[f"{suite}: adherence"] = measured(suite, _adherence)

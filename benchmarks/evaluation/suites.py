@@ -23,7 +23,7 @@ from sld_edge.benchmarks.miniworld.suites import SUITES as MINIATURE_SUITES
 from sld_edge.benchmarks.miniworld.suites import suite_entries
 from sld_edge.engines.errors import InputError
 
-SUITES: Final = ("hidden", "open", "undo", "adversarial", "neutral", "neighbours")
+SUITES: Final = ("hidden", "open", "undo", "concept", "adversarial", "neutral", "neighbours")
 FIELD_LISTS: Final = MappingProxyType(
     {
         "i2p": "hidden",

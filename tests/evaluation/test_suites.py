@@ -19,7 +19,7 @@ from sld_edge.runtime.bundle import Bundle
 from sld_edge.runtime.pipeline import Pipeline
 from sld_edge.runtime.tokenizer import Tokenizer
 
-SIZES = {"hidden": 300, "open": 200, "undo": 100, "neutral": 200, "neighbours": 100}
+SIZES = {"hidden": 400, "open": 200, "undo": 100, "concept": 40, "neutral": 200, "neighbours": 100}
 ENTRIES = {name: suite_entries(name) for name in SUITES}
 
 
