@@ -12,7 +12,7 @@ from sld_edge.export.checkpoints.sources import PREDICTION_TYPES
 from sld_edge.export.families import FAMILIES
 from sld_edge.export.families.family import Part
 from sld_edge.runtime.request import MOST_GUIDANCE
-from sld_edge.runtime.safety import PAPER_CONCEPT, PRESETS
+from sld_edge.runtime.safety import DEFAULT_PRESET, PAPER_CONCEPT, PRESETS
 from sld_edge.runtime.samplers import SAMPLERS
 from sld_edge.runtime.text_filter import concepts_from_texts
 
@@ -63,7 +63,7 @@ class ExportSettings:
     width: int | None = None
     height: int | None = None
     safety_concept: str | tuple[str, ...] = PAPER_CONCEPT
-    preset: str = "medium"
+    preset: str = DEFAULT_PRESET
     text_filter: str | tuple[str, ...] | None = None
     filter_preserve: tuple[str, ...] | None = None
     name: str | None = None

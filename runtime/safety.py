@@ -170,6 +170,7 @@ PRESETS = MappingProxyType(
         "guard-lite": replace(_OFF, text_filter=True, negative=True),
     }
 )
+DEFAULT_PRESET = "guard"  # of a new bundle
 STRONGEST = "guard-max"
 
 

@@ -205,7 +205,7 @@ def require_progress(
                 f"the text filter does not take {concept!r} out of a prompt",
                 got=f"{progress:.2f} of the way to {texts.guide!r}",
                 expected=f"at least {_LEAST_PROGRESS}",
-                do="use a word that the model knows, or export the bundle again",
+                do="use words that the model knows, or another preset",
             )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sld_edge.runtime.commands.arguments import flag, option
 from sld_edge.runtime.commands.options import provider_option, quiet_option
-from sld_edge.runtime.safety import PRESETS
+from sld_edge.runtime.safety import DEFAULT_PRESET, PAPER_PRESETS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,8 @@ class BenchOptions:
     )
     batch: tuple[int, ...] = option("pictures at once, for the throughput", default=(1, 2, 4))
     safety: tuple[str, ...] = option(
-        "presets whose price is measured; off is always measured", default=tuple(PRESETS)
+        "presets whose price is measured; off is always measured",
+        default=(*PAPER_PRESETS, DEFAULT_PRESET),
     )
 
     provider: str = provider_option("machine")

@@ -41,7 +41,7 @@ from sld_edge.runtime.scorers import Rule, rule_for, rule_from_text, split_paths
 _EXAMPLES = """\
 examples:
   sld-eval                                           the miniature model on its own prompts
-  sld-eval sd15 --prompts i2p.csv --output results   I2P: plain, medium and strong
+  sld-eval sd15 --prompts i2p.csv --output results   I2P: plain, medium and guard
   sld-eval sd15 --prompts i2p.csv --category violence hate --sample 100
   sld-eval sd15 --prompts mine.txt --safety off negative medium max --scorer opennsfw
   sld-eval sd15 --prompts mine.txt --safety-concept violence --safety-concept nudity
@@ -115,7 +115,7 @@ def _run(options: EvalOptions) -> None:
 def _without_effect(settings: EvalSettings, rows: Sequence[Row]) -> Iterator[str]:
     """Say which settings left pictures on which safety had no effect; also with --quiet."""
     for setting in settings.settings:
-        acting = [row for row in rows if row.setting == setting.name and setting.acts]
+        acting = [row for row in rows if row.setting == setting.name and setting.edits]
         without = sum(max(row.strength) < NO_EFFECT_BELOW for row in acting)
         if without:
             yield f"{setting.name}: safety had no effect on {without} of {len(acting)} pictures"

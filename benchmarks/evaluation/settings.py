@@ -19,7 +19,7 @@ Images = Literal["keep", "discard", "blur"]
 OFFICIAL_STEPS, OFFICIAL_GUIDANCE_SCALE = 50, 7.5  # of I2P's protocol
 MINIATURE_SCORERS = ("miniworld-examiner", "miniworld")
 """Judge the miniature's pictures; only the first one flags them."""
-DEFAULT_SAFETY = ("off", "medium", "strong")
+DEFAULT_SAFETY = ("off", "medium", "guard")
 _SWEPT = {
     "scale": "scale",
     "threshold": "threshold",
@@ -40,14 +40,14 @@ class Setting:
     negative_prompt: bool = False
 
     @property
-    def acts(self) -> bool:
+    def edits(self) -> bool:
         """Whether safety can edit a picture of this setting."""
-        return (PRESETS[self.safety] if isinstance(self.safety, str) else self.safety).acts
+        return (PRESETS[self.safety] if isinstance(self.safety, str) else self.safety).edits
 
     @property
     def uses_concept(self) -> bool:
         """Whether the pipeline takes a safety concept: every preset but off may use it."""
-        return self.safety != "off" if isinstance(self.safety, str) else self.acts
+        return (PRESETS[self.safety] if isinstance(self.safety, str) else self.safety).acts
 
 
 PLAIN = Setting(name="plain", safety="off")

@@ -35,7 +35,7 @@ from sld_edge.runtime.commands.arguments import (
 )
 from sld_edge.runtime.commands.console import Parser, run_command
 from sld_edge.runtime.commands.options import quiet_option
-from sld_edge.runtime.safety import PRESETS
+from sld_edge.runtime.safety import DEFAULT_PRESET, PRESETS
 from sld_edge.runtime.samplers import SAMPLERS
 
 _EXAMPLES = """\
@@ -132,7 +132,7 @@ class ExportOptions:
         default=(),
         action="append",
     )
-    preset: str = option(f"strength of safety: {', '.join(PRESETS)}", default="medium")
+    preset: str = option(f"strength of safety: {', '.join(PRESETS)}", default=DEFAULT_PRESET)
     text_filter: tuple[str, ...] = option(
         'words that a text filter in the bundle takes out of prompts, as "nudity; blood; weapons" '
         "(default: those of the safety concept, if the preset has a filter)",

@@ -236,7 +236,7 @@ def _notes(pipeline: Pipeline, settings: RunSettings, run: Run) -> Iterator[str]
         texts |= {image.prompt: "prompt", image.negative_prompt or "": "negative prompt"}
     for image in run.images:
         texts |= dict.fromkeys(image.acting_concepts, "safety concept")
-        if image.acting_concepts and image.prompt in image.acting_concepts:
+        if image.prompt in image.edited_concepts and not image.acting_filter:
             yield "the prompt is the safety concept: safety has nothing to edit"
     for text, name in texts.items():
         cut = pipeline.cut_from(text)

@@ -49,9 +49,9 @@ class Activation:
             raise InputError("the scorer activation needs the run's reports", do="pass the reports")
         scores = []
         for report in reports:
-            if report["safety"]["preset"] == "off":
+            if not report["safety"]["scale"]:
                 raise InputError(
-                    "the scorer activation has nothing to read with safety off",
+                    "the scorer activation has nothing to read without an edit",
                     do="choose a preset, or a --safety-scale of 0.03, which edits very little",
                 )
             calls = report["calls"]

@@ -90,7 +90,9 @@ def model_of(
     """Save a checkpoint, open it in diffusers, and export it with settings `export`."""
     source = save_model(root / "model", kind, seed=seed, **changes)
     settings = ExportSettings(
-        model=str(source), output=root / "bundle", precision="fp32", **(export or {})
+        model=str(source),
+        output=root / "bundle",
+        **{"precision": "fp32", "preset": "medium", **(export or {})},
     )
     ours = Pipeline.load(export_bundle(settings), provider="cpu")
     return Model(oracle=oracle_of(source, kind, **changes), ours=ours, xl=len(ours_texts(ours)) > 1)

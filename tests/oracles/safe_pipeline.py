@@ -85,7 +85,9 @@ def pair_of(kind: Kind, folder: Path) -> Pair:
     source = save_diffusers_directory(
         folder / "model", kind, tokenizer=tokenizer(), vocab_size=VOCABULARY
     )
-    settings = ExportSettings(model=str(source), output=folder / "bundle", precision="fp32")
+    settings = ExportSettings(
+        model=str(source), output=folder / "bundle", precision="fp32", preset="medium"
+    )
     ours = Pipeline.load(export_bundle(settings), provider="cpu")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

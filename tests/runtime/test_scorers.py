@@ -178,7 +178,7 @@ def test_activation_is_read_from_the_report(miniature: Pipeline) -> None:
     with pytest.raises(InputError, match="needs the run's reports"):
         scorer.score(pixels, ["a star"])
     plain = miniature("a star at a party", safety="off", steps=2, sampler="ddim")
-    with pytest.raises(InputError, match="nothing to read with safety off"):
+    with pytest.raises(InputError, match="nothing to read without an edit"):
         scorer.score(pixels, ["a star"], plain.reports)
 
 
