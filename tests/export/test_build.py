@@ -405,6 +405,7 @@ def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
         found[precision] = root / precision
         options = ["--precision", precision, "--attention", attention, "--quiet"]
         arguments = ["--model", str(checkpoint), "--output", str(found[precision])]
+        arguments += ["--preset", "medium"]
         assert export_cli.main([*arguments, "--width", "64", "--height", "64", *options]) == 0
     return found
 
@@ -608,6 +609,7 @@ def test_export_and_build_in_one(
 ) -> None:
     output = tmp_path / "bundle"
     arguments = ["--model", str(checkpoint), "--output", str(output), "--width", "64"]
+    arguments += ["--preset", "medium"]
     arguments += ["--height", "64", "--engine", "tensorrt-rtx", "--components", "guidance"]
     assert export_cli.main([*arguments, "--compute-capability", "8.7"]) == 2
     assert "compute capability 8.7" in capsys.readouterr().err

@@ -72,7 +72,7 @@ def opened(folder: Path) -> UserError | None:
 
 
 def exported(folder: Path, place: Path) -> UserError | None:
-    settings = ExportSettings(model=str(folder), output=place / "bundle")
+    settings = ExportSettings(model=str(folder), output=place / "bundle", preset="medium")
     error = taken_or_one_line(lambda: export_bundle(settings))
     if error is not None:
         assert list(place.iterdir()) == []  # nor a part of it
