@@ -14,7 +14,7 @@ from sld_edge.export.families.family import Part
 from sld_edge.runtime.request import MOST_GUIDANCE
 from sld_edge.runtime.safety import DEFAULT_PRESET, PAPER_CONCEPT, PRESETS
 from sld_edge.runtime.samplers import SAMPLERS
-from sld_edge.runtime.text_filter import concepts_from_texts
+from sld_edge.runtime.text_filter import concepts_from_texts, require_some_concepts
 
 Precision = Literal["fp16", "fp32"]
 
@@ -113,6 +113,8 @@ class ExportSettings:
         for name in self.fp32_components:
             if name not in known:
                 raise InputError("fp32 component", got=repr(name), expected=", ".join(known))
+        if self.text_filter is not None:
+            require_some_concepts(self.filter_concepts)
         if self.fp32_components and self.precision == "fp32":
             raise InputError(
                 "fp32 components with precision fp32, where all are in fp32",
@@ -131,7 +133,7 @@ class ExportSettings:
         texts = self.text_filter
         if texts is None:
             texts = self.safety_concepts if PRESETS[self.preset].text_filter else ()
-        return concepts_from_texts((texts,) if isinstance(texts, str) else texts) if texts else ()
+        return concepts_from_texts((texts,) if isinstance(texts, str) else texts)
 
     def precision_of(self, part: Part) -> Precision:
         """Return the arithmetic of one graph."""

@@ -20,7 +20,7 @@ from sld_edge.runtime.request import (
 )
 from sld_edge.runtime.safety import Safety, empty_concept
 from sld_edge.runtime.samplers import SamplerTable
-from sld_edge.runtime.text_filter import MOST_CONCEPTS
+from sld_edge.runtime.text_filter import require_some_concepts
 
 
 def require_admitted(
@@ -127,11 +127,10 @@ def _require_layers(image: ImageRun, manifest: Manifest) -> None:
     """Refuse layers of safety that could not act.
 
     Raises:
-        InputError: too many concepts, or a negative prompt without guidance.
+        InputError: no concept or too many, or a negative prompt without guidance.
     """
-    count = len(image.text_filter)
-    if image.safety.text_filter and not 0 < count <= MOST_CONCEPTS:
-        raise InputError("concepts of the text filter", got=count, expected=f"1 to {MOST_CONCEPTS}")
+    if image.safety.text_filter:
+        require_some_concepts(image.text_filter)
     guided = image.guidance_scale > 1 and manifest.guidance == "classifier-free"
     if image.safety.negative and not guided:
         raise InputError(

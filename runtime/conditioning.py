@@ -96,6 +96,7 @@ class Conditioner:
         engine: Callable[[str], Engine],
         *,
         identity: Callable[[], str],
+        say: Callable[[str], None],
     ) -> None:
         """Read the stored embeddings.
 
@@ -104,6 +105,7 @@ class Conditioner:
             texts: its tokenizers.
             engine: returns the engine of a component.
             identity: returns a text that is the same only if the text encoders' outputs are.
+            say: called with a line for the user before something that takes seconds.
         """
         self._bundle, self._texts, self._engine, self._identity = bundle, texts, engine, identity
         conditions = bundle.manifest.conditioning
@@ -111,7 +113,9 @@ class Conditioner:
         self._image = {name: item for name, item in conditions.items() if item.per == "image"}
         self._stored: dict[str, Embedding] = dict(bundle.embeddings())
         self._encoded: OrderedDict[str, Embedding] = OrderedDict()  # the last used text last
-        self._filters = FilterStore(bundle, self._outputs, texts.ids_for, identity=identity)
+        self._filters = FilterStore(
+            bundle, self._outputs, texts.ids_for, identity=identity, say=say
+        )
         self._checked = False
 
     def embedding(self, text: str) -> Embedding:

@@ -6,6 +6,7 @@ of `steps` take it themselves.
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 import weakref
@@ -58,6 +59,7 @@ class Executor:
             texts,
             self.store.engine,
             identity=lambda: loader.identity_of(*loader.bundle.manifest.texts),
+            say=self._say,
         )
         self._loader, self._texts = loader, texts
         self._manifest = loader.bundle.manifest
@@ -162,6 +164,10 @@ class Executor:
             self.stage = None
         self.store.close()
         self._loader.close()
+
+    def _say(self, line: str) -> None:
+        if not self._loader.settings.quiet:
+            print(f"note: {line}", file=sys.stderr)
 
     def _stepper(self, job: Job) -> HostStepper | DeviceStepper:
         engines = {name: self.store.engine(name) for name in job.components}

@@ -40,6 +40,7 @@ class FilterStore:
         ids: Callable[[str, str], tuple[int, ...]],
         *,
         identity: Callable[[], str],
+        say: Callable[[str], None],
     ) -> None:
         """Load nothing yet.
 
@@ -48,8 +49,10 @@ class FilterStore:
             outputs: returns the text encoders' outputs for a text.
             ids: returns the token ids of a text for a text encoder.
             identity: returns a text that is the same only if the text encoders' outputs are.
+            say: called with a line for the user before a filter is made.
         """
         self._bundle, self._outputs, self._ids, self._identity = bundle, outputs, ids, identity
+        self._say = say
         self._made: dict[tuple[str, ...], TextFilter] = {}
 
     def filter_for(self, concepts: tuple[str, ...]) -> TextFilter:
@@ -82,6 +85,7 @@ class FilterStore:
         path = self._path(texts)
         text_filter = None if path is None else self._read(path, concepts)
         if text_filter is None:
+            self._say(f"making a text filter, once for these words: {'; '.join(concepts)}")
             text_filter = fitted_filter(texts, self._outputs, self._ids)
             require_progress(text_filter, texts, self._outputs, self._ids, error=InputError)
             if path is not None:

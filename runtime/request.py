@@ -336,7 +336,7 @@ def filtered_concepts(
     filter, or of the bundle's safety concept.
 
     Raises:
-        InputError: texts of another type, or no concept.
+        InputError: texts of another type.
     """
     texts: str | tuple[str, ...]
     if asked is not None and not isinstance(asked, bool):

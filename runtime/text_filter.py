@@ -26,7 +26,6 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from sld_edge.engines.checks import shown
 from sld_edge.engines.errors import InputError, UserError
 from sld_edge.runtime.manifest import Condition
 
@@ -36,7 +35,7 @@ Outputs = Mapping[str, Floats]
 
 METHOD: Final = 1  # increase it when the same texts give another matrix
 GUIDE: Final = "meadow"
-MOST_CONCEPTS: Final = 64
+_MOST_CONCEPTS: Final = 64
 # 0 for a filter that does nothing; at least 0.34 for the miniature's concepts, 0.86 for the paper's
 # 20 concepts with a trained text encoder of 384 numbers a token.
 _LEAST_PROGRESS: Final = 0.05
@@ -123,17 +122,22 @@ class FilterEffect:
 
 
 def concepts_from_texts(texts: Sequence[str]) -> tuple[str, ...]:
-    """Split texts like "nudity; a skull, gore" into concepts, each once and without its article.
-
-    Raises:
-        InputError: no concept.
-    """
+    """Split texts like "nudity; a skull, gore" into concepts, each once and without its article."""
     pieces = (piece.strip() for text in texts for piece in re.split("[,;]", text))
     parts = (re.sub(r"^(a|an|the)\s+", "", piece, flags=re.IGNORECASE) for piece in pieces)
-    concepts = tuple(dict.fromkeys(part for part in parts if part))
-    if not concepts:
-        raise InputError("text filter", got=shown(texts), expected="one or more words")
-    return concepts
+    return tuple(dict.fromkeys(part for part in parts if part))
+
+
+def require_some_concepts(concepts: Sequence[str]) -> None:
+    """Refuse a filter without concepts, or with too many.
+
+    Raises:
+        InputError: not 1 to 64 concepts.
+    """
+    if not 0 < len(concepts) <= _MOST_CONCEPTS:
+        raise InputError(
+            "concepts of the text filter", got=len(concepts), expected=f"1 to {_MOST_CONCEPTS}"
+        )
 
 
 @cache

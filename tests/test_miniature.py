@@ -27,10 +27,13 @@ def test_the_embedded_bundle_is_what_the_checkpoint_exports_to(tmp_path: Path) -
     fresh, shipped = Bundle.open(embed(tmp_path / "bundle")), Bundle.open()
     ours, theirs = (asdict(bundle.manifest) for bundle in (fresh, shipped))
     for manifest in (ours, theirs):
-        manifest["embeddings"]["arrays"]["context"].pop(
-            "sha256"
-        )  # computed, so rounded by the processor they met
+        for computed in (manifest["embeddings"], manifest["text_filter"]):
+            for file in computed["arrays"].values():
+                file.pop("sha256")  # rounded by the processor that computed it
     assert ours == theirs
+    filters = [bundle.text_filter() for bundle in (fresh, shipped)]
+    (matrix,), (wanted,) = (each[1].matrices.values() for each in filters if each is not None)
+    assert np.abs(matrix - wanted).max() < 1e-4
     for text, embedding in fresh.embeddings().items():
         assert np.abs(embedding["context"] - shipped.embeddings()[text]["context"]).max() < 1e-5
 

@@ -256,7 +256,7 @@ class TestCommand:
             ),
             (
                 ["--scorer", "miniworld", "activation", "--safety", "off"],
-                "nothing to read with safety off",
+                "nothing to read without an edit",
             ),
         ],
     )

@@ -200,7 +200,7 @@ class TestFlagged:
         assert "s.png is flagged, and was not written" in capsys.readouterr().err
         assert not Path("s.png").exists()
         screening = json.loads(Path("s.json").read_text())["images"][0]["screening"]
-        assert [attempt["preset"] for attempt in screening["attempts"]] == ["strong", "max"]
+        assert [attempt["preset"] for attempt in screening["attempts"]] == ["strong", "guard-max"]
         assert screening["done"] == "withheld"
 
     def test_a_stale_picture_under_a_withheld_name_is_gone(self) -> None:
