@@ -104,7 +104,7 @@ def test_it_needs_no_torch(tmp_path: Path) -> None:
 
 def test_defaults_of_the_miniature_and_of_another_bundle() -> None:
     found = settings()
-    assert names(found) == ["plain", "medium", "strong"]
+    assert names(found) == ["plain", "medium", "guard"]
     assert found.scorers == ("miniworld-examiner", "miniworld")
     assert text_from_rule(found.rule) == "miniworld-examiner.skull>=0.5"
     assert (found.images_per_prompt, found.steps, found.guidance_scale) == (2, 50, 7.5)

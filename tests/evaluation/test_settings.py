@@ -44,9 +44,9 @@ def test_a_sweep_scales_mediums_warm_up_to_the_calls() -> None:
     assert setting.safety.momentum_scale == 0.5
 
 
-def test_a_setting_acts_where_its_scale_does() -> None:
+def test_a_setting_edits_where_its_scale_does() -> None:
     named = settings_from_names(["off", "negative", "weak"])
-    assert [setting.acts for setting in named] == [False, False, True]
+    assert [setting.edits for setting in named] == [False, False, True]
     assert [s.acts for s in sweep_settings(["scale=0,1"], calls=50)] == [False, True]
 
 
