@@ -47,7 +47,7 @@ def test_a_sweep_scales_mediums_warm_up_to_the_calls() -> None:
 def test_a_setting_edits_where_its_scale_does() -> None:
     named = settings_from_names(["off", "negative", "weak"])
     assert [setting.edits for setting in named] == [False, False, True]
-    assert [s.acts for s in sweep_settings(["scale=0,1"], calls=50)] == [False, True]
+    assert [s.edits for s in sweep_settings(["scale=0,1"], calls=50)] == [False, True]
 
 
 def test_every_preset_but_off_takes_a_concept() -> None:
