@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import stat
 import sys
@@ -119,7 +120,7 @@ def entries() -> list[Entry]:
 
 
 def make_room(needed: int) -> bool:
-    """Remove the least recently used prepared graphs until `needed` more bytes fit into the limit.
+    """Remove the least recently used graphs and filters until `needed` more bytes fit.
 
     A graph that a process has loaded stays.
 
@@ -132,12 +133,15 @@ def make_room(needed: int) -> bool:
     for entry in everything:
         if not limit or total <= limit:
             break
-        if entry.path.parent.name == SESSIONS and _drop_unused(entry.path):
+        kind = entry.path.parent.name
+        if (kind == SESSIONS and _drop_unused(entry.path)) or (
+            kind == FILTERS and _removed(entry.path)
+        ):
             total -= entry.bytes
     if limit and total > limit:
         _note_once(
-            f"a prepared graph of {needed / 1e9:.2g} GB does not fit into the cache's "
-            f"{limit / 1e9:.2g} GB (SLD_EDGE_CACHE_LIMIT), and loads slowly at every start"
+            f"{needed / 1e9:.2g} GB do not fit into the cache's {limit / 1e9:.2g} GB "
+            "(SLD_EDGE_CACHE_LIMIT), and are prepared again at every start"
         )
     return not limit or total <= limit
 
@@ -240,6 +244,15 @@ def _drop_unused(entry: Path) -> bool:
     except OSError:
         return False
     return not entry.exists()
+
+
+def _removed(path: Path) -> bool:
+    """Remove a file that `entry_name` named; another file stays."""
+    if not re.fullmatch("[0-9a-f]{32}", path.name):
+        return False
+    with suppress(OSError):
+        path.unlink()
+    return not path.exists()
 
 
 def _day(seconds: float) -> str:

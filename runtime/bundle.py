@@ -33,6 +33,7 @@ EMBEDDED = Path(__file__).parent / "miniature"  # the bundle that ships with the
 # The files of the same in FP16 that differ from `EMBEDDED`, for the self-test.
 EMBEDDED_FP16 = Path(__file__).parent / "miniature_fp16"
 _ARRAY_LIMIT = 256 << 20  # bytes of constant embeddings
+_MOST_TEXTS = 1024  # that a text filter preserves
 _AGAIN = "copy or export the bundle again"
 
 
@@ -261,6 +262,9 @@ class Bundle:
             lines = self.read(entry.preserve, JSON_LIMIT).decode("utf-8").splitlines()
         except UnicodeDecodeError as error:
             raise BundleError(f"{entry.preserve.path} is not UTF-8 text", do=_AGAIN) from error
+        if len(lines) > _MOST_TEXTS:  # encoding them would take minutes
+            got = f"{len(lines)} lines"
+            raise BundleError(entry.preserve.path, got=got, expected=f"at most {_MOST_TEXTS}")
         texts = FilterTexts(concepts=entry.concepts, guide=entry.guide, preserve=("", *lines))
         return texts, TextFilter(concepts=entry.concepts, matrices=matrices)
 

@@ -10,7 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
-from sld_edge.engines.cache import FILTERS, entry_name, private_folder, remember, remembered
+from sld_edge.engines.cache import (
+    FILTERS,
+    entry_name,
+    make_room,
+    private_folder,
+    remember,
+    remembered,
+)
 from sld_edge.engines.errors import BundleError, InputError, OutputError
 from sld_edge.engines.files import floats_from_npy, read_limited, write_whole
 from sld_edge.runtime.bundle import Bundle
@@ -26,6 +33,7 @@ from sld_edge.runtime.text_filter import (
     require_progress,
 )
 
+_MOST = 16  # filters in memory
 _LIMIT = 1 << 28  # bytes of a kept filter
 _DIGEST = 32  # bytes of SHA-256, before the array
 
@@ -63,7 +71,10 @@ class FilterStore:
             InputError: concepts that cannot be taken out.
         """
         if concepts not in self._made:
-            self._made[concepts] = self._stored(concepts) or self._kept(concepts)
+            text_filter = self._stored(concepts) or self._kept(concepts)
+            if len(self._made) >= _MOST:
+                self._made.pop(next(iter(self._made)))  # the oldest
+            self._made[concepts] = text_filter
         return self._made[concepts]
 
     def _stored(self, concepts: tuple[str, ...]) -> TextFilter | None:
@@ -88,9 +99,10 @@ class FilterStore:
             self._say(f"making a text filter, once for these words: {'; '.join(concepts)}")
             text_filter = fitted_filter(texts, self._outputs, self._ids)
             require_progress(text_filter, texts, self._outputs, self._ids, error=InputError)
-            if path is not None:
+            data = _bytes(text_filter)
+            if path is not None and make_room(len(data)):
                 with suppress(OutputError):  # then it is made again at the next start
-                    write_whole(path, _bytes(text_filter))
+                    write_whole(path, data)
         return text_filter
 
     def _texts(self, concepts: tuple[str, ...]) -> FilterTexts:

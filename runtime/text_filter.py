@@ -1,7 +1,7 @@
 """The text filter: a matrix on the prompt's embedding that takes concepts out of the prompt.
 
 Cross-attention reads a text only through its keys and values, which are products of the embedding c
-and weights W. Unified Concept Editing (UCE, arXiv 2308.14761, equation 7) edits every W so that a
+and weights W. Unified Concept Editing (UCE, arXiv 2308.14761) edits every W so that a
 concept's keys and values become those of a harmless guide, and those of other texts stay. All
 layers have the same pairs of texts, so one matrix R on the embedding has the same effect as the
 edit of all layers: (c R) W = c (R W). R follows from texts alone:
@@ -41,6 +41,7 @@ _MOST_CONCEPTS: Final = 64
 _LEAST_PROGRESS: Final = 0.05
 _TAKEN_OUT: Final = 0.5  # distance, relative to the norm of the word's embedding
 _OF_THE_MOST: Final = 0.75
+_TINY: Final = 1e-30  # for rows of zeros
 _PRESERVE: Final = 10.0
 _RIDGE: Final = 0.01
 _TEXTS: Final = 72  # about as many texts name a concept; encoding them takes the time
@@ -244,7 +245,7 @@ def effect_on(
     """Compare a prompt's arrays before and after the filter; `words` have their tokens' places."""
     moved = max(_distance(before[name], after[name]) for name in before)
     by_token = [
-        np.linalg.norm(after[name] - array, axis=-1) / np.linalg.norm(array, axis=-1)
+        np.linalg.norm(after[name] - array, axis=-1) / (np.linalg.norm(array, axis=-1) + _TINY)
         for name, array in before.items()
         if array.ndim == 2
     ]
@@ -258,7 +259,7 @@ def effect_on(
 
 
 def _distance(before: Floats, after: Floats) -> float:
-    return float(np.linalg.norm(after - before) / np.linalg.norm(before))
+    return float(np.linalg.norm(after - before) / (np.linalg.norm(before) + _TINY))
 
 
 def _without_concepts(texts: FilterTexts) -> list[str]:

@@ -282,7 +282,19 @@ def test_what_does_not_fit_is_not_prepared_and_that_is_said_once(
     for _ in range(2):
         assert prepared_engine(SHA, lambda: GRAPH).path == GRAPH
     assert os.listdir(root / "sessions") == []
-    assert capsys.readouterr().err.count("does not fit into the cache") == 1
+    assert capsys.readouterr().err.count("do not fit into the cache") == 1
+
+
+def test_filters_make_room_for_newer_ones(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = cache.private_folder(cache.FILTERS)
+    assert folder is not None
+    old, new, other = (folder / name for name in ("a" * 32, "b" * 32, "thesis"))
+    for age, path in enumerate((new, old, other)):
+        path.write_bytes(b"0" * 600)
+        os.utime(path, (1e9 - age, 1e9 - age))
+    monkeypatch.setenv("SLD_EDGE_CACHE_LIMIT", "0.000002")  # 2000 bytes
+    assert cache.make_room(600)
+    assert [path.exists() for path in (old, new, other)] == [False, True, True]
 
 
 def test_a_read_only_cache_is_used(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
