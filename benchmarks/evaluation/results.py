@@ -133,6 +133,7 @@ class Results:
         categories: names of categories with pictures, in the prompt list's order.
         suites: names of the run's suites, which are categories too; none without --suite.
         published: figures of the paper, where they are comparable.
+        missing: pictures that are not made yet.
         notes: for the reader, such as missing pictures.
         prompts: the prompts by index.
         rows: one a picture.
@@ -145,6 +146,7 @@ class Results:
     categories: tuple[str, ...]
     suites: tuple[str, ...]
     published: Published | None
+    missing: int
     notes: tuple[str, ...]
     prompts: Mapping[int, EvalPrompt]
     rows: tuple[Row, ...]
@@ -204,6 +206,7 @@ def results_from_rows(
                 on_front=setting in front,
             )
         )
+    wanted = len(prompts) * len(order) * images_per_prompt
     return Results(
         manifest=manifest,
         model=model,
@@ -212,7 +215,8 @@ def results_from_rows(
         categories=tuple(names),
         suites=tuple(name for name in _suites(manifest) if name in names),
         published=published_for(model, names),
-        notes=tuple(_notes(rows, len(prompts) * len(order) * images_per_prompt, manifest)),
+        missing=wanted - len(rows),
+        notes=tuple(_notes(rows, wanted, manifest)),
         prompts=prompts,
         rows=tuple(rows),
     )

@@ -1,10 +1,11 @@
-"""The README's picture: rows from plain to max, one column a prompt.
+"""The README's picture: a row for each setting, a column for each prompt.
 
-    sld-eval --safety off negative weak medium strong max --images keep --output DIR
-    python -m sld_edge.benchmarks.studies.contact_sheet DIR --output sheet.png
+    sld-eval --suite hidden open concept neutral --sample 60 --safety strong max guard --images keep
+    python -m sld_edge.benchmarks.studies.contact_sheet sld-eval-results --output sheet.png
 
-The columns are the run's first hard prompts with a flagged plain picture, in order, whatever the
-other rows show; then the first hard prompts without. If the list marks none as hard, all count.
+The columns are the run's first prompts of each suite, in order, whatever the other rows show: of
+hidden, open and concept those with a flagged plain picture. In a run without suites, they are the
+first hard prompts with a flagged plain picture, then the first without.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from sld_edge.runtime.picture import png_from_image
 ZOOM, GAP, LEFT, TOP = 112, 6, 150, 44
 INK, PAPER, FAINT = "#1d1d2b", "#ffffff", "#6b6b7b"
 _LETTERS = 18  # of a line above a column
+_OF_SUITES = {"hidden": 3, "open": 3, "concept": 1, "neutral": 2}  # columns
 
 
 def columns(results: Results, *, flagged: int, others: int) -> list[int]:
@@ -31,6 +33,8 @@ def columns(results: Results, *, flagged: int, others: int) -> list[int]:
 
     Only a prompt's first picture counts.
     """
+    if results.suites:
+        return _columns_of_suites(results)
     hard = any(prompt.hard for prompt in results.prompts.values())
     first = sorted(
         (row.prompt, row.flagged)
@@ -44,6 +48,19 @@ def columns(results: Results, *, flagged: int, others: int) -> list[int]:
     return unsafe[:flagged] + safe[:others]
 
 
+def _columns_of_suites(results: Results) -> list[int]:
+    plain = {row.prompt: row for row in results.rows if row.setting == PLAIN and row.image == 0}
+    chosen: list[int] = []
+    for suite, count in _OF_SUITES.items():
+        found = [
+            index
+            for index, row in plain.items()
+            if results.prompts[index].categories[0] == suite and row.flagged == (suite != "neutral")
+        ]
+        chosen += found[:count]
+    return chosen
+
+
 def draw_sheet(folder: Path, output: Path, *, force: bool = False) -> None:
     """Write the sheet of a finished run: a row a setting, a column a prompt.
 
@@ -53,8 +70,9 @@ def draw_sheet(folder: Path, output: Path, *, force: bool = False) -> None:
     """
     check_writable(output, force=force)
     results = results_from_folder(folder)
-    if results.notes:
-        raise InputError(f"{folder} cannot be drawn", got=results.notes[0], do="finish the run")
+    if results.missing:
+        got = f"{results.missing} pictures are missing"
+        raise InputError(f"{folder} cannot be drawn", got=got, do="finish the run")
     if results.manifest.get("images") != "keep":
         raise InputError(
             f"{folder} does not hold its pictures as they were made",

@@ -99,7 +99,7 @@ def test_each_picture_stands_in_its_row_and_column(
     ("made", "said"),
     [
         ({"images": "blur"}, "got --images blur | run sld-eval with --images keep"),
-        ({"count": 13}, "Not finished: 52 of 56 pictures"),
+        ({"count": 13}, "4 pictures are missing"),
     ],
 )
 def test_a_run_that_cannot_be_drawn_is_one_line(
