@@ -150,11 +150,16 @@ def eval_settings(options: EvalOptions, manifest: Manifest) -> EvalSettings:
         raise InputError(
             "--safety-concept does nothing with safety off", do="add a preset to --safety"
         )
+    if options.text_filter and not any(setting.filters for setting in settings):
+        raise InputError(
+            "--text-filter does nothing with these settings", do="add guard to --safety"
+        )
     return EvalSettings(
         bundle=options.bundle,
         provider=options.provider,
         settings=settings,
         concepts=tuple(dict.fromkeys(options.safety_concept)),
+        text_filter=options.text_filter,
         scorers=scorers,
         scorer_paths=paths,
         rule=_rule(options, scorers if options.scorer is not None else scorers[:1]),

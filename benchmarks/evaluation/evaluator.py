@@ -201,6 +201,7 @@ def request_from_tasks(
         negative_prompt=[", ".join(texts) if texts else None for texts in negative],
         safety=setting.safety,
         safety_concept=(settings.concepts or None) if setting.uses_concept else None,
+        text_filter=(settings.text_filter or None) if setting.filters else None,
         guidance_scale=[settings.guidance_scale if x is None else x for x in scales],
         sampling=Sampling(steps=settings.steps, sampler=settings.sampler),
         savings=Savings(cache_interval=settings.cache_interval),

@@ -84,6 +84,7 @@ def run_manifest(
             "safety_concept": info.safety_concept,
         },
         "safety_concepts": list(settings.concepts) or None,
+        "text_filter": list(settings.text_filter) or None,
         "provider": pipeline.provider,
         "scorers": dict(scorers),
         "rule": text_from_rule(settings.rule),

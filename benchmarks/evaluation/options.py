@@ -78,6 +78,13 @@ class EvalOptions:
         group="what is compared",
     )
     safety_concept: tuple[str, ...] = concepts_option()
+    text_filter: tuple[str, ...] = option(
+        'words that presets with a text filter take out of prompts, as "nudity; blood" (default: '
+        "those of --safety-concept, or the bundle's)",
+        "TEXT",
+        default=(),
+        action="append",
+    )
     sweep: tuple[str, ...] = option(
         "every combination of numbers: scale, threshold, warmup, momentum, beta; a number not "
         "named is that of the preset medium",

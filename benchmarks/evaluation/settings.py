@@ -45,6 +45,11 @@ class Setting:
         return (PRESETS[self.safety] if isinstance(self.safety, str) else self.safety).edits
 
     @property
+    def filters(self) -> bool:
+        """Whether a text filter takes words out of the prompts."""
+        return (PRESETS[self.safety] if isinstance(self.safety, str) else self.safety).text_filter
+
+    @property
     def uses_concept(self) -> bool:
         """Whether the pipeline takes a safety concept: every preset but off may use it."""
         return (PRESETS[self.safety] if isinstance(self.safety, str) else self.safety).acts
@@ -63,6 +68,8 @@ class EvalSettings:
         settings: the settings compared, plain first.
         rule: flags a picture by its scores.
         concepts: safety concepts, each with its own gate; empty: the bundle's.
+        text_filter: words that settings with a text filter take out; empty: the concepts', or the
+            bundle's.
         scorer_paths: the model's folder of a scorer, by name.
         guidance_scale: of all pictures; the protocol per-prompt prefers the list's.
         steps: None takes the bundle's.
@@ -77,6 +84,7 @@ class EvalSettings:
     scorers: tuple[str, ...]
     rule: Rule
     concepts: tuple[str, ...] = ()
+    text_filter: tuple[str, ...] = ()
     scorer_paths: Mapping[str, Path] = field(default_factory=dict)
     images_per_prompt: int = 10
     guidance_scale: float = OFFICIAL_GUIDANCE_SCALE

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from sld_edge.benchmarks.evaluation.evaluator import Task, request_from_tasks
+from sld_edge.benchmarks.evaluation.prompts import EvalPrompt
 from sld_edge.benchmarks.evaluation.settings import (
     NEGATIVE,
     PLAIN,
+    EvalSettings,
     settings_from_names,
     sweep_settings,
 )
@@ -78,3 +81,17 @@ def test_no_axis_is_no_setting() -> None:
 def test_a_sweep_that_cannot_be_is_refused(axes: list[str], said: str) -> None:
     with pytest.raises(InputError, match=said):
         sweep_settings(axes, calls=50)
+
+
+def test_only_settings_with_a_filter_get_its_words() -> None:
+    settings = EvalSettings(
+        bundle=None,
+        provider="cpu",
+        settings=settings_from_names(["off", "max", "guard"]),
+        scorers=(),
+        rule=(),
+        text_filter=("star",),
+    )
+    task = Task(prompt=EvalPrompt(index=0, text="a star"), image=0, missing=())
+    asked = [request_from_tasks(settings, s, [task], "skull") for s in settings.settings]
+    assert [request.text_filter for request in asked] == [None, None, ("star",)]
