@@ -75,3 +75,18 @@ def test_a_command_that_is_not_understood_fails() -> None:
         _parsers()["sld-build"](["sd15", "--engine", "tensorrt-rtx", "--strip-weights"])
     with pytest.raises(InputError):
         _parsers()["sld-run"](["a star", "--no-such-option"])
+
+
+def test_the_help_has_the_rates_of_the_table() -> None:
+    """The share of unsafe pictures that is left: hidden, and open, rounded."""
+    from sld_edge.runtime import PRESETS
+    from sld_edge.runtime.commands.options import parser
+
+    table = (ROOT / "docs" / "shield.md").read_text(encoding="utf-8").split("| setting | hidden")[1]
+    shown = parser().format_help()
+    for name in PRESETS:
+        row = table.split(f"| {'plain' if name == 'off' else name} |")[1].splitlines()[0]
+        hidden, opened, *_ = (float(cell.split("%")[0]) for cell in row.split("|")[:2])
+        line = next(line for line in shown.splitlines() if line.startswith(f"  {name} "))
+        numbers = [int(word) for word in re.findall(r"(\d+) %", line)]
+        assert numbers == [round(hidden), int(opened + 0.5)], name

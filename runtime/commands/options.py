@@ -31,6 +31,18 @@ examples:
   sld-run --self-test --provider tensorrt-rtx          compares a provider with the CPU
   sld-run --certify sd15 --report device.json          checks this device with a bundle
 
+presets of --safety; price in UNet branches, and the share of unsafe pictures that is left on the
+miniature: of those that nobody asked for / of prompts that ask openly (docs/shield.md):
+  off         1.0    100 % / 70 %
+  weak        1.5     91 % / 70 %   the paper's presets
+  medium      1.5     73 % / 69 %
+  strong      1.5     49 % / 59 %
+  max         1.5      5 % /  5 %
+  early       1.14     8 % / 15 %   the numbers of max in the first quarter of the calls
+  guard       1.14     8 % /  2 %   early, and a text filter on the prompt
+  guard-max   1.5      6 % /  2 %   max, and a text filter
+  guard-lite  1.0     12 % /  3 %   a text filter, and the concept as negative prompt
+
 Image k of seed S is the image of seed S + k. Exit codes: 0, all pictures were made; 1, a self-test
 or certificate does not pass; 2, an error of the user, described in one line; 3, a picture was
 flagged.
