@@ -84,7 +84,7 @@ def image_report(
             else None,
             "acted": strongest >= NO_EFFECT_BELOW
             or image.safety.negative
-            or (filter_effect is not None and filter_effect.moved >= NO_EFFECT_BELOW),
+            or (filter_effect is not None and bool(filter_effect.taken_out)),
             "mean_share": _mean([call.share for call in calls]),
             "mean_strength": _mean([call.strength for call in calls]),
             "max_strength": strongest,
@@ -115,7 +115,10 @@ def image_report(
 def without_recipe(report: Mapping[str, Any]) -> dict[str, Any]:
     """Return a report without the entries that are needed to make its picture again."""
     kept = {name: value for name, value in report.items() if name not in _RECIPE}
-    return {**kept, "recipe": "omitted"}
+    safety = dict(report["safety"])
+    if safety["text_filter"] is not None:  # it names the words of the prompt
+        safety["text_filter"] = {**safety["text_filter"], "taken_out": [], "words": []}
+    return {**kept, "safety": safety, "recipe": "omitted"}
 
 
 def safety_words(report: Mapping[str, Any]) -> str:

@@ -306,14 +306,18 @@ def _safety(
         preset, numbers = value, safety_from_preset(value, calls=calls)
     else:
         raise InputError("safety", got=shown(value), expected="a preset's name or a Safety")
-    if not numbers.acts and (changed or concept is not None):
-        subject = "a safety concept does" if concept is not None else "safety numbers do"
+    if not numbers.acts and concept is not None:
         raise InputError(
-            f"{subject} nothing with safety off", do="choose a preset, or leave it out"
+            "a safety concept does nothing with safety off", do="choose a preset, or leave it out"
+        )
+    if changed and not numbers.edits:
+        raise InputError(
+            f"safety numbers do nothing with safety {preset}",
+            do="choose a preset with an edit, or leave them out",
         )
     if changed:
         preset, numbers = "custom", replace(numbers, **dict(changed))
-        if not numbers.acts:
+        if not numbers.edits:
             raise InputError("safety scale 0 switches safety off", do="use the preset off instead")
     if concept is not None:
         numbers = replace(numbers, concept=concept)

@@ -113,7 +113,7 @@ def test_what_is_flagged_to_the_end_is_said(miniature: Pipeline) -> None:
 
 @pytest.mark.parametrize(("on_flag", "done"), [("blur", "blurred"), ("withhold", "withheld")])
 def test_a_flagged_picture_is_not_to_be_seen(on_flag: Any, done: str, miniature: Pipeline) -> None:
-    plan = plan_of(miniature, "a red star", "a heart", seed=3)
+    plan = plan_of(miniature, "a red star", "a heart", safety="medium", seed=3)
     sharp = miniature.run(plan)
     result = miniature.run(
         plan, screening=Screening(scorers=[Fake(until("max"))], rule=RULE, on_flag=on_flag)
