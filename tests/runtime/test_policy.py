@@ -486,9 +486,10 @@ def test_a_request_that_changes_its_mind(guarded: Pipeline) -> None:
     assert_not_lowered(result, guarded.policy.digest)
 
 
-def test_what_is_not_said_takes_the_minimum_and_is_told(guarded: Pipeline) -> None:
+def test_what_is_not_said_is_as_strong_as_the_minimum_and_is_told(guarded: Pipeline) -> None:
+    """Of the bundle's guard and the policy's strong, neither has all that the other has."""
     report = guarded("a red star", **FAST).reports[0]
-    assert report["safety"]["preset"] == "strong"
+    assert report["safety"]["preset"] == "guard-max"
     assert report["policy"] == {
         "sha256": guarded.policy.digest,
         "raised": ["safety", "safety_concept"],
@@ -937,7 +938,7 @@ class TestSigned:
             pipeline("a star", **FAST)
         manifest = bundle_copy / "bundle.json"
         text = manifest.read_bytes()
-        for data in (text + b" ", text.replace(b'"medium"', b'"off"', 1), b"", b"{"):
+        for data in (text + b" ", text.replace(b'"guard"', b'"off"', 1), b"", b"{"):
             manifest.write_bytes(data)
             with pytest.raises(UserError, match="signed by none of the keys"):
                 Pipeline.load(bundle_copy, provider="cpu")
