@@ -32,7 +32,7 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small run of the miniature: 2 steps, 2 rounds of 4 processes."""
     folder = tmp_path_factory.mktemp("bench") / "results"
-    words = ["--steps", "2", "--rounds", "2", "--warmup", "0", "--safety", "medium", "max"]
+    words = ["--steps", "2", "--rounds", "2", "--warmup", "0", "--safety", "max", "medium"]
     words += ["--batch", "1", "2", "--provider", "cpu", "--quiet"]
     assert main([*words, "--output", str(folder)]) == 0
     return folder
@@ -57,8 +57,8 @@ def test_raw_samples_are_kept_and_the_medians_are_theirs(results: Path) -> None:
     assert (found["format"], found["kind"]) == ("sld-bench", "bundle")
     runs = found["runs"]
     assert [(run["round"], run["name"], run["batch"]) for run in runs] == [
-        *((0, "off", 1), (0, "medium", 1), (0, "max", 1), (0, "medium", 2)),
-        *((1, "medium", 1), (1, "max", 1), (1, "medium", 2), (1, "off", 1)),
+        *((0, "off", 1), (0, "max", 1), (0, "medium", 1), (0, "medium", 2)),
+        *((1, "max", 1), (1, "medium", 1), (1, "medium", 2), (1, "off", 1)),
     ]
     for run in runs:
         assert len(run["steps_s"]) == 2
@@ -83,7 +83,7 @@ def test_raw_samples_are_kept_and_the_medians_are_theirs(results: Path) -> None:
 
 def test_printed_ratios_are_quotients_of_printed_medians(results: Path) -> None:
     price, _, _, batches, _ = tables(results / "report.md")
-    assert [row[0] for row in price] == ["off", "medium", "max"]
+    assert [row[0] for row in price] == ["off", "max", "medium"]
     for row in price:
         assert quotients_agree(row[2], price[0][2], row[3])
         assert quotients_agree(row[4], price[0][4], row[5])
@@ -153,7 +153,7 @@ def test_a_crashed_process_is_one_line_and_leaves_no_results(
     monkeypatch.setattr("sld_edge.benchmarks.bench.runs.OUR_WORKER", "sld_edge.no_such_worker")
     assert main(["--steps", "1", "--rounds", "1", "--quiet"]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("error: safety medium, 1 at once: its process ended with exit code 1 |")
+    assert line.startswith("error: safety guard, 1 at once: its process ended with exit code 1 |")
     assert not list(Path("sld-bench-results").iterdir())
 
 

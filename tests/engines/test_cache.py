@@ -201,7 +201,7 @@ def test_the_command_shows_and_clears(
     assert f"cache: {root}" in said
     assert "prepared graph: unet of " in said
     assert "at most 20 GB" in said
-    assert "2 checks are remembered" in said
+    assert "3 checks are remembered" in said
     assert main(["--clear-cache"]) == 0
     assert "MB freed" in capsys.readouterr().out
     assert sorted(os.listdir(root)) == ["CACHEDIR.TAG", "notes.txt"]

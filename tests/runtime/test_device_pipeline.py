@@ -149,12 +149,12 @@ def test_the_second_run_finds_everything_laid_out(
     cuda: FakeCuda, cpu: Pipeline, planned: Callable[..., Path]
 ) -> None:
     with Pipeline.load(planned(), provider="tensorrt") as pipeline:
-        pipeline("a red star", steps=6)
+        pipeline("a red star", safety="medium", steps=6)
         before = cuda.counts.copy()
-        got = pipeline("a blue heart", steps=6)
+        got = pipeline("a blue heart", safety="medium", steps=6)
         for name in ("cudaMalloc", "cudaFree", "cudaGraphInstantiate", "cudaEventCreateWithFlags"):
             assert cuda.counts[name] == before[name], name
-    assert_same(got, cpu("a blue heart", steps=6))
+    assert_same(got, cpu("a blue heart", safety="medium", steps=6))
     assert not cuda.live_allocations()
     assert not cuda.live_handles()
 
