@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -151,6 +152,13 @@ def floats_from_npy(data: bytes) -> NDArray[np.float32]:
     if math.prod(shape) * 4 != len(data) - start:
         raise ValueError(f"{len(data) - start} bytes for float32 {shape}")
     return np.frombuffer(data, "<f4", offset=start).reshape(shape).astype(np.float32)
+
+
+def npy_from_floats(array: NDArray[np.float32]) -> bytes:
+    """Return a float32 array as the bytes of an `.npy` file, which `floats_from_npy` reads."""
+    stream = io.BytesIO()
+    np.save(stream, array.astype(np.float32, copy=False))
+    return stream.getvalue()
 
 
 def sha256_of_file(path: Path) -> tuple[str, Identity]:

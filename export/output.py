@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from sld_edge.engines.errors import OutputError, UserError
 from sld_edge.engines.files import umask
 from sld_edge.engines.staging import part_folder
+from sld_edge.runtime.manifest import File, file_entry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,12 @@ def check_output(output: Path, *, force: bool, kind: Kind) -> None:
         if not force:
             raise OutputError(f"{output} exists", do="choose another name, or add --force")
         _refuse_clashes(output, _unlisted_of(output, kind), kind.written)
+
+
+def written(path: Path, data: bytes) -> File:
+    """Write a file of a bundle, and return its entry in the manifest."""
+    path.write_bytes(data)
+    return file_entry(path)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,8 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from sld_edge.engines.errors import InputError, NumericsError
+from sld_edge.engines.files import npy_from_floats
 from sld_edge.engines.onnxruntime.engine import OrtEngine
-from sld_edge.runtime.manifest import File, StoredFilter, file_entry
+from sld_edge.export.output import written
+from sld_edge.runtime.manifest import StoredFilter
 from sld_edge.runtime.text_filter import (
     GUIDE,
     FilterTexts,
@@ -85,20 +86,9 @@ def write_text_filter(
     return StoredFilter(
         concepts=concepts,
         guide=texts.guide,
-        preserve=_written(folder / PRESERVE, "\n".join((*texts.preserve[1:], "")).encode()),
+        preserve=written(folder / PRESERVE, "\n".join((*texts.preserve[1:], "")).encode()),
         arrays={
-            source: _written(folder / filter_file(source), _npy(matrix))
+            source: written(folder / filter_file(source), npy_from_floats(matrix))
             for source, matrix in text_filter.matrices.items()
         },
     )
-
-
-def _npy(matrix: Floats) -> bytes:
-    stream = io.BytesIO()
-    np.save(stream, matrix)
-    return stream.getvalue()
-
-
-def _written(path: Path, data: bytes) -> File:
-    path.write_bytes(data)
-    return file_entry(path)

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Mapping, Set
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from sld_edge.engines.errors import BundleError, InputError
-from sld_edge.engines.files import JSON_LIMIT, read_limited
+from sld_edge.engines.files import JSON_LIMIT, npy_from_floats, read_limited
 from sld_edge.engines.tensorrt.plan_info import info_path
 from sld_edge.export.checkpoints.checkpoint import TOKENIZERS, Checkpoint, size_from_config
 from sld_edge.export.checkpoints.sources import checkpoint_from_source
 from sld_edge.export.families import FAMILIES, family_of
 from sld_edge.export.families.family import Family, Part
-from sld_edge.export.output import Kind, check_output, staged
+from sld_edge.export.output import Kind, check_output, staged, written
 from sld_edge.export.refuse import NOT_BUILT, ODD_VALUES, refusing
 from sld_edge.export.settings import ExportSettings
 from sld_edge.export.shape import Say, Shape, shape_of
@@ -38,7 +35,6 @@ from sld_edge.runtime.manifest import (
     OWN_GRAPHS,
     Component,
     Embeddings,
-    File,
     Manifest,
     ModelInfo,
     StoredFilter,
@@ -156,7 +152,7 @@ def export_bundle(
             guidance=shape.inputs.guidance,
             texts={
                 name: TextInput(
-                    tokenizer=_write(folder / f"{TOKENIZERS[name]}.json", text.encode()),
+                    tokenizer=written(folder / f"{TOKENIZERS[name]}.json", text.encode()),
                     length=shape.text_length,
                 )
                 for name, text in checkpoint.tokenizers.items()
@@ -166,7 +162,7 @@ def export_bundle(
             components=_components(family, graphs, settings, folder),
             text_filter=_write_filter(tokenizers, settings, folder, shape, say),
         )
-        _write(folder / MANIFEST, _checked_json(manifest))
+        written(folder / MANIFEST, _checked_json(manifest))
     return Path(settings.output)
 
 
@@ -350,9 +346,7 @@ def _write_embeddings(
             outputs[f"{name}.{output}"] = array
     arrays = {}
     for name, array in embedding_from_outputs(shape.inputs.conditioning, outputs).items():
-        stream = io.BytesIO()
-        np.save(stream, array.astype(np.float32, copy=False))
-        arrays[name] = _write(folder / f"{name}.npy", stream.getvalue())
+        arrays[name] = written(folder / f"{name}.npy", npy_from_floats(array))
     return Embeddings(texts=texts, arrays=arrays)
 
 
@@ -372,11 +366,6 @@ def _write_filter(
     return write_text_filter(
         folder, tokenizers, sources, concepts, preserve=settings.filter_preserve
     )
-
-
-def _write(path: Path, data: bytes) -> File:
-    path.write_bytes(data)
-    return file_entry(path)
 
 
 def created_by() -> str:

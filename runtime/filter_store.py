@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -19,7 +18,7 @@ from sld_edge.engines.cache import (
     remembered,
 )
 from sld_edge.engines.errors import BundleError, InputError, OutputError
-from sld_edge.engines.files import floats_from_npy, read_limited, write_whole
+from sld_edge.engines.files import floats_from_npy, npy_from_floats, read_limited, write_whole
 from sld_edge.runtime.bundle import Bundle
 from sld_edge.runtime.text_filter import (
     GUIDE,
@@ -141,7 +140,6 @@ class FilterStore:
 
 def _bytes(text_filter: TextFilter) -> bytes:
     """Return a file with all matrices, one after another, and their SHA-256 before them."""
-    stream = io.BytesIO()
-    np.save(stream, np.concatenate([matrix.ravel() for matrix in text_filter.matrices.values()]))
-    data = stream.getvalue()
+    numbers = [matrix.ravel() for matrix in text_filter.matrices.values()]
+    data = npy_from_floats(np.concatenate(numbers))
     return hashlib.sha256(data).digest() + data
