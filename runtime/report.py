@@ -52,6 +52,7 @@ def image_report(
     safety = asdict(image.safety)
     safety.pop("concept")
     filtered = safety.pop("text_filter")
+    effect = FilterEffect(moved=0.0, words=()) if filter_effect is None else filter_effect
     strengths = {
         concept: _mean([call.concept_strength[k] for call in calls])
         for k, concept in enumerate(image.edited_concepts)
@@ -84,20 +85,11 @@ def image_report(
             else None,
             "acted": strongest >= NO_EFFECT_BELOW
             or image.safety.negative
-            or (filter_effect is not None and bool(filter_effect.taken_out)),
+            or bool(effect.taken_out),
             "mean_share": _mean([call.share for call in calls]),
             "mean_strength": _mean([call.strength for call in calls]),
             "max_strength": strongest,
-            "text_filter": None
-            if not filtered
-            else {
-                "concepts": list(image.text_filter),
-                "moved": 0.0 if filter_effect is None else round(filter_effect.moved, 6),
-                "taken_out": [] if filter_effect is None else list(filter_effect.taken_out),
-                "words": []
-                if filter_effect is None
-                else [{"word": w, "moved": round(moved, 6)} for w, moved in filter_effect.words],
-            },
+            "text_filter": _filter_report(image, effect) if filtered else None,
         },
         "policy": None
         if run.policy is None
@@ -109,6 +101,15 @@ def image_report(
         "bundle_sha256": bundle.sha256,
         **ran_on,
         "versions": dict(versions()),
+    }
+
+
+def _filter_report(image: ImageRun, effect: FilterEffect) -> dict[str, Any]:
+    return {
+        "concepts": list(image.text_filter),
+        "moved": round(effect.moved, 6),
+        "taken_out": list(effect.taken_out),
+        "words": [{"word": word, "moved": round(moved, 6)} for word, moved in effect.words],
     }
 
 
