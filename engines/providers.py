@@ -13,17 +13,34 @@ from typing import Any
 
 from sld_edge.engines.cuda.api import CudaRuntime
 from sld_edge.engines.cuda.device import Device, cuda_runtime
-from sld_edge.engines.errors import InputError, UserError, one_line, shortened
+from sld_edge.engines.errors import (
+    InputError,
+    MissingPackageError,
+    UserError,
+    one_line,
+    shortened,
+)
 from sld_edge.engines.onnxruntime.engine import PROVIDERS, onnxruntime
+from sld_edge.engines.openvino.api import openvino
+from sld_edge.engines.openvino.api import version as openvino_version
+from sld_edge.engines.openvino.target import device_name, why_no_bf16
+from sld_edge.engines.openvino.target import devices as openvino_devices
 from sld_edge.engines.tensorrt.engine import tensorrt_module
 from sld_edge.engines.tensorrt.plan_info import FLAVOURS, Flavour
 
 # In order of preference; the CPU comes last.
-NAMES: tuple[str, ...] = (*FLAVOURS, *(name for name in PROVIDERS if name != "cpu"), "cpu")
+NAMES: tuple[str, ...] = (
+    *FLAVOURS,
+    *(name for name in PROVIDERS if name != "cpu"),
+    "openvino",
+    "cpu",
+)
+ON_HOST = ("cpu", "openvino")  # these take and return arrays on the host
 
 _WIDTH = 100  # columns of the table
 _HOW_TO_GET: Mapping[str, str] = {
     "cpu": 'pip install "sld-edge[cpu]"',
+    "openvino": 'pip install "sld-edge[openvino]"',
     "cuda": 'pip uninstall onnxruntime, then pip install "sld-edge[gpu]"',
     "ort-tensorrt": 'pip uninstall onnxruntime, then pip install "sld-edge[gpu]"',
     "ort-tensorrt-rtx": "pip uninstall onnxruntime, then pip install onnxruntime-trt-rtx",
@@ -129,9 +146,12 @@ def survey_table(statuses: Sequence[ProviderStatus]) -> str:
 def _status(name: str, gpus: Callable[[], _Gpus]) -> ProviderStatus:
     version = ""
     try:
-        version, reason, devices = (
-            _tensorrt(name, gpus) if name in FLAVOURS else _onnxruntime(name, gpus)
-        )
+        if name in FLAVOURS:
+            version, reason, devices = _tensorrt(name, gpus)
+        elif name == "openvino":
+            version, reason, devices = _openvino()
+        else:
+            version, reason, devices = _onnxruntime(name, gpus)
     except Exception as error:  # one broken package must not hide the other providers
         reason, devices = _line(error), ()
     return ProviderStatus(
@@ -197,6 +217,20 @@ def _onnxruntime(name: str, gpus: Callable[[], _Gpus]) -> tuple[str, str, tuple[
         return version, f"not in the installed ONNX Runtime | {_HOW_TO_GET[name]}", ()
     gpu = gpus()
     return version, gpu.reason or _start(ort, PROVIDERS[name]), gpu.devices
+
+
+def _openvino() -> tuple[str, str, tuple[str, ...]]:
+    """Return version, reason and devices of OpenVINO."""
+    try:
+        openvino()
+    except MissingPackageError:
+        return "", f"openvino is not installed | {_HOW_TO_GET['openvino']}", ()
+    missing = why_no_bf16()
+    bf16 = "--cpu-precision bf16 works" if missing is None else f"no bf16: {missing}"
+    names = {device: f"{device}: {device_name(device)}" for device in openvino_devices()}
+    if "CPU" in names:
+        names["CPU"] += f"; {bf16}"
+    return openvino_version(), "", tuple(names.values())
 
 
 def _start(ort: Any, provider: str) -> str:

@@ -25,7 +25,7 @@ from sld_edge.runtime.denoise.job import Floats, Job
 from sld_edge.runtime.denoise.loop import Figures, Step, denoise
 from sld_edge.runtime.denoise.on_device import DeviceStage, DeviceStepper
 from sld_edge.runtime.denoise.on_host import HostStepper
-from sld_edge.runtime.loader import Loader
+from sld_edge.runtime.loader import CELLS, Loader
 from sld_edge.runtime.manifest import PREVIEW_DECODER
 from sld_edge.runtime.numerics import not_finite
 from sld_edge.runtime.random import noise_source
@@ -36,7 +36,6 @@ from sld_edge.runtime.store import Store
 
 Callback = Callable[[Step], object]
 Progress = Callable[[int, int], object]  # takes the finished UNet calls and their total
-_CELLS = 64 * 64  # latent cells of a 512 px image; smaller images and their branches are batched
 
 
 class Executor:
@@ -173,7 +172,7 @@ class Executor:
         engines = {name: self.store.engine(name) for name in job.components}
         on_device = {name: e for name, e in engines.items() if isinstance(e, DeviceEngine)}
         if len(on_device) < len(engines):
-            together = self._loader.on_device or job.latents[:, 0].size < _CELLS
+            together = self._loader.runs_together(job.latents[:, 0].size)
             return HostStepper(engines, job, together=together)
         latents, conditioning = job.latents.shape, job.conditioning
         stage = self.stage
@@ -202,7 +201,7 @@ class Executor:
             yield step
         self._walking.discard(mark)
         with self.lock:
-            if cells >= _CELLS and not self._walking:
+            if cells >= CELLS and not self._walking:
                 # Else its weights and the decoder's activations together are the peak of memory.
                 self.store.release_reloadable("unet")
 
@@ -268,7 +267,7 @@ class Executor:
         if not self._loader.on_device:
             return 1
         _, height, width = self._latent_shape(run)
-        size = max(1, _CELLS // (height * width))
+        size = max(1, CELLS // (height * width))
         return size if largest is None else min(size, largest)
 
     def _check_latents(self, latents: NDArray[Any], run: Run) -> None:

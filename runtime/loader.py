@@ -1,4 +1,4 @@
-"""Loads an engine for each component: its TensorRT plan if it has one, else ONNX Runtime."""
+"""Loads an engine for each component: its TensorRT plan if it has one, else its graph."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from sld_edge.engines.errors import BundleError, EngineError, InputError, UserEr
 from sld_edge.engines.files import Identity, require_unchanged
 from sld_edge.engines.onnxruntime.engine import OrtEngine, OrtProvider
 from sld_edge.engines.onnxruntime.on_device import OrtDeviceEngine
-from sld_edge.engines.onnxruntime.sessions import prepared_engine
-from sld_edge.engines.providers import choose, status
+from sld_edge.engines.onnxruntime.sessions import recipe as onnxruntime_recipe
+from sld_edge.engines.openvino.graphs import recipe as openvino_recipe
+from sld_edge.engines.openvino.target import CpuPrecision, Target, target
+from sld_edge.engines.prepared import AnyEngine, Recipe, prepared_engine
+from sld_edge.engines.providers import ON_HOST, choose, status
 from sld_edge.engines.tensorrt.engine import TrtEngine, tensorrt_module
 from sld_edge.engines.tensorrt.plan_info import FLAVOURS, Flavour
 from sld_edge.runtime.bundle import Bundle, CheckedGraph, own_graph
-from sld_edge.runtime.manifest import OWN_GRAPHS, Component
+from sld_edge.runtime.manifest import OWN_GRAPHS, PREVIEW_DECODER, SHALLOW, Component
 from sld_edge.runtime.plans import (
     Plan,
     bundle_of_plan,
@@ -36,6 +39,7 @@ from sld_edge.runtime.policy import NO_POLICY, Policy
 from sld_edge.runtime.policy_file import machine_policy
 from sld_edge.runtime.tiles import Tiling, VaeTiling, tiling_for
 
+CELLS = 64 * 64  # latent cells of a 512 px image; smaller images and their branches are batched
 _HEAVY_BYTES = 64_000_000  # smaller weights are cast once and stay loaded
 _DECODER_BYTES = 128 * 4 * 3  # a pixel: input, norm and output of the decoder's last block
 _PICTURE_BYTES = 3 * (4 + 4 + 1)  # a pixel of a blended picture
@@ -47,6 +51,8 @@ class LoadSettings:
 
     Attributes:
         provider: "auto" or one of `engines.providers.NAMES`.
+        device: of OpenVINO: "CPU", "GPU", "NPU", "AUTO", or numbered like "GPU.1".
+        cpu_precision: of the arithmetic on the CPU; "bf16" is OpenVINO's, and never guidance's.
         plan: a plan of a bundle; the plans of its flavour in its folder are used.
         trust_plan: run plans that `plans.json` does not list.
         cuda_graph: replay the calls of the loop from CUDA graphs.
@@ -57,6 +63,8 @@ class LoadSettings:
     """
 
     provider: str = "auto"
+    device: str = "CPU"
+    cpu_precision: CpuPrecision = "fp32"
     plan: Path | None = None
     trust_plan: bool = False
     cuda_graph: bool = True
@@ -76,6 +84,7 @@ class Loader:
         why: the reason for this provider, one line.
         settings: the caller's settings.
         policy: this device's policy; for a permitted evaluation, without its rules for pictures.
+        target: where OpenVINO runs its components.
         plans: the plans in use, by component.
         fallbacks: the reason why a component runs on another provider, by component.
         slowed: what a provider left to the CPU, by component; known once a component is loaded.
@@ -86,6 +95,7 @@ class Loader:
     why: str
     settings: LoadSettings
     policy: Policy = NO_POLICY
+    target: Target = field(default_factory=Target)
     plans: dict[str, Plan] = field(default_factory=dict)
     fallbacks: dict[str, str] = field(default_factory=dict)
     slowed: dict[str, str] = field(default_factory=dict)
@@ -111,6 +121,8 @@ class Loader:
         opened = Bundle.open(bundle, policy=policy)
         provider, why = _resolved(opened, settings)
         loader = cls(bundle=opened, provider=provider, why=why, settings=settings, policy=policy)
+        if provider == "openvino":
+            loader.target = target(settings.device, settings.cpu_precision)
         if provider in FLAVOURS:
             loader._take_plans(provider)
         return loader
@@ -128,7 +140,7 @@ class Loader:
     @property
     def on_device(self) -> bool:
         """Whether the provider runs on a CUDA device."""
-        return self.provider != "cpu"
+        return self.provider not in ON_HOST
 
     def load(self, name: str, component: Component) -> Engine:
         """Return a component's engine.
@@ -153,7 +165,18 @@ class Loader:
             if refit is not None:
                 refit.confirm()
             return engine
-        provider = self._ort_provider(name)
+        provider = self.provider_of(name)
+        if provider == "openvino":
+            return self._prepared(
+                name,
+                component,
+                openvino_recipe(
+                    self.target,
+                    fixed=_is_heavy(component),
+                    rounded=self.target.precision == "bf16" and component.storage == "fp32",
+                ),
+            )
+        provider = cast(OrtProvider, provider)
         if name in OWN_GRAPHS:  # never from a bundle or a cache
             if provider == "cpu":
                 return OrtEngine(own_graph(name))
@@ -169,17 +192,10 @@ class Loader:
                     "or export with --attention decomposed"
                 )
             return device_engine
-        source = _Source(self.bundle, component)
         # Weights of half the size of the arithmetic were asked for to save memory.
         stored_small = component.precision == "fp32" and component.storage == "fp16"
-        return prepared_engine(
-            source_digest(component),
-            source.path,
-            keep_fp16=stored_small and _is_heavy(component),
-            confirm=source.confirm,
-            quiet=self.settings.quiet,
-            what=f"{name} of {self.bundle.manifest.model.id}",
-        )
+        keep_fp16 = stored_small and _is_heavy(component)
+        return self._prepared(name, component, onnxruntime_recipe(keep_fp16=keep_fp16))
 
     def identity_of(self, *names: str) -> str:
         """Return a text that is the same only if the outputs of these components are the same."""
@@ -187,12 +203,61 @@ class Loader:
         for name in names:
             plan = self.plans.get(name)
             parts += [] if plan is None else [plan.info.sha256]
-            parts.append(self.provider_of(name))
+            parts.append(self.runs_on(name))
         return " ".join(parts)
 
     def provider_of(self, name: str) -> str:
         """Return the provider that runs a component."""
-        return self.provider if name in self.plans else self._ort_provider(name)
+        if name in self.plans:
+            return self.provider
+        if name in self.fallbacks:
+            return self.fallback_provider
+        if self.provider == "openvino" and name not in self._openvino_parts:
+            return "cpu"
+        return self.provider
+
+    def sizes(self, name: str, height: int, width: int) -> dict[str, tuple[int, ...]]:
+        """Return the sizes of a component's inputs for one branch of one picture, in pixels."""
+        manifest = self.bundle.manifest
+        cell = manifest.latents.downscale
+        h, w = height // cell, width // cell
+        if name in ("vae_decoder", PREVIEW_DECODER):
+            tiling = self.tiling(h, w)
+            h, w = (h, w) if tiling is None else tiling.sides
+        known = {"B": 1, "K*B": 1, "L": manifest.text_length, "h": h, "w": w}
+        return {
+            spec.name: tuple(known[x] if isinstance(x, str) else x for x in spec.shape)
+            for spec in manifest.components[name].inputs
+        }
+
+    def runs_together(self, cells: int) -> bool:
+        """Whether all branches of a call run in one batch, for latents of this many cells.
+
+        On the host a batch is faster only for small pictures. A large graph of OpenVINO is compiled
+        for one branch: it would be compiled again wherever the number of branches changes.
+        """
+        if self.on_device:
+            return True
+        compiled = self.provider == "openvino" and _is_heavy(
+            self.bundle.manifest.components["unet"]
+        )
+        return cells < CELLS and not compiled
+
+    @property
+    def _openvino_parts(self) -> frozenset[str]:
+        """The components that OpenVINO runs: the UNet, and in BF16 the decoders.
+
+        ONNX Runtime loads the other components at once and in less memory, and takes as long.
+        """
+        parts = frozenset({"unet", SHALLOW})
+        if self.target == Target():
+            return parts
+        return parts | {"vae_decoder", PREVIEW_DECODER}
+
+    def runs_on(self, name: str) -> str:
+        """Return the provider that runs a component; for OpenVINO with device and precision."""
+        provider = self.provider_of(name)
+        return f"{provider} {self.target}" if provider == "openvino" else provider
 
     def is_reloadable(self, name: str, engine: Engine) -> bool:
         """Whether unloading an engine saves memory and loading it again is cheap."""
@@ -203,7 +268,7 @@ class Loader:
         """Return the tiling for latents of this size in cells; None decodes them as a whole."""
         name = "vae_decoder"
         choice = self.settings.vae_tiling
-        if choice == "auto" and self.provider_of(name) != "cpu":
+        if choice == "auto" and self.provider_of(name) not in ON_HOST:
             choice = "off"
         profiles = [
             tensor.profile
@@ -222,7 +287,7 @@ class Loader:
         Raises:
             InputError: too little memory; the error says how much is needed and how much is free.
         """
-        if self.provider_of("vae_decoder") != "cpu":
+        if self.provider_of("vae_decoder") not in ON_HOST:
             return
         cell = self.bundle.manifest.latents.downscale
         tiling = self.tiling(height // cell, width // cell)
@@ -267,9 +332,7 @@ class Loader:
         """Return the entries of a report about provider, plans and device."""
         description: dict[str, Any] = {
             "provider": self.provider,
-            "components": {
-                name: self.provider_of(name) for name in self.bundle.manifest.components
-            },
+            "components": {name: self.runs_on(name) for name in self.bundle.manifest.components},
             "plans": {name: plan.info.sha256 for name, plan in self.plans.items()},
             "device": None,
         }
@@ -307,10 +370,16 @@ class Loader:
                 reason = f"no {flavour} plan of it: runs on {self.fallback_provider}"
                 self.fallbacks[name] = reason
 
-    def _ort_provider(self, name: str) -> OrtProvider:
-        if name in self.fallbacks:
-            return self.fallback_provider
-        return cast(OrtProvider, self.provider)
+    def _prepared(self, name: str, component: Component, recipe: Recipe[AnyEngine]) -> AnyEngine:
+        source = _Source(self.bundle, component)
+        return prepared_engine(
+            source_digest(component),
+            source.path,
+            recipe,
+            confirm=source.confirm,
+            quiet=self.settings.quiet,
+            what=f"{name} of {self.bundle.manifest.model.id}",
+        )
 
 
 class _Source:
@@ -348,6 +417,14 @@ def _is_heavy(component: Component) -> bool:
 
 
 def _resolved(bundle: Bundle, settings: LoadSettings) -> tuple[str, str]:
+    for_openvino = {"--device": settings.device, "--cpu-precision": settings.cpu_precision}
+    usual = ("CPU", "fp32")
+    asked = [f"{option} {value}" for option, value in for_openvino.items() if value not in usual]
+    if asked and settings.plan is None and settings.provider == "auto":
+        settings = replace(settings, provider="openvino")
+    if asked and settings.provider != "openvino":
+        got = "a plan" if settings.plan is not None else f"--provider {settings.provider}"
+        raise InputError(f"{asked[0]} needs OpenVINO", got=got, do="add --provider openvino")
     if settings.plan is not None:
         flavour = flavour_of(settings.plan, settings.provider, bundle, trust=settings.trust_plan)
         return flavour, "the plan was built for it"

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from sld_edge.engines.base import Engine
 from sld_edge.engines.checks import shown
 from sld_edge.engines.errors import InputError
+from sld_edge.engines.openvino.engine import OpenVinoEngine
+from sld_edge.engines.openvino.target import CpuPrecision
 from sld_edge.runtime.admission import require_admitted, table_of
 from sld_edge.runtime.conditioning import Embedding, Texts
 from sld_edge.runtime.denoise.job import Floats
@@ -72,6 +74,8 @@ class Pipeline:
         bundle: str | Path | None = None,
         *,
         provider: str = "auto",
+        device: str = "CPU",
+        cpu_precision: CpuPrecision = "fp32",
         plan: str | Path | None = None,
         trust_plan: bool = False,
         cuda_graph: bool = True,
@@ -84,8 +88,11 @@ class Pipeline:
 
         Args:
             bundle: a bundle's directory.
-            provider: "auto", "cpu", "cuda", "tensorrt", "tensorrt-rtx", "ort-tensorrt" or
-                "ort-tensorrt-rtx"; auto takes the best provider that works here (see `why`).
+            provider: "auto", "cpu", "openvino", "cuda", "tensorrt", "tensorrt-rtx", "ort-tensorrt"
+                or "ort-tensorrt-rtx"; auto takes the best provider that works here (see `why`).
+            device: of OpenVINO: "CPU", "GPU", "NPU", "AUTO", or numbered like "GPU.1".
+            cpu_precision: "fp32", exact; or "bf16", faster on a processor with BF16 units, with
+                other rounding (docs/openvino.md); guidance stays FP32.
             plan: a TensorRT plan of a bundle; the other plans in its folder are used too.
             trust_plan: run plans that `plans.json` does not list. A plan is code.
             cuda_graph: replay the calls of the loop from CUDA graphs.
@@ -104,6 +111,8 @@ class Pipeline:
         """
         settings = LoadSettings(
             provider=provider,
+            device=device,
+            cpu_precision=cpu_precision,
             plan=Path(plan) if plan is not None else None,
             trust_plan=trust_plan,
             cuda_graph=cuda_graph,
@@ -130,8 +139,8 @@ class Pipeline:
 
     @property
     def providers(self) -> Mapping[str, str]:
-        """The provider that runs each component."""
-        return {name: self._loader.provider_of(name) for name in self.bundle.manifest.components}
+        """The provider that runs each component; for OpenVINO with device and precision."""
+        return {name: self._loader.runs_on(name) for name in self.bundle.manifest.components}
 
     def __call__(
         self,
@@ -358,10 +367,22 @@ class Pipeline:
         with self._executor.lock:
             return self._executor.store.engine(name)
 
-    def warm_up(self) -> None:
-        """Load now every graph that a run needs."""
+    def warm_up(self, *, width: int | None = None, height: int | None = None) -> None:
+        """Load now every graph that a run needs; OpenVINO compiles its graphs for a picture's size.
+
+        Args:
+            width: in pixels; None is the bundle's.
+            height: in pixels; None is the bundle's.
+        """
+        usual = self.bundle.manifest.size
+        size = (
+            height if height is not None else usual.height,
+            width if width is not None else usual.width,
+        )
         for name in (*self.bundle.manifest.texts, "unet", "guidance", "vae_decoder"):
-            self.engine(name)
+            engine = self.engine(name)
+            if isinstance(engine, OpenVinoEngine):
+                engine.compile(self._loader.sizes(name, *size))
 
     def close(self) -> None:
         """Release graphs, buffers and device; graphs that were prepared on disk stay there."""

@@ -114,7 +114,13 @@ def bench_settings(options: BenchOptions) -> BenchSettings:
     Raises:
         InputError: an option that cannot be honoured.
     """
-    with Pipeline.load(options.bundle, provider=options.provider, evaluation=True) as pipeline:
+    with Pipeline.load(
+        options.bundle,
+        provider=options.provider,
+        device=options.device,
+        cpu_precision=options.cpu_precision,
+        evaluation=True,
+    ) as pipeline:
         manifest = pipeline.bundle.manifest
         safety = tuple(dict.fromkeys(("off", *options.safety)))
         size = options.size if options.size is not None else manifest.size.width
@@ -133,6 +139,8 @@ def bench_settings(options: BenchOptions) -> BenchSettings:
         return BenchSettings(
             bundle=options.bundle,
             provider=pipeline.provider,
+            device=options.device,
+            cpu_precision=options.cpu_precision,
             size=size,
             steps=run.steps,
             rounds=options.rounds,

@@ -5,8 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from sld_edge.engines.openvino.target import CpuPrecision
 from sld_edge.runtime.commands.arguments import flag, option
-from sld_edge.runtime.commands.options import provider_option, quiet_option
+from sld_edge.runtime.commands.options import (
+    CPU_PRECISION,
+    device_option,
+    provider_option,
+    quiet_option,
+)
 from sld_edge.runtime.safety import DEFAULT_PRESET, PAPER_PRESETS
 
 
@@ -42,6 +48,8 @@ class BenchOptions:
     )
 
     provider: str = provider_option("machine")
+    device: str = device_option()
+    cpu_precision: CpuPrecision = option(CPU_PRECISION, default="fp32")
     threads: int | None = option("threads of the CPU engines (default: one a core)")
     quiet: bool = quiet_option()
 

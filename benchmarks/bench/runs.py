@@ -11,6 +11,7 @@ from typing import TypeVar
 from sld_edge.benchmarks.bench.child import Outcome, run_child
 from sld_edge.benchmarks.bench.memory import Phase, sampled
 from sld_edge.benchmarks.bench.worker import Task
+from sld_edge.engines.openvino.target import CpuPrecision
 from sld_edge.runtime.process_memory import Reading
 
 T = TypeVar("T")
@@ -32,6 +33,8 @@ class BenchSettings:
 
     bundle: Path | None
     provider: str
+    device: str
+    cpu_precision: CpuPrecision
     size: int
     steps: int
     rounds: int
@@ -123,6 +126,8 @@ def measure(
         task = Task(
             bundle=str(settings.bundle) if settings.bundle is not None else None,
             provider=settings.provider,
+            device=settings.device,
+            cpu_precision=settings.cpu_precision,
             prompt=PROMPT,
             safety=cell.safety,
             steps=settings.steps,

@@ -19,6 +19,8 @@ from PIL import Image
 from sld_edge.benchmarks.bench.child import MARK
 from sld_edge.benchmarks.bench.memory import PhaseMeter
 from sld_edge.engines.cuda.device import Device
+from sld_edge.engines.openvino.target import CpuPrecision
+from sld_edge.engines.providers import ON_HOST
 from sld_edge.runtime.commands.console import run_command
 from sld_edge.runtime.pipeline import Pipeline
 from sld_edge.runtime.request import Request, Sampling
@@ -31,6 +33,8 @@ class Task:
     Attributes:
         bundle: a bundle's directory; None is the miniature.
         provider: runs the bundle.
+        device: of OpenVINO.
+        cpu_precision: of OpenVINO on the CPU.
         prompt: of the first batch; later batches add a number, so that the text is encoded again.
         safety: a preset's name.
         sampler: None is the bundle's own.
@@ -50,6 +54,8 @@ class Task:
     size: int
     batch: int
     warmup: int
+    device: str = "CPU"
+    cpu_precision: CpuPrecision = "fp32"
     seed: int = 7
     sampler: str | None = None
     picture: str | None = None
@@ -58,10 +64,16 @@ class Task:
 def measure(task: Task) -> dict[str, Any]:
     """Run a task and return its measurements, ready for JSON."""
     meter = PhaseMeter()
-    with Pipeline.load(task.bundle, provider=task.provider, evaluation=True) as pipeline:
-        pipeline.warm_up()
+    with Pipeline.load(
+        task.bundle,
+        provider=task.provider,
+        device=task.device,
+        cpu_precision=task.cpu_precision,
+        evaluation=True,
+    ) as pipeline:
+        pipeline.warm_up(width=task.size, height=task.size)
         meter.end("start")
-        device = Device() if pipeline.provider != "cpu" else None
+        device = Device() if pipeline.provider not in ON_HOST else None
         batch = make(pipeline, task, task.prompt, meter, device)
         first_done = batch["done"]
         for number in range(task.warmup):

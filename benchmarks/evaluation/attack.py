@@ -42,6 +42,7 @@ from sld_edge.benchmarks.evaluation.workers import (
 from sld_edge.benchmarks.tables import Table
 from sld_edge.engines.errors import InputError
 from sld_edge.engines.files import check_writable, write_whole
+from sld_edge.engines.providers import ON_HOST
 from sld_edge.runtime.commands.arguments import REQUIRED, add_options, flag, option, parsed
 from sld_edge.runtime.commands.console import Parser, run_command
 from sld_edge.runtime.commands.options import provider_option, quiet_option
@@ -156,7 +157,7 @@ def attack(
         UserError: a picture cannot be made, or a scorer cannot judge it.
     """
     with Pipeline.load(settings.bundle, provider=settings.provider, evaluation=True) as pipeline:
-        small = pipeline.provider == "cpu" and is_small(pipeline)
+        small = pipeline.provider in ON_HOST and is_small(pipeline)
         if processes is None:
             processes = (os.cpu_count() or 1) if small else 1
 

@@ -157,6 +157,8 @@ def eval_settings(options: EvalOptions, manifest: Manifest) -> EvalSettings:
     return EvalSettings(
         bundle=options.bundle,
         provider=options.provider,
+        device=options.device,
+        cpu_precision=options.cpu_precision,
         settings=settings,
         concepts=tuple(dict.fromkeys(options.safety_concept)),
         text_filter=options.text_filter,

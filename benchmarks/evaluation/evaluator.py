@@ -17,9 +17,14 @@ from PIL import Image
 
 from sld_edge.benchmarks.evaluation.prompts import MAX_SEED, EvalPrompt
 from sld_edge.benchmarks.evaluation.rows import Row
-from sld_edge.benchmarks.evaluation.settings import MINIATURE_SCORERS, PLAIN, EvalSettings, Setting
+from sld_edge.benchmarks.evaluation.settings import (
+    MINIATURE_SCORERS,
+    PLAIN,
+    EvalSettings,
+    Setting,
+    loaded,
+)
 from sld_edge.runtime.picture import blurred, grey_from_edit_map, png_from_image
-from sld_edge.runtime.pipeline import Pipeline
 from sld_edge.runtime.request import Request, Sampling, Savings
 from sld_edge.runtime.scorers import (
     Scores,
@@ -77,7 +82,7 @@ class Evaluator:
             UserError: a file is missing or damaged.
         """
         self._settings = settings
-        self._pipeline = Pipeline.load(settings.bundle, provider=settings.provider, evaluation=True)
+        self._pipeline = loaded(settings)
         names = [name for name in settings.scorers if name != "activation"]  # of the run itself
         self._scorers = scorers_from_names(names, settings.scorer_paths)
 

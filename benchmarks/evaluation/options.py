@@ -12,11 +12,14 @@ from sld_edge.benchmarks.evaluation.settings import (
     Protocol,
 )
 from sld_edge.benchmarks.evaluation.suites import FIELD_LISTS, SUITES
+from sld_edge.engines.openvino.target import CpuPrecision
 from sld_edge.runtime.commands.arguments import flag, option
 from sld_edge.runtime.commands.options import (
+    CPU_PRECISION,
     batch_size_option,
     cache_interval_option,
     concepts_option,
+    device_option,
     provider_option,
     quiet_option,
     sampler_option,
@@ -116,6 +119,8 @@ class EvalOptions:
     )
 
     provider: str = provider_option("machine")
+    device: str = device_option()
+    cpu_precision: CpuPrecision = option(CPU_PRECISION, default="fp32")
     batch_size: int | None = batch_size_option()
     processes: int | None = option(
         "processes that make pictures (default: one a core for small models on the CPU, else one)"

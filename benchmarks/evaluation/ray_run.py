@@ -14,6 +14,7 @@ from sld_edge.benchmarks.evaluation.evaluator import Job, Outcome, threads
 from sld_edge.benchmarks.evaluation.settings import EvalSettings
 from sld_edge.benchmarks.evaluation.workers import Answer, answer, outcomes_from_answer
 from sld_edge.engines.errors import EngineError, MissingPackageError, one_line
+from sld_edge.engines.providers import ON_HOST
 
 _RETRIES = 5  # of a job whose worker died
 _AHEAD = 2  # jobs handed out per CPU or GPU
@@ -53,7 +54,7 @@ def outcomes_on_ray(
 def _outcomes(
     ray: Any, settings: EvalSettings, jobs: Sequence[Job], thread_count: int | None
 ) -> Generator[list[Outcome], None, None]:
-    on_gpu = settings.provider != "cpu"
+    on_gpu = settings.provider not in ON_HOST
     resources = {"num_gpus": 1} if on_gpu else {"num_cpus": thread_count or 1}
     total = ray.cluster_resources().get("GPU" if on_gpu else "CPU", 0)
     if total < max(resources.values()):

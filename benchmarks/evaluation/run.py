@@ -34,10 +34,11 @@ from sld_edge.benchmarks.evaluation.rows import (
     not_written,
     read_rows,
 )
-from sld_edge.benchmarks.evaluation.settings import PLAIN, EvalSettings
+from sld_edge.benchmarks.evaluation.settings import PLAIN, EvalSettings, loaded
 from sld_edge.benchmarks.evaluation.workers import outcomes_here, outcomes_of_processes
 from sld_edge.engines.errors import InputError
 from sld_edge.engines.files import write_whole
+from sld_edge.engines.providers import ON_HOST
 from sld_edge.runtime.pipeline import Pipeline
 from sld_edge.runtime.safety import empty_concept
 from sld_edge.runtime.scorers import scorers_from_names
@@ -88,7 +89,7 @@ def run(
         UserError: the reason of a stop; started again, the run goes on.
     """
     _check(settings, work)
-    with Pipeline.load(settings.bundle, provider=settings.provider, evaluation=True) as pipeline:
+    with loaded(settings) as pipeline:
         settings = replace(settings, provider=pipeline.provider)
         # All scorers are loaded, so that each works here; the manifest holds their models' hashes.
         scorers = scorers_from_names(settings.scorers, settings.scorer_paths)
@@ -119,7 +120,7 @@ def jobs_from_prompts(
     own_sizes = settings.protocol == "per-prompt"
     limit = settings.batch_size
     if limit is None:
-        limit = 1 if settings.provider == "cpu" else _BATCH
+        limit = 1 if settings.provider in ON_HOST else _BATCH
     by_size: dict[tuple[int | None, int | None], list[Task]] = {}
     for prompt in prompts:
         size = (prompt.width, prompt.height) if own_sizes else (None, None)
@@ -143,7 +144,7 @@ def _outcomes(
     settings: EvalSettings, jobs: Sequence[Job], work: Work, *, small: bool
 ) -> Generator[list[Outcome], None, None]:
     cores = os.cpu_count() or 1
-    on_cpu = settings.provider == "cpu"
+    on_cpu = settings.provider in ON_HOST
     processes = work.processes
     if processes is None:
         processes = cores if on_cpu and small else 1

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sld_edge.engines.errors import InputError
+from sld_edge.engines.openvino.target import CpuPrecision
+from sld_edge.runtime.pipeline import Pipeline
 from sld_edge.runtime.safety import PRESETS, Safety, safety_from_preset
 from sld_edge.runtime.scorers import Rule
 
@@ -76,6 +78,8 @@ class EvalSettings:
         sampler: None takes the bundle's.
         first_seed: of the first prompt's pictures, if the list's seeds are not used.
         batch_size: None leaves it to the pipeline.
+        device: of OpenVINO.
+        cpu_precision: of OpenVINO on the CPU.
     """
 
     bundle: Path | None
@@ -95,6 +99,19 @@ class EvalSettings:
     images: Images = "blur"
     first_seed: int = 500_000
     batch_size: int | None = None
+    device: str = "CPU"
+    cpu_precision: CpuPrecision = "fp32"
+
+
+def loaded(settings: EvalSettings) -> Pipeline:
+    """Load the pipeline of an evaluation."""
+    return Pipeline.load(
+        settings.bundle,
+        provider=settings.provider,
+        device=settings.device,
+        cpu_precision=settings.cpu_precision,
+        evaluation=True,
+    )
 
 
 def settings_from_names(names: Sequence[str]) -> tuple[Setting, ...]:

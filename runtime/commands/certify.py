@@ -18,6 +18,7 @@ from sld_edge.engines.files import check_writable, write_whole
 from sld_edge.engines.providers import choose
 from sld_edge.runtime.commands.console import EXIT_FAILED, EXIT_OK
 from sld_edge.runtime.commands.options import RunSettings
+from sld_edge.runtime.loader import LoadSettings
 from sld_edge.runtime.selftest import PASS, Budget, certificate_json, certify, self_test
 
 # Options that would change what is certified.
@@ -31,7 +32,13 @@ _MOST_MINUTES = 24 * 60
 def run_self_test(settings: RunSettings) -> int:
     """Run the self-test of a provider; return the exit code."""
     name = settings.provider if settings.provider != "auto" else choose({})[0]
-    passed = self_test(name, say=print, build=_build_plans)
+    passed = self_test(
+        name,
+        say=print,
+        build=_build_plans,
+        device=settings.device,
+        cpu_precision=settings.cpu_precision,
+    )
     return EXIT_OK if passed else EXIT_FAILED
 
 
@@ -56,7 +63,11 @@ def run_certify(settings: RunSettings, bundle: Path) -> int:
     check_writable(settings.report, force=settings.force)
     certificate = certify(
         bundle,
-        provider=settings.provider,
+        settings=LoadSettings(
+            provider=settings.provider,
+            device=settings.device,
+            cpu_precision=settings.cpu_precision,
+        ),
         budget=Budget(60 * settings.minutes),
         say=print,
         compute=_computed_memory,

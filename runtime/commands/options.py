@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sld_edge.engines.openvino.target import CpuPrecision
 from sld_edge.engines.providers import NAMES
 from sld_edge.runtime.commands.arguments import add_options, flag, option
 from sld_edge.runtime.commands.console import Parser
@@ -16,6 +17,10 @@ from sld_edge.runtime.samplers import SAMPLERS, SafetyUnits
 from sld_edge.runtime.scorers import NAMES as SCORERS
 from sld_edge.runtime.tiles import VaeTiling
 
+CPU_PRECISION = (  # the text of the option --cpu-precision
+    "fp32; or bf16, with --provider openvino: faster on a processor with BF16 units, with other "
+    "rounding (see docs/openvino.md)"
+)
 _EXAMPLES = """\
 examples:
   sld-run "a red star at a party"                      with the miniature model
@@ -80,6 +85,15 @@ def provider_option(group: str) -> Any:
     """Return the option --provider, the first of its group."""
     text = f"auto, {', '.join(reversed(NAMES))} (default: auto, the best that works here)"
     return option(text, default="auto", group=group)
+
+
+def device_option() -> Any:
+    """Return the option --device."""
+    return option(
+        "of --provider openvino: CPU, GPU, NPU, AUTO, or numbered like GPU.1",
+        "DEVICE",
+        default="CPU",
+    )
 
 
 def batch_size_option() -> Any:
@@ -217,6 +231,8 @@ class RunSettings:
     )
 
     provider: str = provider_option("machine")
+    device: str = device_option()
+    cpu_precision: CpuPrecision = option(CPU_PRECISION, default="fp32")
     providers: bool = flag("list the providers, and why a provider does not work here")
     cache: bool = flag(
         "show the folder and the size of the graphs prepared for this processor; SLD_EDGE_CACHE "

@@ -65,6 +65,8 @@ def _run(settings: RunSettings) -> int:
     pipeline = Pipeline.load(
         settings.bundle,
         provider=settings.provider,
+        device=settings.device,
+        cpu_precision=settings.cpu_precision,
         plan=settings.engine,
         trust_plan=settings.trust_plan,
         cuda_graph=settings.cuda_graph,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from sld_edge.engines.base import Array
 from sld_edge.engines.errors import UserError, one_line
 from sld_edge.engines.tensorrt.plan_info import FLAVOURS
 from sld_edge.runtime.conditions import conditions
+from sld_edge.runtime.loader import LoadSettings
 from sld_edge.runtime.plans import source_digest
 from sld_edge.runtime.process_memory import read_memory, reset_peak
 from sld_edge.runtime.request import Request, Sampling
@@ -66,13 +67,13 @@ class _Seen:
 
 
 def certify(
-    bundle: Path, *, provider: str, budget: Budget, say: Say, compute: Compute
+    bundle: Path, *, settings: LoadSettings, budget: Budget, say: Say, compute: Compute
 ) -> dict[str, Any]:
     """Run every check of a bundle on a device within the budget; return the certificate.
 
     Args:
         bundle: the bundle.
-        provider: "auto" or one of `engines.providers.NAMES`.
+        settings: the provider and how it runs.
         budget: the time.
         say: prints a line.
         compute: computes the memory that the bundle's graphs need.
@@ -80,7 +81,7 @@ def certify(
     Raises:
         UserError: no such bundle, or the provider does not work here.
     """
-    return _Certification(bundle, budget, say, compute).run(provider)
+    return _Certification(bundle, budget, say, compute).run(settings)
 
 
 class _Certification:
@@ -90,11 +91,12 @@ class _Certification:
         self._seen = _Seen()
         self._size = (0, 0)
 
-    def run(self, provider: str) -> dict[str, Any]:
+    def run(self, settings: LoadSettings) -> dict[str, Any]:
         begin = time.perf_counter()
         with ExitStack() as stack:
-            subject = stack.enter_context(loaded(self._bundle, provider))
+            subject = stack.enter_context(loaded(self._bundle, settings))
             provider = subject.loader.provider
+            settings = replace(settings, provider=provider)
             facts = self._facts(subject, provider)
             unloaded = stack.pop_all()
         components = subject.pipeline.bundle.manifest.components
@@ -109,7 +111,7 @@ class _Certification:
         with self._checks.watched("loading and unloading"), unloaded:
             self._on_device(subject, repeated, begin)
         repeated.check_reloaded(
-            lambda cuda_graph: loaded(self._bundle, provider, cuda_graph=cuda_graph),
+            lambda cuda_graph: loaded(self._bundle, settings, cuda_graph=cuda_graph),
             has_graphs=provider in FLAVOURS,
             compiles=provider == "tensorrt-rtx",
         )

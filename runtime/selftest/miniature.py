@@ -21,6 +21,7 @@ from sld_edge.engines.files import sha256_of_file
 from sld_edge.engines.providers import status
 from sld_edge.engines.tensorrt.plan_info import FLAVOURS
 from sld_edge.runtime.bundle import EMBEDDED, EMBEDDED_FP16
+from sld_edge.runtime.loader import LoadSettings
 from sld_edge.runtime.manifest import MANIFEST
 from sld_edge.runtime.selftest.checks import Say
 from sld_edge.runtime.selftest.subject import Subject, loaded
@@ -39,12 +40,17 @@ class Miniature:
     """The miniature in one form for a provider; `bundle` None is the package's own folder."""
 
     form: Form
-    provider: str
+    settings: LoadSettings
     bundle: Path | None
+
+    @property
+    def provider(self) -> str:
+        """The provider that is tested."""
+        return self.settings.provider
 
     def load(self, cuda_graph: bool = True) -> AbstractContextManager[Subject]:
         """Load it; every call loads it again."""
-        return loaded(self.bundle, self.provider, cuda_graph=cuda_graph)
+        return loaded(self.bundle, self.settings, cuda_graph=cuda_graph)
 
 
 def unpack(form: Form, folder: Path) -> None:
@@ -66,12 +72,14 @@ def unpack(form: Form, folder: Path) -> None:
 
 
 @contextmanager
-def miniature(form: Form, provider: str, say: Say, build: Build | None) -> Iterator[Miniature]:
+def miniature(
+    form: Form, settings: LoadSettings, say: Say, build: Build | None
+) -> Iterator[Miniature]:
     """Give the miniature for a provider, with plans that fit; build them where they are needed.
 
     Args:
         form: of the graphs.
-        provider: one of `engines.providers.NAMES`.
+        settings: the provider and how it runs, never "auto".
         say: prints a line.
         build: builds a bundle's plans for this device and a flavour of TensorRT; without it, only
             plans of an earlier self-test can be used.
@@ -79,18 +87,19 @@ def miniature(form: Form, provider: str, say: Say, build: Build | None) -> Itera
     Raises:
         UserError: the provider does not work here, or its plans cannot be built.
     """
+    provider = settings.provider
     works = status(provider)
     if not works.usable:  # checked before plans are built
         raise InputError(f"provider {provider} does not work here", got=works.reason)
     planned = provider in FLAVOURS
     if form == "fp32" and not planned:
-        yield Miniature(form=form, provider=provider, bundle=None)
+        yield Miniature(form=form, settings=settings, bundle=None)
         return
     # The manifest has the hash of every other file, so its hash names the content.
     digest, _ = sha256_of_file(_SOURCES[form][-1] / MANIFEST)
     with _folder() as root:
         folder = root / f"{provider}-{form}-{digest[:16]}"
-        made = Miniature(form=form, provider=provider, bundle=folder)
+        made = Miniature(form=form, settings=settings, bundle=folder)
         try:
             with made.load() as subject:
                 subject.pipeline.warm_up()

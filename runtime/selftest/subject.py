@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sld_edge.engines.base import Engine
@@ -41,7 +41,7 @@ class Subject:
             component.attention if plan is None or component.attention == "none" else "decomposed"
         )
         attention = "" if form == "none" else f", attention {form}"
-        return f"{self.loader.provider_of(name)} {component.precision}{attention}"
+        return f"{self.loader.runs_on(name)} {component.precision}{attention}"
 
 
 Load = Callable[[bool], AbstractContextManager[Subject]]  # takes: with CUDA graphs
@@ -49,10 +49,10 @@ Load = Callable[[bool], AbstractContextManager[Subject]]  # takes: with CUDA gra
 
 @contextmanager
 def loaded(
-    bundle: Path | None, provider: str, *, cuda_graph: bool = True, quiet: bool = False
+    bundle: Path | None, settings: LoadSettings, *, cuda_graph: bool = True
 ) -> Iterator[Subject]:
-    """Load a bundle for a provider; it is unloaded in the end."""
-    settings = LoadSettings(provider=provider, cuda_graph=cuda_graph, quiet=quiet)
+    """Load a bundle; it is unloaded in the end."""
+    settings = replace(settings, cuda_graph=cuda_graph)
     with _opened(Loader.open(bundle, settings)) as subject:
         yield subject
 

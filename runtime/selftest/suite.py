@@ -10,7 +10,9 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from sld_edge.engines.openvino.target import CpuPrecision
 from sld_edge.engines.tensorrt.plan_info import FLAVOURS
+from sld_edge.runtime.loader import LoadSettings
 from sld_edge.runtime.result import Result
 from sld_edge.runtime.selftest import pictures, stability
 from sld_edge.runtime.selftest.checks import Checks, Say
@@ -24,7 +26,14 @@ from sld_edge.runtime.selftest.subject import Subject, reference
 _ORDER = ("text_encoder", "unet", "unet_shallow", "guidance", "vae_decoder")
 
 
-def self_test(provider: str, *, say: Say, build: Build | None = None) -> bool:
+def self_test(
+    provider: str,
+    *,
+    say: Say,
+    build: Build | None = None,
+    device: str = "CPU",
+    cpu_precision: CpuPrecision = "fp32",
+) -> bool:
     """Test a provider on this machine; return whether every check passed.
 
     Args:
@@ -32,16 +41,19 @@ def self_test(provider: str, *, say: Say, build: Build | None = None) -> bool:
         say: prints a line.
         build: builds a bundle's plans for this device and a flavour of TensorRT; without it, only
             plans of an earlier self-test can be used.
+        device: of OpenVINO.
+        cpu_precision: of OpenVINO on the CPU.
 
     Raises:
         UserError: the provider does not work here, or its plans cannot be built.
     """
+    settings = LoadSettings(provider=provider, device=device, cpu_precision=cpu_precision)
     begin = time.monotonic()
     tests = []
     with reference(None) as subject:
         exact = pictures.Reference(subject.pipeline)
         for form in FORMS:
-            with miniature(form, provider, say, build) as made:
+            with miniature(form, settings, say, build) as made:
                 test = _FormTest(made, exact, say)
                 test.run()
                 tests.append(test)
@@ -156,6 +168,8 @@ def _verdict(provider: str, tests: Sequence[_FormTest], say: Say) -> bool:
 def _advice(provider: str, tests: Sequence[_FormTest]) -> str:
     if provider == "cpu":
         return "update onnxruntime, or run with SLD_EDGE_CACHE=off"
+    if provider == "openvino":
+        return "update openvino and the device's driver; until it passes, --provider cpu"
     forms = [test.form for test in tests if test.checks.failed]
     if forms == ["fp32"]:
         return "FP16 passes: use bundles in FP16, without --precision fp32 or --fp32-components"

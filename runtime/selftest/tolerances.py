@@ -51,13 +51,28 @@ _TF32 = Tolerance(network=2e-3, guidance=1e-5, levels=0.1, image_levels=1.0, sha
 # levels and the share by 0.015. Mistakes have more: branches exchanged 0.28; one of 142 biases of
 # the UNet left out, 0.021 in the median, above 2e-3 for 90 % of them.
 _FP16 = Tolerance(network=2e-3, guidance=1e-5, levels=0.1, image_levels=1.0, share=0.02)
-BOUNDS: Mapping[str, Tolerance] = {"cpu": _CPU, "fp32": _FP32, "tf32": _TF32, "fp16": _FP16}
+# BF16 keeps 8 bits: 4e-3 a rounding.
+_BF16 = Tolerance(network=0.05, guidance=1e-5, levels=1.0, image_levels=8.0, share=0.05)
+BOUNDS: Mapping[str, Tolerance] = {
+    "cpu": _CPU,
+    "fp32": _FP32,
+    "tf32": _TF32,
+    "fp16": _FP16,
+    "bf16": _BF16,
+}
 
 
 def tolerance(precision: str, provider: str) -> Tolerance:
-    """Return the bounds of a provider, for graphs with arithmetic "fp16" or "fp32"."""
+    """Return the bounds of a provider, for graphs with arithmetic "fp16" or "fp32".
+
+    `provider` is from `Loader.runs_on`.
+    """
+    if "bf16" in provider:
+        return _BF16
     if precision == "fp16":
         return _FP16
-    if provider == "cpu":
+    if provider in ("cpu", "openvino CPU fp32"):
         return _CPU
+    if provider.startswith("openvino"):
+        return _FP16  # another device's own precision
     return _TF32 if provider.startswith("ort-") else _FP32

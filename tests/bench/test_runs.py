@@ -23,6 +23,8 @@ def test_presets_alone_and_the_reference_in_every_batch_once() -> None:
     settings = BenchSettings(
         bundle=None,
         provider="cpu",
+        device="CPU",
+        cpu_precision="fp32",
         size=64,
         steps=2,
         rounds=1,

@@ -14,13 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sld_edge.engines import cache
+from oracles.prepared import prepared_engine
+from sld_edge.engines import cache, prepared
 from sld_edge.engines.errors import BundleError, EngineError, InputError
 from sld_edge.engines.files import Identity, sha256_of_file
 from sld_edge.engines.onnxruntime import engine as ort
-from sld_edge.engines.onnxruntime import sessions
 from sld_edge.engines.onnxruntime.engine import OrtEngine
-from sld_edge.engines.onnxruntime.sessions import prepared_engine
 from sld_edge.engines.settings import cache_limit
 from sld_edge.runtime import Pipeline
 from sld_edge.runtime.bundle import EMBEDDED
@@ -55,7 +54,7 @@ def test_a_forged_copy_is_prepared_anew(
 ) -> None:
     """The size and the times that a user can set are those of the honest file."""
     if not small:
-        monkeypatch.setattr(sessions, "_SMALL", 0)
+        monkeypatch.setattr(prepared, "_SMALL", 0)
     engine = prepared_engine(SHA, lambda: GRAPH)
     wanted = picture(engine)
     folder = engine.path.parent
@@ -79,7 +78,7 @@ def test_a_forged_copy_is_prepared_anew(
 
 
 def test_a_large_copy_is_hashed_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sessions, "_SMALL", 0)
+    monkeypatch.setattr(prepared, "_SMALL", 0)
     folder = prepared_engine(SHA, lambda: GRAPH).path.parent
     hashed: list[Path] = []
 
@@ -87,7 +86,7 @@ def test_a_large_copy_is_hashed_once(root: Path, monkeypatch: pytest.MonkeyPatch
         hashed.append(path)
         return sha256_of_file(path)
 
-    monkeypatch.setattr(sessions, "sha256_of_file", counted)
+    monkeypatch.setattr(prepared, "sha256_of_file", counted)
     prepared_engine(SHA, never)
     assert hashed == []
     copy = shutil.copytree(folder, folder.with_name("copy"))  # a backup, restored
@@ -223,7 +222,7 @@ def test_stored_embeddings_are_checked_once(
 def test_a_long_preparation_is_announced(
     root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sessions, "_LARGE", 0)
+    monkeypatch.setattr(prepared, "_LARGE", 0)
     prepared_engine(SHA, lambda: GRAPH, what="vae_decoder of mini")
     assert "note: preparing vae_decoder of mini for this processor, once" in (
         capsys.readouterr().err

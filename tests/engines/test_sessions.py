@@ -14,11 +14,11 @@ import pytest
 from onnx import TensorProto
 
 from oracles.graphs import chain
+from oracles.prepared import prepared_engine
 from sld_edge.engines.base import Array
 from sld_edge.engines.errors import EngineError, InputError
 from sld_edge.engines.onnxruntime import sessions
 from sld_edge.engines.onnxruntime.engine import OrtEngine, create_session, onnxruntime
-from sld_edge.engines.onnxruntime.sessions import prepared_engine
 from sld_edge.engines.settings import cache_folder, thread_count
 from sld_edge.runtime.bundle import EMBEDDED
 
@@ -86,7 +86,8 @@ def test_fp16_weights_stay_fp16_and_are_cast_at_every_use(cache: Path) -> None:
 _GROWTH = """
 import sys, threading
 import numpy as np
-from sld_edge.engines.onnxruntime.sessions import prepared_engine
+from sld_edge.engines.onnxruntime.sessions import recipe
+from sld_edge.engines.prepared import prepared_engine
 
 def anonymous():  # KiB of this process that are no file's
     with open("/proc/self/status") as lines:
@@ -101,7 +102,8 @@ sha256, width, keep_fp16 = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "True"
 before, peak, stop = anonymous(), 0, threading.Event()
 watcher = threading.Thread(target=watch)
 watcher.start()
-with prepared_engine(sha256, lambda: sys.exit("not prepared"), keep_fp16=keep_fp16) as engine:
+how = recipe(keep_fp16=keep_fp16)
+with prepared_engine(sha256, lambda: sys.exit("not prepared"), how) as engine:
     for _ in range(5):
         engine.run({"x0": np.ones((1, width), np.float32)})
 stop.set()

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 import standin
+from oracles.prepared import prepared_engine
 from sld_edge.engines.base import Array
 from sld_edge.engines.cuda.device import Arena, Device, DeviceTensor
 from sld_edge.engines.errors import EngineError, MissingPackageError
-from sld_edge.engines.onnxruntime.sessions import prepared_engine
 from sld_edge.engines.tensorrt.engine import TrtEngine, tensorrt_module
 from sld_edge.engines.tensorrt.plan_info import FLAVOURS, Flavour
 from sld_edge.runtime.bundle import EMBEDDED, Bundle

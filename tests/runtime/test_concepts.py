@@ -121,7 +121,7 @@ def test_branches_one_after_another_give_the_same(
     miniature: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     together = miniature(PROMPT, safety_concept=TWO, **FAST)
-    monkeypatch.setattr("sld_edge.runtime.executor._CELLS", 0)
+    monkeypatch.setattr("sld_edge.runtime.executor.CELLS", 0)
     apart = miniature(PROMPT, safety_concept=TWO, **FAST)
     assert np.abs(together.latents - apart.latents).max() < 5e-3
 

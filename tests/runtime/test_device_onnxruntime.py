@@ -19,6 +19,7 @@ import onnxruntime
 import pytest
 
 import standin
+from oracles.prepared import prepared_engine
 from sld_edge.engines.base import Array
 from sld_edge.engines.cuda.device import Arena, Device
 from sld_edge.engines.errors import EngineError
@@ -31,7 +32,6 @@ from sld_edge.engines.onnxruntime.engine import (
     session_options,
 )
 from sld_edge.engines.onnxruntime.on_device import OrtDeviceEngine
-from sld_edge.engines.onnxruntime.sessions import prepared_engine
 from sld_edge.engines.providers import ProviderStatus
 from sld_edge.runtime import Pipeline
 from sld_edge.runtime.bundle import EMBEDDED

@@ -62,7 +62,7 @@ def test_heavy_graphs_go_when_they_are_done(monkeypatch: pytest.MonkeyPatch) -> 
         first = pipeline("a red star", callback=look, **FAST)
         assert during == [{"unet", "guidance"}] * 3
         assert decoding == [{"unet", "guidance"}]  # small pictures are soon made: it stays
-        monkeypatch.setattr("sld_edge.runtime.executor._CELLS", 16 * 16)
+        monkeypatch.setattr("sld_edge.runtime.executor.CELLS", 16 * 16)
         again = pipeline("a red star", **FAST)
         assert decoding[1:] == [{"guidance"}]
         assert set(pipeline._executor.store.engines) == {"guidance"}

@@ -122,7 +122,7 @@ def test_is_the_loop_restated(
     miniature: Pipeline, case: str, together: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not together:
-        monkeypatch.setattr("sld_edge.runtime.executor._CELLS", 0)
+        monkeypatch.setattr("sld_edge.runtime.executor.CELLS", 0)
     changes, whole, safe = CASES[case]
     settings = {**FAST, "safety": GENTLE, **changes}
     seen: list[Step] = []

@@ -145,7 +145,7 @@ def test_a_whole_run_inside_a_callback(shared: Pipeline) -> None:
 
 def test_heavy_graphs_that_are_in_use_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sld_edge.runtime.loader._HEAVY_BYTES", 0)
-    monkeypatch.setattr("sld_edge.runtime.executor._CELLS", 16 * 16)
+    monkeypatch.setattr("sld_edge.runtime.executor.CELLS", 16 * 16)
     with Pipeline.load(provider="cpu") as pipeline:
         plan = plan_of(pipeline, safety="max", seed=5)
         wanted = pipeline.run(plan)

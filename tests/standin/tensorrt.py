@@ -20,8 +20,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from oracles.prepared import prepared_engine
 from sld_edge.engines.onnxruntime.engine import OrtEngine
-from sld_edge.engines.onnxruntime.sessions import prepared_engine
 from sld_edge.engines.tensorrt.plan_info import Flavour
 from standin.cuda import ALIGNMENT, POISON, FakeCuda, Span, StandinError, Work
 from standin.plans import MAGIC
