@@ -66,6 +66,8 @@ def target(device: str, precision: CpuPrecision) -> Target:
         InputError: OpenVINO has no such device here, or the device does not compute like that.
         MissingPackageError: OpenVINO is not installed.
     """
+    if precision not in _HINTS:
+        raise InputError("--cpu-precision", got=precision, expected=f"one of {', '.join(_HINTS)}")
     there = devices()
     chosen = device
     if device == "AUTO":
