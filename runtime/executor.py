@@ -138,7 +138,7 @@ class Executor:
             NumericsError: the decoder overflowed.
         """
         small = preview and PREVIEW_DECODER in self._manifest.components
-        name = PREVIEW_DECODER if small else "vae_decoder"
+        name = PREVIEW_DECODER if small else self._loader.decoder
         decoder = self.store.engine(name)
         tiling = self._loader.tiling(*latents.shape[2:])
 

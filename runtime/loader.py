@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 from sld_edge.engines.base import Engine
 from sld_edge.engines.cuda.device import Device
@@ -22,7 +22,7 @@ from sld_edge.engines.providers import ON_HOST, choose, status
 from sld_edge.engines.tensorrt.engine import TrtEngine, tensorrt_module
 from sld_edge.engines.tensorrt.plan_info import FLAVOURS, Flavour
 from sld_edge.runtime.bundle import Bundle, CheckedGraph, own_graph
-from sld_edge.runtime.manifest import OWN_GRAPHS, PREVIEW_DECODER, SHALLOW, Component
+from sld_edge.runtime.manifest import DECODER, OWN_GRAPHS, PREVIEW_DECODER, SHALLOW, Component
 from sld_edge.runtime.plans import (
     Plan,
     bundle_of_plan,
@@ -45,6 +45,9 @@ _DECODER_BYTES = 128 * 4 * 3  # a pixel: input, norm and output of the decoder's
 _PICTURE_BYTES = 3 * (4 + 4 + 1)  # a pixel of a blended picture
 
 
+Vae = Literal["full", "tiny"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoadSettings:
     """The settings of a pipeline that hold for all its runs.
@@ -57,6 +60,8 @@ class LoadSettings:
         trust_plan: run plans that `plans.json` does not list.
         cuda_graph: replay the calls of the loop from CUDA graphs.
         low_memory: keep text encoder and decoder in memory only while they run.
+        vae: decodes the pictures: "full", the model's own decoder; or "tiny", the small decoder of
+            a bundle that was exported with --preview-vae.
         vae_tiling: decode in tiles: "auto", on the CPU above 768x768 pixels; "on"; or "off".
         evaluation: the pictures measure safety; a policy may then allow safety to be off.
         quiet: do not print that a large graph is being prepared.
@@ -69,6 +74,7 @@ class LoadSettings:
     trust_plan: bool = False
     cuda_graph: bool = True
     low_memory: bool = False
+    vae: Vae = "full"
     vae_tiling: VaeTiling = "auto"
     evaluation: bool = False
     quiet: bool = False
@@ -119,6 +125,7 @@ class Loader:
         if bundle is None and settings.plan is not None:
             bundle = bundle_of_plan(settings.plan)
         opened = Bundle.open(bundle, policy=policy)
+        _require_decoder(opened, settings.vae)
         provider, why = _resolved(opened, settings)
         loader = cls(bundle=opened, provider=provider, why=why, settings=settings, policy=policy)
         if provider == "openvino":
@@ -126,6 +133,11 @@ class Loader:
         if provider in FLAVOURS:
             loader._take_plans(provider)
         return loader
+
+    @property
+    def decoder(self) -> str:
+        """The component that decodes the pictures."""
+        return PREVIEW_DECODER if self.settings.vae == "tiny" else DECODER
 
     @cached_property
     def device(self) -> Device:
@@ -221,7 +233,7 @@ class Loader:
         manifest = self.bundle.manifest
         cell = manifest.latents.downscale
         h, w = height // cell, width // cell
-        if name in ("vae_decoder", PREVIEW_DECODER):
+        if name in (DECODER, PREVIEW_DECODER):
             tiling = self.tiling(h, w)
             h, w = (h, w) if tiling is None else tiling.sides
         known = {"B": 1, "K*B": 1, "L": manifest.text_length, "h": h, "w": w}
@@ -252,7 +264,7 @@ class Loader:
         parts = frozenset({"unet", SHALLOW})
         if self.target == Target():
             return parts
-        return parts | {"vae_decoder", PREVIEW_DECODER}
+        return parts | {DECODER, PREVIEW_DECODER}
 
     def runs_on(self, name: str) -> str:
         """Return the provider that runs a component; for OpenVINO with device and precision."""
@@ -266,7 +278,7 @@ class Loader:
 
     def tiling(self, height: int, width: int) -> Tiling | None:
         """Return the tiling for latents of this size in cells; None decodes them as a whole."""
-        name = "vae_decoder"
+        name = self.decoder
         choice = self.settings.vae_tiling
         if choice == "auto" and self.provider_of(name) not in ON_HOST:
             choice = "off"
@@ -287,7 +299,7 @@ class Loader:
         Raises:
             InputError: too little memory; the error says how much is needed and how much is free.
         """
-        if self.provider_of("vae_decoder") not in ON_HOST:
+        if self.provider_of(self.decoder) not in ON_HOST:
             return
         cell = self.bundle.manifest.latents.downscale
         tiling = self.tiling(height // cell, width // cell)
@@ -332,6 +344,7 @@ class Loader:
         """Return the entries of a report about provider, plans and device."""
         description: dict[str, Any] = {
             "provider": self.provider,
+            "vae": self.settings.vae,
             "components": {name: self.runs_on(name) for name in self.bundle.manifest.components},
             "plans": {name: plan.info.sha256 for name, plan in self.plans.items()},
             "device": None,
@@ -414,6 +427,17 @@ def memory_available() -> int:
 
 def _is_heavy(component: Component) -> bool:
     return sum(file.bytes for file in component.files) >= _HEAVY_BYTES
+
+
+def _require_decoder(bundle: Bundle, vae: Vae) -> None:
+    if vae not in get_args(Vae):
+        raise InputError("--vae", got=vae, expected=f"one of {', '.join(get_args(Vae))}")
+    if vae == "tiny" and PREVIEW_DECODER not in bundle.manifest.components:
+        raise InputError(
+            "--vae tiny",
+            got="a bundle without a small decoder",
+            do="export it with --preview-vae DIR, the folder of an AutoencoderTiny",
+        )
 
 
 def _resolved(bundle: Bundle, settings: LoadSettings) -> tuple[str, str]:

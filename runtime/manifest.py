@@ -19,7 +19,8 @@ FORMAT = "sld-edge-bundle"
 FORMAT_VERSION = 3
 MANIFEST = "bundle.json"
 SHALLOW = "unet_shallow"  # the component that feature caching needs
-PREVIEW_DECODER = "preview_decoder"  # a small decoder, for previews during a run
+DECODER = "vae_decoder"
+PREVIEW_DECODER = "preview_decoder"  # a small decoder, for previews and for `--vae tiny`
 # SHA-256 of the package's guidance graph; every bundle has a copy of the graph.
 OWN_GRAPHS: Mapping[str, str] = {
     "guidance": "0eb26a10fc2c3a73ed76aa52cdc1119067054690c9e6052fb6d6790332914666",

@@ -20,7 +20,7 @@ from sld_edge.runtime.conditioning import Embedding, Texts
 from sld_edge.runtime.denoise.job import Floats
 from sld_edge.runtime.denoise.loop import Step
 from sld_edge.runtime.executor import Callback, Executor, Progress
-from sld_edge.runtime.loader import Loader, LoadSettings
+from sld_edge.runtime.loader import Loader, LoadSettings, Vae
 from sld_edge.runtime.random import Rng
 from sld_edge.runtime.request import (
     Framing,
@@ -80,6 +80,7 @@ class Pipeline:
         trust_plan: bool = False,
         cuda_graph: bool = True,
         low_memory: bool = False,
+        vae: Vae = "full",
         vae_tiling: VaeTiling = "auto",
         evaluation: bool = False,
         quiet: bool = False,
@@ -98,6 +99,8 @@ class Pipeline:
             cuda_graph: replay the calls of the loop from CUDA graphs.
             low_memory: keep text encoder and decoder in memory only while they run. On the CPU,
                 large text encoders and decoders are always unloaded: loading them again is quick.
+            vae: "full", the model's own decoder; "tiny", the small decoder of a bundle that was
+                exported with --preview-vae: many times as fast, with less detail.
             vae_tiling: decode in overlapping tiles: "on" or "off"; "auto" uses tiles on the CPU for
                 pictures larger than 768x768 pixels.
             evaluation: the pictures measure safety; a policy may then allow safety to be off.
@@ -117,6 +120,7 @@ class Pipeline:
             trust_plan=trust_plan,
             cuda_graph=cuda_graph,
             low_memory=low_memory,
+            vae=vae,
             vae_tiling=checked_tiling(vae_tiling),
             evaluation=evaluation,
             quiet=quiet,
@@ -379,7 +383,7 @@ class Pipeline:
             height if height is not None else usual.height,
             width if width is not None else usual.width,
         )
-        for name in (*self.bundle.manifest.texts, "unet", "guidance", "vae_decoder"):
+        for name in (*self.bundle.manifest.texts, "unet", "guidance", self._loader.decoder):
             engine = self.engine(name)
             if isinstance(engine, OpenVinoEngine):
                 engine.compile(self._loader.sizes(name, *size))

@@ -23,7 +23,16 @@ from sld_edge.runtime.selftest import PASS, Budget, certificate_json, certify, s
 
 # Options that would change what is certified.
 _NOT_CERTIFIED = (
-    *("bundle", "engine", "trust_plan", "low_memory", "vae_tiling", "cuda_graph", "batch_size"),
+    *(
+        "bundle",
+        "engine",
+        "trust_plan",
+        "low_memory",
+        "vae",
+        "vae_tiling",
+        "cuda_graph",
+        "batch_size",
+    ),
     *("safety", "sampler", "steps", "seed", "width", "height", "count"),
 )
 _MOST_MINUTES = 24 * 60

@@ -10,6 +10,7 @@ from sld_edge.engines.openvino.target import CpuPrecision
 from sld_edge.engines.providers import NAMES
 from sld_edge.runtime.commands.arguments import add_options, flag, option
 from sld_edge.runtime.commands.console import Parser
+from sld_edge.runtime.loader import Vae
 from sld_edge.runtime.policy import ON_FLAG, POLICY_FILE, RECIPES, OnFlag, Recipe
 from sld_edge.runtime.random import Rng
 from sld_edge.runtime.safety import PRESETS, STRONGEST
@@ -254,6 +255,11 @@ class RunSettings:
     )
     minutes: float = option("the time for --certify", default=5.0)
     low_memory: bool = flag("keep text encoder and decoder in memory only while they run")
+    vae: Vae = option(
+        "full: the model's own decoder; tiny: the small decoder of a bundle that was exported with "
+        "--preview-vae, many times as fast, with less detail",
+        default="full",
+    )
     vae_tiling: VaeTiling = option(
         "decode in overlapping tiles, which limits memory: auto (on the CPU, above 768x768 "
         "pixels), on, off",

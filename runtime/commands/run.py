@@ -24,7 +24,7 @@ from sld_edge.runtime.commands.console import EXIT_FLAGGED, EXIT_OK, run_command
 from sld_edge.runtime.commands.options import RunSettings, parser
 from sld_edge.runtime.denoise.loop import Step
 from sld_edge.runtime.executor import Callback, Progress
-from sld_edge.runtime.manifest import PREVIEW_DECODER, SHALLOW
+from sld_edge.runtime.manifest import DECODER, PREVIEW_DECODER, SHALLOW
 from sld_edge.runtime.picture import grey_from_edit_map, picture_with_heat, png_from_image
 from sld_edge.runtime.pipeline import Pipeline
 from sld_edge.runtime.policy_file import machine_policy
@@ -71,6 +71,7 @@ def _run(settings: RunSettings) -> int:
         trust_plan=settings.trust_plan,
         cuda_graph=settings.cuda_graph,
         low_memory=settings.low_memory,
+        vae=settings.vae,
         vae_tiling=settings.vae_tiling,
         quiet=settings.quiet,
     )
@@ -225,7 +226,9 @@ def _notes(pipeline: Pipeline, settings: RunSettings, run: Run) -> Iterator[str]
     """Return notes for the user before the run."""
     if settings.provider == "auto" and pipeline.provider != "cpu" and not settings.quiet:
         yield pipeline.why
-    unused = set() if settings.preview else {PREVIEW_DECODER}
+    unused = {DECODER if settings.vae == "tiny" else PREVIEW_DECODER}
+    if settings.preview:
+        unused.discard(PREVIEW_DECODER)
     if settings.cache_interval == 1:
         unused.add(SHALLOW)
     for component, why in pipeline.fallbacks.items():

@@ -22,9 +22,9 @@ from oracles.families import (
     save_model,
 )
 from oracles.models import UnetKind, tiny_decoder_vae
-from sld_edge.engines.errors import CheckpointError
+from sld_edge.engines.errors import CheckpointError, InputError
 from sld_edge.export import ExportSettings, export_bundle
-from sld_edge.runtime import Framing, Safety
+from sld_edge.runtime import Framing, Pipeline, Safety
 from sld_edge.runtime.safety import safety_from_preset
 
 PROMPT, CONCEPT = "a red star at a party", "skull, death, horror"
@@ -271,6 +271,32 @@ class TestTinyDecoder:
         )
         whole = np.asarray(result.images[0])
         assert (whole == got[0]).all() == (name == "vae")
+
+    @pytest.mark.parametrize("provider", ["cpu", "openvino"])
+    def test_vae_tiny_decodes_with_it_alone(
+        self, folder: Path, tmp_path: Path, provider: str
+    ) -> None:
+        model = model_of(tmp_path, "sd1", export={"preview_vae": folder})
+        asked: dict[str, Any] = {"steps": 2, "seed": 1, "sampler": "ddim"}
+        full = model.ours("a star", **asked)
+        bundle = model.ours.bundle.path
+        with Pipeline.load(bundle, provider=provider, vae="tiny") as tiny:
+            result = tiny("a star", **asked)
+            assert "vae_decoder" not in tiny._executor.store.engines
+            tiny.warm_up()
+            assert "vae_decoder" not in tiny._executor.store.engines
+        wanted = model.ours.decode(result.latents, preview=True)
+        assert (np.asarray(result.images[0]) == wanted[0]).all()
+        assert distance(result.latents, full.latents) < (PLAIN if provider == "cpu" else STEEP)
+        assert [result.reports[0]["vae"], full.reports[0]["vae"]] == ["tiny", "full"]
+
+    @pytest.mark.parametrize(
+        ("vae", "message"),
+        [("tiny", r"--vae tiny \| got a bundle without .* --preview-vae"), ("half", "one of full")],
+    )
+    def test_a_decoder_that_is_not_there(self, models: Models, vae: Any, message: str) -> None:
+        with pytest.raises(InputError, match=message):
+            Pipeline.load(models("no-middle").ours.bundle.path, vae=vae)
 
     def test_a_bundle_without_one_previews_with_its_decoder(self, models: Models) -> None:
         pipeline = models("no-middle").ours
