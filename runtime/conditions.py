@@ -18,6 +18,14 @@ from sld_edge.runtime.report import versions
 _BUSY = 0.25  # load a core at the start; above it the figures are doubtful
 _ROOT = Path("/")
 _CLOCKS = "clocks.sm,clocks.max.sm,clocks.mem,power.limit,pstate"  # of nvidia-smi
+_KINDS = {  # by a flag in /proc/cpuinfo, the fastest first
+    "amx_bf16": "AMX",
+    "avx512_bf16": "AVX-512 with BF16",
+    "avx512f": "AVX-512",
+    "avx2": "AVX2",
+    "bf16": "ARM with BF16",
+    "asimd": "ARM",
+}
 _FREQUENCIES = ("cur", "min", "max")
 
 
@@ -36,6 +44,7 @@ def conditions(provider: str, *, threads: int | None) -> dict[str, Any]:
         "provider": provider,
         "devices": list(engine.devices),
         "cpu": cpu_name(_text("proc/cpuinfo")),
+        "cpu_kind": cpu_kind(_text("proc/cpuinfo")),
         "cores": cores,
         "threads": threads if threads is not None else cores,
         "memory": memory_total(_text("proc/meminfo")),
@@ -68,7 +77,7 @@ def condition_lines(machine: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
         "date": machine["date"],
         "provider": machine["provider"],
         "device": "; ".join(machine["devices"]),
-        "processor": f"{machine['cpu']}, {machine['cores']} cores",
+        "processor": f"{machine['cpu']}, {machine['cpu_kind']}, {machine['cores']} cores",
         "threads": str(machine["threads"]),
         "memory": f"{memory / 2**30:.1f} GiB" if memory is not None else "",
         "system": machine["system"],
@@ -90,6 +99,20 @@ def cpu_name(cpuinfo: str) -> str:
     if "cpu family" in fields and "model" in fields:
         return f"{name}, family {fields['cpu family']}, model {fields['model']}"
     return name or platform.machine()
+
+
+def cpu_kind(cpuinfo: str) -> str:
+    """Return the kind of a processor, on which ratios of programs depend: "AVX2", "AMX" and so on.
+
+    Args:
+        cpuinfo: the text of /proc/cpuinfo.
+    """
+    match = re.search(r"^(?:flags|Features)\s*:(.*)$", cpuinfo, re.M)
+    flags = set(match[1].split()) if match is not None else set()
+    for flag, kind in _KINDS.items():
+        if flag in flags:
+            return kind
+    return platform.machine()
 
 
 def memory_total(meminfo: str) -> int | None:

@@ -17,6 +17,7 @@ from sld_edge.benchmarks.bench.options import BenchOptions
 from sld_edge.benchmarks.bench.report import RESULTS, Report, bundle_report, write_report
 from sld_edge.benchmarks.bench.runs import PROMPT, BenchSettings, cells, measure
 from sld_edge.engines.errors import InputError, OutputError
+from sld_edge.engines.providers import ON_HOST
 from sld_edge.engines.settings import cache_folder
 from sld_edge.runtime.commands.arguments import add_options, parsed
 from sld_edge.runtime.commands.console import Parser, run_command
@@ -104,8 +105,9 @@ def _check(options: BenchOptions) -> None:
         ):
             if given:
                 raise InputError(f"{name} is for --peers", do="add --peers, or leave it out")
-    elif options.provider not in ("auto", "cpu"):
-        raise InputError("--peers", got=f"--provider {options.provider}", expected="cpu")
+    elif options.provider not in ("auto", *ON_HOST):
+        expected = ", ".join(ON_HOST)
+        raise InputError("--peers", got=f"--provider {options.provider}", expected=expected)
 
 
 def bench_settings(options: BenchOptions) -> BenchSettings:

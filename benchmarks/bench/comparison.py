@@ -28,7 +28,9 @@ from sld_edge.benchmarks.bench.summary import Ratio, digits, median_of_rounds, r
 from sld_edge.benchmarks.bench.worker import Task
 from sld_edge.benchmarks.tables import Table
 from sld_edge.engines.errors import InputError
-from sld_edge.engines.files import write_whole
+from sld_edge.engines.files import json_from_file, write_whole
+from sld_edge.engines.openvino.target import CpuPrecision, why_no_bf16
+from sld_edge.engines.providers import status
 from sld_edge.runtime.bundle import Bundle
 from sld_edge.runtime.manifest import Manifest
 from sld_edge.runtime.random import noise_source
@@ -53,16 +55,43 @@ FIGURES: Mapping[str, Samples] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
-    """One side of the comparison: ours if `peer` is None; `safety` is a preset."""
+    """One side of the comparison: a peer; or ours, by its provider and precision.
+
+    `safety` is a preset.
+    """
 
     peer: Installed | None
     safety: str
+    provider: str = "cpu"
+    cpu_precision: CpuPrecision = "fp32"
+
+    @property
+    def who(self) -> str:
+        """The program; ours with what differs from the provider cpu."""
+        if self.peer is not None:
+            return self.peer.name
+        if self.provider == "cpu":
+            return "ours"
+        return f"ours on {self.provider}" + (" in bf16" if self.cpu_precision == "bf16" else "")
 
     @property
     def name(self) -> str:
         """Program and preset."""
-        who = self.peer.name if self.peer is not None else "ours"
-        return f"{who}, {self.safety}"
+        return f"{self.who}, {self.safety}"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Ours beside a peer."""
+
+    ours: Contender
+    theirs: Contender
+
+    @property
+    def name(self) -> str:
+        """The peer's name, and ours where it is not the provider cpu."""
+        beside = "" if self.ours.provider == "cpu" else f", beside {self.ours.who}"
+        return f"{self.theirs.name}{beside}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,9 +117,15 @@ def compare_peers(
         EngineError: a process ended without an answer.
     """
     runner, missing = _runner(options)
-    theirs = [Contender(peer=p, safety=name) for p in runner.peers for name in p.peer.settings]
-    pairs = [(Contender(peer=None, safety=side.safety), side) for side in theirs]
-    sides = [*dict.fromkeys(ours for ours, _ in pairs), *theirs]
+    safe = _has_safe_pipeline(runner.checkpoint)
+    theirs = [
+        Contender(peer=peer, safety=safety)
+        for peer in runner.peers
+        for safety in peer.peer.settings
+        if safe or safety == "off"
+    ]
+    pairs = [Pair(ours, side) for side in theirs for ours in _ours_beside(side, options)]
+    sides = [*dict.fromkeys(pair.ours for pair in pairs), *theirs]
     expect(len(sides) * (options.rounds + options.warmup))
     runs = []
     for number, side in interleaved(sides, options.warmup + options.rounds):
@@ -98,13 +133,13 @@ def compare_peers(
         watch(side.name)
         if run.round >= 0:
             runs.append(run)
-    ratios = {side.name: _ratios(runs, ours, side) for ours, side in pairs}
+    ratios = {pair.name: _ratios(runs, pair.ours, pair.theirs) for pair in pairs}
     pictures = {
-        side.name: difference(runner.picture(ours), runner.picture(side))
-        for ours, side in pairs
-        if side.peer is not None and side.peer.peer.same_noise
+        pair.name: difference(runner.picture(pair.ours), runner.picture(pair.theirs))
+        for pair in pairs
+        if pair.theirs.peer is not None and pair.theirs.peer.peer.same_noise
     }
-    tables = [_peer_table(runs, *pair, ratios[pair[1].name], options.rounds) for pair in pairs]
+    tables = [_peer_table(runs, pair, ratios[pair.name], options.rounds) for pair in pairs]
     charts = []
     for figure in FIGURES:
         measured = {name: by[figure] for name, by in ratios.items() if figure in by}
@@ -142,6 +177,26 @@ def compare_peers(
     )
 
 
+def _ours_beside(side: Contender, options: BenchOptions) -> list[Contender]:
+    """Return ours by each provider that works here, in the peer's kind of precision."""
+    assert side.peer is not None
+    ours = Contender(peer=None, safety=side.safety)
+    on_openvino = replace(ours, provider="openvino")
+    if options.provider != "auto":
+        return [replace(ours, provider=options.provider, cpu_precision=options.cpu_precision)]
+    if not status("openvino").usable:
+        return [ours]
+    if side.peer.peer.precision != "fp32" and why_no_bf16() is None:
+        return [replace(on_openvino, cpu_precision="bf16")]
+    return [ours, on_openvino]
+
+
+def _has_safe_pipeline(checkpoint: Path) -> bool:
+    """Whether diffusers has a pipeline with Safe Latent Diffusion for a checkpoint."""
+    index = json_from_file(checkpoint / "model_index.json", error=InputError)
+    return "XL" not in str(index.get("_class_name"))
+
+
 def _ratios(runs: Sequence[Run], ours: Contender, theirs: Contender) -> dict[str, Ratio]:
     """Return ours / theirs of every figure that both sides have."""
     ratios = {}
@@ -152,19 +207,15 @@ def _ratios(runs: Sequence[Run], ours: Contender, theirs: Contender) -> dict[str
     return ratios
 
 
-def _peer_table(
-    runs: Sequence[Run],
-    ours: Contender,
-    theirs: Contender,
-    ratios: Mapping[str, Ratio],
-    rounds: int,
-) -> Table:
+def _peer_table(runs: Sequence[Run], pair: Pair, ratios: Mapping[str, Ratio], rounds: int) -> Table:
+    ours, theirs = pair.ours, pair.theirs
+
     def middle(figure: str, side: Contender) -> str:
         each = [FIGURES[figure](run) for run in runs if run.name == side.name]
         return digits(median_of_rounds(each))
 
     return Table(
-        title=f"Beside {theirs.name}",
+        title=f"Beside {pair.name}",
         rows=[
             {
                 "figure": name,
@@ -221,7 +272,8 @@ class _Runner:
     def _ours(self, side: Contender, number: int) -> Run:
         task = Task(
             bundle=str(self.bundle),
-            provider="cpu",
+            provider=side.provider,
+            cpu_precision=side.cpu_precision,
             prompt=PROMPT,
             safety=side.safety,
             sampler="ddim",
@@ -244,7 +296,7 @@ class _Runner:
         safety = {**asdict(numbers), "concept": self.manifest.safety_concept}
         task = {
             "model": str(self.checkpoint),
-            "prepared": str(self.models.get(side.peer.name, "")),
+            "prepared": str(self.models.get(side.peer.loader, "")),
             "prompt": PROMPT,
             "safety": safety if numbers.acts else None,
             "steps": self.steps,
@@ -277,7 +329,7 @@ def _runner(options: BenchOptions) -> tuple[_Runner, list[str]]:
     manifest = Bundle.open(bundle).manifest
     size = options.size if options.size is not None else manifest.size.width
     models = {
-        peer.name: prepared(peer, checkpoint.resolve(), folder / _MODELS, _environment(1))
+        peer.loader: prepared(peer, checkpoint.resolve(), folder / _MODELS, _environment(1))
         for peer in peers
         if peer.peer.prepared
     }

@@ -54,8 +54,8 @@ class BenchOptions:
     quiet: bool = quiet_option()
 
     peers: tuple[str, ...] | None = option(
-        "only compare with other programs, on the CPU: diffusers, optimum, openvino, "
-        "sdcpp (default: all that are installed)",
+        "only compare with other programs, on the CPU: diffusers, diffusers-bf16, optimum, "
+        "openvino, openvino-default, sdcpp (default: all that are installed)",
         group="peers",
         nargs="*",
     )

@@ -34,17 +34,20 @@ Make = Callable[[Callable[[], object]], Any]
 def diffusers(task: dict[str, Any]) -> Make:
     """Load diffusers' pipeline, the safe one where the task has safety numbers."""
     import torch
-    from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionPipelineSafe
+    from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipelineSafe
 
     safety = task["safety"]
-    kind = StableDiffusionPipeline if safety is None else StableDiffusionPipelineSafe
-    pipeline = kind.from_pretrained(
-        task["model"],
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-        torch_dtype=torch.float32,
-    )
+    dtype = torch.bfloat16 if task["precision"] == "bf16" else torch.float32
+    if safety is None:  # the checkpoint names its class, for SDXL too
+        pipeline = DiffusionPipeline.from_pretrained(task["model"], torch_dtype=dtype)
+    else:
+        pipeline = StableDiffusionPipelineSafe.from_pretrained(
+            task["model"],
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+            torch_dtype=dtype,
+        )
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     if safety is None:
@@ -93,7 +96,7 @@ def prepare_optimum(task: dict[str, Any]) -> None:
 
 
 def openvino(task: dict[str, Any]) -> Make:
-    """Load OpenVINO GenAI's pipeline, in float32 as the others."""
+    """Load OpenVINO GenAI's pipeline, in float32 as the others or in its own precision."""
     import numpy as np
     import openvino
     import openvino_genai as genai
@@ -106,10 +109,9 @@ def openvino(task: dict[str, Any]) -> Make:
             return openvino.Tensor(np.load(task["noise"]).reshape(list(shape)))
 
     folder = Path(task["prepared"])
-    properties = {
-        "INFERENCE_NUM_THREADS": task["threads"],
-        "INFERENCE_PRECISION_HINT": "f32",
-    }
+    properties = {"INFERENCE_NUM_THREADS": task["threads"]}
+    if task["precision"] == "fp32":
+        properties["INFERENCE_PRECISION_HINT"] = "f32"
     pipeline = genai.Text2ImagePipeline(folder)
     ddim = genai.Scheduler.from_config(
         folder / "scheduler" / "scheduler_config.json", genai.Scheduler.Type.DDIM

@@ -7,9 +7,9 @@ import json
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sld_edge.benchmarks.bench import peer_worker
 from sld_edge.benchmarks.bench.child import Outcome, run_child
@@ -29,6 +29,8 @@ class Peer:
         settings: presets of its measurements; "off" is plain classifier-free guidance.
         same_noise: whether it can start from torch's noise; then its picture should be ours.
         prepared: whether it needs the checkpoint in a form of its own.
+        loader: its function in `peer_worker`; "" is the peer's name.
+        precision: of its arithmetic: "fp32", "bf16", or "default", the program's own choice.
     """
 
     packages: tuple[str, ...]
@@ -36,27 +38,35 @@ class Peer:
     settings: tuple[str, ...] = ("off",)
     same_noise: bool = False
     prepared: bool = False
+    loader: str = ""
+    precision: Literal["fp32", "bf16", "default"] = "fp32"
 
 
+_DIFFUSERS = Peer(
+    packages=("torch", "transformers", "diffusers"),
+    install='pip install "sld-edge[torch]"',
+    settings=("strong", "off"),
+    same_noise=True,
+    loader="diffusers",
+)
+_OPENVINO = Peer(
+    packages=("torch", "diffusers", "openvino", "openvino-tokenizers", "openvino-genai"),
+    install="pip install openvino-genai torch diffusers, in an environment of its own",
+    same_noise=True,
+    prepared=True,
+    loader="openvino",
+)
 PEERS: Mapping[str, Peer] = {
-    "diffusers": Peer(
-        packages=("torch", "transformers", "diffusers"),
-        install='pip install "sld-edge[torch]"',
-        settings=("strong", "off"),
-        same_noise=True,
-    ),
+    "diffusers": _DIFFUSERS,
+    "diffusers-bf16": replace(_DIFFUSERS, precision="bf16"),
     "optimum": Peer(
         packages=("torch", "transformers", "diffusers", "onnxruntime", "optimum-onnx"),
         install='pip install "optimum-onnx[onnxruntime]", in an environment of its own',
         same_noise=True,
         prepared=True,
     ),
-    "openvino": Peer(
-        packages=("torch", "diffusers", "openvino", "openvino-tokenizers", "openvino-genai"),
-        install="pip install openvino-genai torch diffusers, in an environment of its own",
-        same_noise=True,
-        prepared=True,
-    ),
+    "openvino": _OPENVINO,
+    "openvino-default": replace(_OPENVINO, precision="default"),
     "sdcpp": Peer(
         packages=("stable-diffusion-cpp-python",),
         install="pip install stable-diffusion-cpp-python, which compiles it",
@@ -78,6 +88,11 @@ class Installed:
         """The peer's description."""
         return PEERS[self.name]
 
+    @property
+    def loader(self) -> str:
+        """The peer's function in `peer_worker`, and the name of its form of the weights."""
+        return self.peer.loader or self.name
+
     def call(self, action: str, task: Mapping[str, Any], environment: Mapping[str, str]) -> Outcome:
         """Run an action in a process of the peer.
 
@@ -85,9 +100,8 @@ class Installed:
             EngineError: the process ended without an answer.
         """
         command = [self.python, str(Path(peer_worker.__file__).resolve()), action]
-        return run_child(
-            command, {**task, "peer": self.name}, name=self.name, environment=environment
-        )
+        whole = {**task, "peer": self.loader, "precision": self.peer.precision}
+        return run_child(command, whole, name=self.name, environment=environment)
 
 
 def pythons_from_options(words: Sequence[str]) -> dict[str, str]:
@@ -150,7 +164,7 @@ def prepared(
         OutputError: no room.
     """
     source = {"checkpoint": fingerprint(checkpoint), "versions": dict(peer.versions)}
-    target = folder / peer.name
+    target = folder / peer.loader
     if (target / _SOURCE).is_file() and json.loads((target / _SOURCE).read_text()) == source:
         return target
     try:

@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sld_edge.benchmarks.bench import comparison
 from sld_edge.benchmarks.bench.cli import bench_settings, main, parser
 from sld_edge.benchmarks.bench.comparison import difference
 from sld_edge.benchmarks.bench.options import BenchOptions
+from sld_edge.benchmarks.bench.peers import Installed
 from sld_edge.runtime.commands.arguments import parsed
 
 CHECKPOINT = Path(__file__).parents[2] / "benchmarks" / "miniworld" / "checkpoint"
@@ -181,7 +183,7 @@ def test_it_needs_no_torch(tmp_path: Path) -> None:
 def test_beside_diffusers_on_the_same_weights() -> None:
     words = ["--peers", "diffusers", "--checkpoint", str(CHECKPOINT), "--size", "64"]
     words += ["--steps", "2", "--rounds", "1", "--warmup", "0", "--quiet", "--output", "out"]
-    assert main(words) == 0
+    assert main([*words, "--provider", "cpu"]) == 0
     found = json.loads(Path("out/results.json").read_text())
     names = ["ours, strong", "ours, off", "diffusers, strong", "diffusers, off"]
     assert [run["name"] for run in found["runs"]] == names
@@ -195,6 +197,28 @@ def test_beside_diffusers_on_the_same_weights() -> None:
         assert quotients_agree(row[1], row[2], row[3])
     assert [row[0] for row in same] == names[2:]
     assert found["conditions"]["versions"]["diffusers"]
+
+
+@pytest.mark.parametrize(
+    ("peer", "bf16", "ours"),
+    [
+        ("diffusers", False, ["ours", "ours on openvino"]),
+        ("diffusers-bf16", False, ["ours", "ours on openvino"]),
+        ("diffusers", True, ["ours", "ours on openvino"]),
+        ("diffusers-bf16", True, ["ours on openvino in bf16"]),
+        ("openvino-default", True, ["ours on openvino in bf16"]),
+    ],
+)
+def test_ours_is_measured_in_the_peers_kind_of_precision(
+    peer: str, bf16: bool, ours: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openvino")
+    monkeypatch.setattr(comparison, "why_no_bf16", lambda: None if bf16 else "no units")
+    side = comparison.Contender(peer=Installed(name=peer, python="python"), safety="off")
+    beside = comparison._ours_beside(side, BenchOptions())
+    assert [each.who for each in beside] == ours
+    asked = comparison._ours_beside(side, BenchOptions(provider="openvino"))
+    assert [each.who for each in asked] == ["ours on openvino"]
 
 
 def test_a_difference_of_pictures(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import stat
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from sld_edge.runtime.conditions import (
     clocks,
     condition_lines,
     conditions,
+    cpu_kind,
     cpu_name,
     memory_total,
     power_mode,
@@ -33,6 +35,23 @@ PI = "processor\t: 0\nBogoMIPS\t: 108.00\n\nModel\t\t: Raspberry Pi 5 Model B Re
 )
 def test_processors_by_name(text: str, name: str) -> None:
     assert cpu_name(text) == name
+
+
+@pytest.mark.parametrize(
+    ("flags", "kind"),
+    [
+        ("flags\t\t: fpu sse4_2 avx2 fma", "AVX2"),
+        ("flags\t\t: avx2 avx512f avx512_vnni", "AVX-512"),
+        ("flags\t\t: avx2 avx512f avx512_bf16", "AVX-512 with BF16"),
+        ("flags\t\t: avx2 avx512f avx512_bf16 amx_bf16 amx_tile", "AMX"),
+        ("Features\t: fp asimd evtstrm", "ARM"),
+        ("Features\t: fp asimd bf16", "ARM with BF16"),
+        ("flags\t\t: fpu avx2x", platform.machine()),
+        ("", platform.machine()),
+    ],
+)
+def test_kinds_of_processors(flags: str, kind: str) -> None:
+    assert cpu_kind(f"processor\t: 0\n{flags}\n") == kind
 
 
 def test_memory_of_the_machine() -> None:
