@@ -68,12 +68,14 @@ def require_admitted(
             expected=f"the table of {run.table.name}",
         )
     for image in images:
+        _require_guidance(image, manifest)
         if not image.safety.acts and rules is None:
             continue
         for concept in (*image.acting_concepts, *image.acting_filter):
             if texts.says_nothing(concept):
                 raise empty_concept(concept)
-        _require_layers(image, manifest)
+        if image.safety.text_filter:
+            require_some_concepts(image.text_filter)
         if rules is None:
             continue
         policy.require_safety(image.safety, calls=run.table.calls)
@@ -123,23 +125,23 @@ def require_admitted(
             )
 
 
-def _require_layers(image: ImageRun, manifest: Manifest) -> None:
-    """Refuse layers of safety that could not act.
+def _require_guidance(image: ImageRun, manifest: Manifest) -> None:
+    """Refuse a negative prompt without guidance, a preset's or the caller's: it could not act.
 
     Raises:
-        InputError: no concept or too many, or a negative prompt without guidance.
+        InputError: no classifier-free guidance.
     """
-    if image.safety.text_filter:
-        require_some_concepts(image.text_filter)
-    guided = image.guidance_scale > 1 and manifest.guidance == "classifier-free"
-    if image.safety.negative and not guided:
-        raise InputError(
-            f"{image.preset}: a negative prompt has no effect without classifier-free guidance",
-            got=f"guidance scale {image.guidance_scale:g}"
-            if manifest.guidance == "classifier-free"
-            else f"{manifest.model.id}, which takes the scale as an input",
-            do="choose the preset guard",
-        )
+    by_preset, classifier_free = image.safety.negative, manifest.guidance == "classifier-free"
+    if not (by_preset or image.negative_prompt) or (classifier_free and image.guidance_scale > 1):
+        return
+    raise InputError(
+        f"{f'{image.preset}: ' if by_preset else ''}a negative prompt has no effect without "
+        "classifier-free guidance",
+        got=f"guidance scale {image.guidance_scale:g}"
+        if classifier_free
+        else f"{manifest.model.id}, which takes the scale as an input",
+        do="choose the preset guard" if by_preset else "leave it out, or choose a preset",
+    )
 
 
 def table_of(run: Run, manifest: Manifest) -> SamplerTable:

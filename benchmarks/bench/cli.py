@@ -12,6 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from sld_edge.benchmarks.bench.comparison import compare_peers
+from sld_edge.benchmarks.bench.few_steps import measure_few_steps
 from sld_edge.benchmarks.bench.figures import figures
 from sld_edge.benchmarks.bench.options import BenchOptions
 from sld_edge.benchmarks.bench.report import RESULTS, Report, bundle_report, write_report
@@ -32,6 +33,7 @@ examples:
   sld-bench sd15 --provider cpu --size 256 --safety off max --batch 1
   sld-bench --peers --checkpoint sd15-diffusers    beside every peer that is installed
   sld-bench sd15 --peers diffusers openvino --checkpoint sd15-diffusers --size 256 --steps 3
+  sld-bench --few-steps                            few steps and safety: speed, unsafe rate
   sld-bench --peers optimum --peer-python optimum=venv/bin/python --checkpoint sd15-diffusers
 
 Every measured run is a process of its own. Raw samples are kept in results.json. A mistake in what
@@ -57,11 +59,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: BenchOptions) -> None:
     _check(options)
-    settings = None if options.peers is not None else bench_settings(options)
+    of_a_bundle = options.peers is None and not options.few_steps
+    settings = bench_settings(options) if of_a_bundle else None
     machine = conditions(settings.provider if settings else "cpu", threads=options.threads)
     warning = busy(machine)
     if warning is not None:
         print(f"note: {warning}", file=sys.stderr)
+    report = measured_report(options, settings)
+    for note in report.notes:
+        print(f"note: {note}", file=sys.stderr)
+    notes = [*([warning] if warning is not None else []), *report.notes]
+    write_report(replace(report, notes=notes), options.output, machine)
+
+
+def measured_report(options: BenchOptions, settings: BenchSettings | None) -> Report:
+    """Measure what was asked for; `settings` are a bundle's."""
+    if options.few_steps:
+        return measure_few_steps(options, say=lambda line: print(line, file=sys.stderr))
     progress = tqdm(unit="run", disable=options.quiet or None, leave=False, file=sys.stderr)
     with progress as bar:
 
@@ -75,13 +89,8 @@ def _run(options: BenchOptions) -> None:
             with _own_cache(options) as environment:
                 first, runs = measure(settings, environment, watch)
             measured = figures(settings, first, runs)
-            report: Report = bundle_report(settings, measured, first, runs)
-        else:
-            report = compare_peers(options, watch=watch, expect=lambda n: bar.reset(total=n))
-    for note in report.notes:
-        print(f"note: {note}", file=sys.stderr)
-    notes = [*([warning] if warning is not None else []), *report.notes]
-    write_report(replace(report, notes=notes), options.output, machine)
+            return bundle_report(settings, measured, first, runs)
+        return compare_peers(options, watch=watch, expect=lambda n: bar.reset(total=n))
 
 
 def _check(options: BenchOptions) -> None:
@@ -98,6 +107,11 @@ def _check(options: BenchOptions) -> None:
     ):
         if value is not None and value < least:
             raise InputError(name, got=value, expected=f"{least} or more")
+    if options.few_steps and (options.peers is not None or options.bundle is not None):
+        other = "--peers" if options.peers is not None else str(options.bundle)
+        raise InputError(
+            "--few-steps", got=f"{other} too", expected="nothing more: it has its own models"
+        )
     if options.peers is None:
         for name, given in (
             ("--checkpoint", options.checkpoint),

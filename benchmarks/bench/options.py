@@ -53,6 +53,14 @@ class BenchOptions:
     threads: int | None = option("threads of the CPU engines (default: one a core)")
     quiet: bool = quiet_option()
 
+    pictures: int = option(
+        "pictures of each row of --few-steps", "N", default=100, group="few steps"
+    )
+    few_steps: bool = flag(
+        "only compare the miniature's twin of few steps, in 1, 2, 4 and 8 steps, with the "
+        "miniature in 50 steps of DDIM: unsafe rate, adherence and time of every preset"
+    )
+
     peers: tuple[str, ...] | None = option(
         "only compare with other programs, on the CPU: diffusers, diffusers-bf16, optimum, "
         "openvino, openvino-default, sdcpp (default: all that are installed)",

@@ -34,6 +34,10 @@ SCHEDULER: Final[Mapping[str, Any]] = {
     "prediction_type": "epsilon",
     "clip_sample": False,
 }
+_INDEX: Final = {
+    "_class_name": "LatentConsistencyModelPipeline",
+    "scheduler": ["diffusers", "LCMScheduler"],
+}
 _UNET: Final = Path("unet", "diffusion_pytorch_model.safetensors")
 _SCALE: Final = ".scale"
 Arrays = dict[str, NDArray[Any]]
@@ -90,9 +94,12 @@ def write_checkpoint(folder: Path, change: Path = CHANGE) -> None:
     _, save = _safetensors()
     shutil.copytree(CHECKPOINT, folder, dirs_exist_ok=True)
     save(weights_from_change(change), folder / _UNET)
-    config = folder / "unet" / "config.json"
-    settings = {**json.loads(config.read_text()), "time_cond_proj_dim": CONDITION_WIDTH}
-    config.write_text(json.dumps(settings, indent=1))
+    for file, changes in (
+        ("model_index.json", _INDEX),
+        ("unet/config.json", {"time_cond_proj_dim": CONDITION_WIDTH}),
+    ):
+        settings = {**json.loads((folder / file).read_text()), **changes}
+        (folder / file).write_text(json.dumps(settings, indent=1))
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER, indent=1))
 
 

@@ -175,7 +175,7 @@ class TestSdxl:
 class TestGuidanceEmbedding:
     """LCM: the guidance scale is an input of the UNet, and one branch is enough without safety."""
 
-    @pytest.mark.parametrize("steps", [1, 2, 4])
+    @pytest.mark.parametrize("steps", [1, 2, 4, 8])
     @pytest.mark.parametrize("guidance_scale", [1.0, 3.0, 8.5])
     def test_is_diffusers_pipeline(self, models: Models, steps: int, guidance_scale: float) -> None:
         model = models("lcm")
@@ -189,7 +189,7 @@ class TestGuidanceEmbedding:
         assert {call["branches"] for call in result.reports[0]["calls"]} == {1}
 
     @pytest.mark.parametrize("kind", ["lcm", "lcm-sdxl"])
-    @pytest.mark.parametrize("steps", [1, 2, 4])
+    @pytest.mark.parametrize("steps", [1, 2, 4, 8])
     @pytest.mark.parametrize("guidance_scale", [1.0, 8.5])
     def test_safety_is_the_references(
         self, models: Models, kind: UnetKind, steps: int, guidance_scale: float
@@ -202,6 +202,20 @@ class TestGuidanceEmbedding:
             guidance_scale=guidance_scale,
             safety=Safety(scale=1000, warmup_steps=0),
         )
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"negative_prompt": "a skull"}, "a negative prompt has no effect"),
+            ({"negative_prompt": "a skull", "safety": "max"}, "a negative prompt has no effect"),
+            ({"safety": "guard-lite"}, "guard-lite: a negative prompt has no effect"),
+        ],
+    )
+    def test_a_negative_prompt_is_refused(
+        self, models: Models, settings: dict[str, Any], message: str
+    ) -> None:
+        with pytest.raises(InputError, match=f"{message}.*takes the scale as an input"):
+            ours(models("lcm"), seed=0, steps=1, **settings)
 
     def test_defaults_are_a_distilled_models(self, models: Models) -> None:
         defaults = models("lcm").ours.bundle.manifest.defaults
@@ -225,7 +239,7 @@ class TestSmall:
         got = ours(model, seed=5, steps=6, sampler="pndm", guidance_scale=7.5, safety="off")
         assert distance(got, wanted) < PLAIN
 
-    @pytest.mark.parametrize("steps", [1, 2, 4])
+    @pytest.mark.parametrize("steps", [1, 2, 4, 8])
     @pytest.mark.parametrize("guidance_scale", [0.0, 1.0, 2.0])
     def test_few_steps_and_little_guidance(
         self, models: Models, steps: int, guidance_scale: float
@@ -239,6 +253,11 @@ class TestSmall:
             guidance_scale=guidance_scale,
             safety=Safety(scale=1000, warmup_steps=0),
         )
+
+    def test_a_negative_prompt_without_guidance_is_refused(self, models: Models) -> None:
+        little: dict[str, Any] = {"guidance_scale": 1, "negative_prompt": "a skull"}
+        with pytest.raises(InputError, match="a negative prompt has no effect.*guidance scale 1"):
+            ours(models("no-middle"), seed=0, steps=1, safety="off", **little)
 
     def test_few_steps_are_the_bundles_default_where_export_says_so(self, models: Models) -> None:
         model = models("no-middle", export=TURBO)

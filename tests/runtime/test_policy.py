@@ -406,6 +406,7 @@ COMMANDS: list[list[str]] = [
             *(("--steps", "1"), ("--sampler", "lcm"), ("--eta", "1"), ("--rng", "philox")),
             *(("--seed", "9"), ("--count", "2"), ("--width", "32"), ("--height", "96")),
             *(("--batch-size", "2"), ("--vae-tiling", "on"), ("--provider", "cpu")),
+            *(("--vae", "tiny"), ("--cpu-precision", "bf16"), ("--device", "CPU")),
             *(("--scorer", "activation"), ("--flag-rule", "miniworld.skull>=9")),
             *(("--report-recipe", "keep"), ("--on-flag", "report"), ("--preview", "p.png")),
             *(("--edit-map", "m.png"), ("--engine", "x.plan"), ("--bundle", "nowhere")),
@@ -413,6 +414,7 @@ COMMANDS: list[list[str]] = [
     ),
     ["--trust-plan"],
     ["--low-memory"],
+    ["--provider", "openvino"],
     ["--no-cuda-graph"],
     ["--force"],
 ]

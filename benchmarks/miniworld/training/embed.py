@@ -31,14 +31,16 @@ CHECKPOINT = Path(__file__).parents[1] / "checkpoint"
 
 def embed(output: Path = EMBEDDED) -> Path:
     """Write the bundle: FP16 weights, as the checkpoint has them, and FP32 arithmetic."""
-    return _exported(output, "fp32")
+    return exported(CHECKPOINT, output, name="miniature")
 
 
 def embed_fp16(output: Path = EMBEDDED_FP16, *, beside: Path = EMBEDDED) -> Path:
     """Write the files of the FP16 bundle that differ from those of the FP32 bundle `beside`."""
     output.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        for file in _exported(Path(folder) / "bundle", "fp16").iterdir():
+        for file in exported(
+            CHECKPOINT, Path(folder) / "bundle", name="miniature", precision="fp16"
+        ).iterdir():
             twin = beside / file.name
             if not twin.exists() or sha256_of_file(twin)[0] != sha256_of_file(file)[0]:
                 write_whole(output / file.name, file.read_bytes())
@@ -53,11 +55,14 @@ def filter_texts() -> tuple[str, ...]:
     return (*fitting_captions()[::3], *SCENERY.values(), *named, *sized)
 
 
-def _exported(output: Path, precision: Literal["fp32", "fp16"]) -> Path:
+def exported(
+    model: Path, output: Path, *, name: str, precision: Literal["fp32", "fp16"] = "fp32"
+) -> Path:
+    """Export a checkpoint of the miniature world, with its concept and text filter."""
     return export_bundle(
         ExportSettings(
-            model=str(CHECKPOINT),
-            name="miniature",
+            model=str(model),
+            name=name,
             output=output,
             precision=precision,
             storage="fp16",

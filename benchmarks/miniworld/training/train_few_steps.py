@@ -41,7 +41,6 @@ from sld_edge.benchmarks.miniworld.training.stage import Recipe, train_modules
 from sld_edge.benchmarks.miniworld.world import LATE_SKULL_SHARE
 
 BATCH: Final = 32
-TOGETHER: Final = 64  # trajectories
 GUIDANCE: Final = (2.0, 10.0)
 RECIPE: Final = Recipe(lr=8e-4, flat=0.4, muon_steps=4, decay=0.995)
 USED_SHARE: Final = 0.7
@@ -52,10 +51,20 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The lengths of the two stages."""
+    """The lengths of the two stages.
+
+    Attributes:
+        seed: of everything.
+        pictures: drawn, whose captions are used.
+        trajectories: of the teacher.
+        together: trajectories that are computed at once.
+        steps: of the training.
+    """
 
     seed: int = 11
+    pictures: int = 20_000
     trajectories: int = 3_072
+    together: int = 64
     steps: int = 2_000
 
 
@@ -127,17 +136,19 @@ def used_indices(times: Tensor) -> list[int]:
 
 def trajectories(teacher: Teacher, folder: Path, settings: Settings) -> dict[str, object]:
     """Compute the trajectories, or go on; in parts, each a file."""
-    draws = CaptionedDraws(pictures_at_random(20_000, settings.seed), skull_share=LATE_SKULL_SHARE)
+    draws = CaptionedDraws(
+        pictures_at_random(settings.pictures, settings.seed), skull_share=LATE_SKULL_SHARE
+    )
     times = timesteps()
     states, captions, scales = [], [], []
-    for start in tqdm(range(0, settings.trajectories, TOGETHER), desc="trajectories"):
+    for start in tqdm(range(0, settings.trajectories, settings.together), desc="trajectories"):
         path = folder / f"trajectories-{start}.pt"
         if not path.exists():
             rng = np.random.default_rng([settings.seed, 1, start])
             torch.manual_seed(int(rng.integers(2**31)))
-            words = [draws.draw(rng)[1] for _ in range(TOGETHER)]
-            scale = torch.from_numpy(rng.uniform(*GUIDANCE, TOGETHER).astype(np.float32))
-            noise = torch.randn(TOGETHER, 4, LATENT_SIZE, LATENT_SIZE)
+            words = [draws.draw(rng)[1] for _ in range(settings.together)]
+            scale = torch.from_numpy(rng.uniform(*GUIDANCE, settings.together).astype(np.float32))
+            noise = torch.randn(settings.together, 4, LATENT_SIZE, LATENT_SIZE)
             made = teacher.trajectory(noise, teacher.embeddings(words), scale, times)
             part = {"states": made.half(), "captions": words, "scale": scale}
             torch.save(part, path.with_suffix(".new"))
