@@ -36,7 +36,7 @@ from sld_edge.benchmarks.tables import Table
 from sld_edge.engines.errors import InputError
 from sld_edge.runtime.pipeline import Pipeline
 from sld_edge.runtime.request import Request
-from sld_edge.runtime.scorers import rule_for
+from sld_edge.runtime.scorers import flagged, rule_for
 
 SAFETY: Final = ("off", "negative", "strong", "max", "early", "guard", "guard-max", "guard-lite")
 FULL_STEPS: Final = 50
@@ -62,6 +62,8 @@ class Figures:
         setting: its name.
         pictures: made.
         unsafe: share of the pictures that the examiner flags.
+        withheld: share that screening by the judge withholds.
+        unsafe_screened: share that the examiner flags and the judge does not.
         adherence: share of the pictures that show the prompt's shape in its colour.
         branches: UNet branches of a picture, mean.
         seconds: of a picture, all stages, on one thread; median.
@@ -72,6 +74,8 @@ class Figures:
     setting: str
     pictures: int
     unsafe: Estimate
+    withheld: Estimate
+    unsafe_screened: Estimate
     adherence: Estimate
     branches: float
     seconds: float
@@ -87,7 +91,9 @@ def measure_few_steps(options: BenchOptions, *, say: Callable[[str], None]) -> R
     """
     prompts = _prompts(options.pictures)
     twin = _twin(options.output / "models")
-    variants = [Variant(name="DDIM, 50 steps", bundle=None, sampler="ddim", steps=FULL_STEPS)]
+    variants = [
+        Variant(name=f"DDIM, {FULL_STEPS} steps", bundle=None, sampler="ddim", steps=FULL_STEPS)
+    ]
     for steps in FEW_STEPS:
         name = f"twin, {counted(steps, 'step')}"
         variants.append(Variant(name=name, bundle=twin, sampler="lcm", steps=steps))
@@ -180,10 +186,14 @@ def _figures(
     variant: Variant, settings: Sequence[str], rows: Sequence[Row], before: Sequence[Figures]
 ) -> list[Figures]:
     full = {one.setting: one.seconds for one in before if one.variant == before[0].variant}
+    screening = rule_for(MINIATURE_SCORERS[1:])
     figures = []
     for setting in settings:
         members = [row for row in rows if row.setting == setting]
         prompts = [row.prompt for row in members]
+        unsafe = np.array([row.flagged for row in members])
+        withheld = np.array([flagged(row.scores, screening) for row in members])
+        adherent = np.array([bool(row.adherent) for row in members])
         calls = [len(row.share) for row in members]
         branches = [row.branches or 0.0 for row in members]
         seconds = median([row.seconds for row in members])
@@ -192,8 +202,10 @@ def _figures(
                 variant=variant.name,
                 setting=setting,
                 pictures=len(members),
-                unsafe=mean_estimate(np.array([row.flagged for row in members]), prompts),
-                adherence=mean_estimate(np.array([bool(row.adherent) for row in members]), prompts),
+                unsafe=mean_estimate(unsafe, prompts),
+                withheld=mean_estimate(withheld, prompts),
+                unsafe_screened=mean_estimate(unsafe & ~withheld, prompts),
+                adherence=mean_estimate(adherent, prompts),
                 branches=float(np.mean(np.multiply(calls, branches))),
                 seconds=seconds,
                 ratio=seconds / full.get(setting, seconds),
@@ -209,6 +221,8 @@ def _table(variant: Variant, figures: Sequence[Figures]) -> Table:
             {
                 "safety": one.setting,
                 "unsafe": cell(one.unsafe, SHARE),
+                "withheld by screening": f"{one.withheld.value:{SHARE}}",
+                "unsafe, screened": cell(one.unsafe_screened, SHARE),
                 "adherent": cell(one.adherence, SHARE),
                 "UNet branches": f"{one.branches:.1f}",
                 "a picture, s": digits(one.seconds, 3),
@@ -217,6 +231,7 @@ def _table(variant: Variant, figures: Sequence[Figures]) -> Table:
             for one in figures
             if one.variant == variant.name
         ],
-        note="Share of the pictures that the examiner flags, and that show the prompt's shape in "
-        "its colour, with 95 % intervals; seconds of one thread, the median of all pictures.",
+        note="Share of the pictures that the examiner flags, before and after the judge withholds "
+        "pictures as --scorer miniworld --on-flag withhold does, and that show the prompt's shape "
+        "in its colour, with 95 % intervals; seconds of one thread, the median of all pictures.",
     )

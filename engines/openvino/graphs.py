@@ -35,8 +35,23 @@ def recipe(target: Target, *, fixed: bool, rounded: bool = False) -> Recipe[Open
         files=(_GRAPH, _WEIGHTS),
         write=partial(_write, rounded=rounded),
         load=lambda path, lock: OpenVinoEngine(path, target, fixed=fixed, lock=lock),
-        load_source=lambda path: OpenVinoEngine(path, target, fixed=fixed),
+        load_source=partial(_unprepared, target=target, fixed=fixed),
     )
+
+
+def _unprepared(path: Path, *, target: Target, fixed: bool) -> OpenVinoEngine:
+    """Load a graph that could not be prepared.
+
+    Raises:
+        EngineError: it would lose the FP32 outputs that safety needs in BF16; or OpenVINO cannot
+            load it.
+    """
+    if target.precision == "bf16":
+        raise EngineError(
+            f"bf16 needs prepared graphs, and {path.name} could not be prepared",
+            do="give the cache room (sld-run --cache, SLD_EDGE_CACHE), or leave bf16 out",
+        )
+    return OpenVinoEngine(path, target, fixed=fixed)
 
 
 def _write(path: Path, part: Path, *, rounded: bool) -> None:

@@ -126,6 +126,34 @@ def test_rounded_weights_take_half_the_file(cache: Path) -> None:
     assert sizes[1] < 0.55 * sizes[0]
 
 
+def test_the_outputs_convolution_stays_fp32_in_bf16(cache: Path, tmp_path: Path) -> None:
+    """Prepared graphs of both forms are marked; with BF16 units the values show it too."""
+    half = tmp_path / "fp16"
+    half.mkdir()
+    for name in ("unet.onnx", "unet.onnx.data"):
+        source = EMBEDDED_FP16 if (EMBEDDED_FP16 / name).exists() else EMBEDDED
+        (half / name).write_bytes((source / name).read_bytes())
+    for path, sha256 in ((UNET, SHA), (half / "unet.onnx", "cd" * 32)):
+        prepared_graph = engine(path, sha256).path
+        marked = [
+            layer.get("type")
+            for layer in ElementTree.parse(prepared_graph).getroot().iter("layer")
+            if layer.find("rt_info/attribute[@name='precise']") is not None
+        ]
+        assert sorted(marked, key=str) == ["Add", "Convolution"]
+        if targets.why_no_bf16() is None:
+            rounded = OpenVinoEngine(prepared_graph, Target(precision="bf16"), fixed=False)
+            bits = rounded.run(feeds())["noise_pred"].view(np.uint32)
+            assert (bits & 0xFFFF != 0).mean() > 0.9  # not BF16's numbers
+
+
+def test_bf16_without_a_prepared_graph_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLD_EDGE_CACHE", "off")
+    how = graphs.recipe(Target(precision="bf16"), fixed=False)
+    with pytest.raises(EngineError, match="bf16 needs prepared graphs"):
+        prepared.prepared_engine(SHA, lambda: UNET, how)
+
+
 def test_wrong_inputs_are_refused(cache: Path) -> None:
     ours = engine()
     with pytest.raises(EngineError, match=r"input context \| got nothing"):

@@ -127,13 +127,13 @@ def test_the_report_has_every_setting_that_a_model_takes(
     assert main(words) == 0
     found = json.loads((folder / "results.json").read_text())
     rows = {(one["variant"], one["setting"]): one for one in found["figures"]}
-    full = [("DDIM, 50 steps", name) for name in ("plain", "negative prompt", "max", "guard-lite")]
+    full = [("DDIM, 3 steps", name) for name in ("plain", "negative prompt", "max", "guard-lite")]
     assert list(rows) == [*full, ("twin, 1 step", "plain"), ("twin, 1 step", "max")]
     assert [rows[key]["branches"] for key in full] == [6, 6, 9, 6]
     assert rows["twin, 1 step", "plain"]["branches"] == 1
     assert rows["twin, 1 step", "max"]["branches"] == 3
     one = rows["twin, 1 step", "max"]
-    assert one["ratio"] == one["seconds"] / rows["DDIM, 50 steps", "max"]["seconds"]
+    assert one["ratio"] == one["seconds"] / rows["DDIM, 3 steps", "max"]["seconds"]
     assert [note.split(":")[0] for note in found["notes"] if "measured" in note] == [
         "not measured, negative prompt",
         "not measured, guard-lite",
