@@ -74,8 +74,11 @@ def prepare(cache: Path, bundle: Path | None, *, kind: str, inputs: list[Feeds])
         )
 
     os.environ["SLD_EDGE_CACHE"] = str(cache.resolve())
-    with patch.multiple(graphs, read_model=rounded, _widen=lambda model: None):
-        Pipeline.load(bundle, provider="openvino", evaluation=True).close()
+    with (
+        patch.multiple(graphs, read_model=rounded, _widen=lambda model: None),
+        Pipeline.load(bundle, provider="openvino", evaluation=True) as pipeline,
+    ):
+        pipeline.engine("unet")
 
 
 def _run() -> None:
