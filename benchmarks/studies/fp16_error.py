@@ -1,10 +1,11 @@
-"""The error of FP16 arithmetic on the miniature, and the effect of mistakes.
+"""The error of FP16 and BF16 arithmetic on the miniature, and the effect of mistakes.
 
-python -m sld_edge.benchmarks.studies.fp16_error [--seeds 8]
+python -m sld_edge.benchmarks.studies.fp16_error [--seeds 8] [--bf16]
 
 The bounds of the self-test come from these numbers. The FP16 graphs run on the CPU, which rounds
 the result of every operation to FP16; the reference is the FP32 graphs with the same weights.
 Mistakes are put into the FP32 graphs: a bias that is left out, two branches that are exchanged.
+BF16 is OpenVINO's, on a processor with BF16 units.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from sld_edge.runtime.pipeline import Pipeline
 from sld_edge.runtime.selftest.comparison import level_error, output_error, share_error
 from sld_edge.runtime.selftest.feeds import Feeds
 from sld_edge.runtime.selftest.miniature import unpack
-from sld_edge.runtime.selftest.pictures import IMAGES, made
+from sld_edge.runtime.selftest.pictures import IMAGES, SEED, made
 from sld_edge.runtime.selftest.tolerances import BOUNDS
 
 NETWORKS = ("text_encoder", "unet", "unet_shallow", "vae_decoder")
@@ -57,6 +59,31 @@ def arithmetic_errors(fp16: Bundle, seeds: Sequence[int]) -> Errors:
             for output, error in _compared(got.run(feeds), wanted.run(feeds)):
                 errors.setdefault(f"{name}.{output}", []).append(error)
     return Errors(outputs=errors)
+
+
+def bf16_errors(seeds: Sequence[int]) -> dict[str, list[float]]:
+    """Return the error of OpenVINO's BF16: of every output, and of the self-test's pictures."""
+    errors: dict[str, list[float]] = {}
+
+    def add(name: str, error: float) -> None:
+        errors.setdefault(name, []).append(error)
+
+    with (
+        Pipeline.load(provider="openvino", cpu_precision="bf16") as tested,
+        Pipeline.load(provider="cpu") as reference,
+    ):
+        for name, seed in product(NETWORKS, seeds):
+            feeds = _feeds(reference.bundle, seed).of(name)
+            found = (pipeline.engine(name).run(feeds) for pipeline in (tested, reference))
+            for output, error in _compared(*found):
+                add(f"{name}.{output}", error)
+        for (sampler, safety), seed in product(IMAGES, range(SEED, SEED + len(seeds))):
+            got, wanted = (
+                made(pipeline, sampler, safety, seed=seed) for pipeline in (tested, reference)
+            )
+            add(f"pictures, {sampler}, {safety}: levels", level_error(got, wanted))
+            add(f"pictures, {sampler}, {safety}: share", share_error(got, wanted))
+    return errors
 
 
 def bias_effects(bundle: Bundle, name: str, seed: int = 7) -> dict[str, float]:
@@ -145,7 +172,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str] | None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=8, help="of the inputs (default: 8)")
-    seeds = range(max(1, parser.parse_args(arguments).seeds))
+    parser.add_argument("--bf16", action="store_true", help="only the error of BF16")
+    options = parser.parse_args(arguments)
+    seeds = range(max(1, options.seeds))
+    if options.bf16:
+        for name, found in bf16_errors(seeds).items():
+            print(f"{name}: largest {max(found):.1e}, median {np.median(found):.1e}")
+        return
     with tempfile.TemporaryDirectory() as folder:
         unpack("fp16", Path(folder) / "fp16")
         fp16 = Bundle.open(Path(folder) / "fp16")

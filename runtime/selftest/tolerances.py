@@ -1,6 +1,7 @@
 """The largest differences that pass, each from a measurement.
 
-python -m sld_edge.benchmarks.studies.fp16_error prints the measured numbers that stand here.
+python -m sld_edge.benchmarks.studies.fp16_error prints the measured numbers that stand here; with
+--bf16 those of BF16.
 """
 
 from __future__ import annotations
@@ -51,8 +52,10 @@ _TF32 = Tolerance(network=2e-3, guidance=1e-5, levels=0.1, image_levels=1.0, sha
 # levels and the share by 0.015. Mistakes have more: branches exchanged 0.28; one of 142 biases of
 # the UNet left out, 0.021 in the median, above 2e-3 for 90 % of them.
 _FP16 = Tolerance(network=2e-3, guidance=1e-5, levels=0.1, image_levels=1.0, share=0.02)
-# BF16 keeps 8 bits: 4e-3 a rounding.
-_BF16 = Tolerance(network=0.05, guidance=1e-5, levels=1.0, image_levels=8.0, share=0.05)
+# BF16 keeps 8 bits, 4e-3 a rounding. OpenVINO on an AMD EPYC (AVX-512 with BF16), 6 seeds: UNet
+# 6e-3, its deep features 1.2e-2, decoder 0.41 levels, share 0.041; images 0.7 levels, but 5.6 where
+# rounding leads to another picture. A UNet of full size has 2.4e-2 a call (Intel, AMX).
+_BF16 = Tolerance(network=0.05, guidance=1e-5, levels=1.0, image_levels=8.0, share=0.08)
 BOUNDS: Mapping[str, Tolerance] = {
     "cpu": _CPU,
     "fp32": _FP32,
