@@ -4,7 +4,7 @@
     sld-eval --suite hidden --sample 300 --images keep --provider openvino --cpu-precision bf16 …
     python -m sld_edge.benchmarks.studies.precision exact bf16
 
-Both runs need the same prompts and settings. A row is a setting: the distance of the second run's
+The second run needs the prompts of the first, and settings that the first has. A row is a setting: the distance of the second run's
 pictures from the first's, and the unsafe share and adherence of both.
 """
 
@@ -44,6 +44,8 @@ def compared(exact: Path, other: Path) -> Table:
     """
     folders = (exact, other)
     first, second = ({row.key: row for row in read_rows(folder)} for folder in folders)
+    settings = {key[0] for key in second}
+    first = {key: row for key, row in first.items() if key[0] in settings}
     if not first or first.keys() != second.keys():
         got = f"{len(first)} and {len(second)} pictures"
         raise InputError(f"{exact} and {other}", got=got, expected="the same prompts and settings")
