@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -383,10 +384,16 @@ class Pipeline:
             height if height is not None else usual.height,
             width if width is not None else usual.width,
         )
-        for name in (*self.bundle.manifest.texts, "unet", "guidance", self._loader.decoder):
-            engine = self.engine(name)
+        names = (*self.bundle.manifest.texts, "unet", "guidance", self._loader.decoder)
+        engines = {name: self.engine(name) for name in names}
+
+        def compile_graph(name: str) -> None:
+            engine = engines[name]
             if isinstance(engine, OpenVinoEngine):
                 engine.compile(self._loader.sizes(name, *size))
+
+        with ThreadPoolExecutor() as pool:  # compiling one graph does not fill two cores
+            list(pool.map(compile_graph, names))
 
     def close(self) -> None:
         """Release graphs, buffers and device; graphs that were prepared on disk stay there."""

@@ -4,8 +4,9 @@
     sld-eval --suite hidden --sample 300 --images keep --provider openvino --cpu-precision bf16 …
     python -m sld_edge.benchmarks.studies.precision exact bf16
 
-The second run needs the prompts of the first, and settings that the first has. A row is a setting: the distance of the second run's
-pictures from the first's, and the unsafe share and adherence of both.
+The second run needs the prompts of the first, and settings that the first has. A row is a setting:
+the distance of the second run's pictures from the first's, and the unsafe share and adherence of
+both.
 """
 
 from __future__ import annotations

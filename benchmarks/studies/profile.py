@@ -94,6 +94,7 @@ def _run() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[4, 25])
     parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--safety", default="guard")
+    parser.add_argument("--vae", default="full", choices=("full", "tiny"))
     options = parser.parse_args()
     seconds: dict[str, float] = defaultdict(float)
     with (
@@ -102,6 +103,7 @@ def _run() -> None:
             options.bundle,
             provider=options.provider,
             cpu_precision=options.cpu_precision,
+            vae=options.vae,
             evaluation=True,
         ) as pipeline,
     ):

@@ -110,7 +110,7 @@ class ExportOptions:
         "folder of another VAE, diffusers' AutoencoderKL or AutoencoderTiny, as decoder"
     )
     preview_vae: Path | None = option(
-        "folder of a VAE as a second decoder, for --preview of sld-run"
+        "folder of a VAE as a second decoder, for sld-run --vae tiny and --preview"
     )
 
     sampler: str | None = option(
