@@ -165,7 +165,7 @@ def test_interrupted_leaves_no_half_file_and_exit_code_130(tmp_path: Path) -> No
         "--output",
         "never.png",
     ]
-    command += ["--steps", "900", "--sampler", "ddim", "--preview", "preview.png"]
+    command += ["--steps", "400", "--sampler", "ddim", "--preview", "preview.png"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
     while not (tmp_path / "preview.png").exists() and time.monotonic() < deadline:
