@@ -58,8 +58,15 @@ def make(output: Path, *, seed: int = 0) -> None:
     for name, model in models.items():
         _save(model, output / name, rng)
     scheduler = {**SCHEDULER, "_class_name": "EulerDiscreteScheduler"}
-    index = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True}
-    index |= {name: ["diffusers", type(model).__name__] for name, model in models.items()}
+    index = {
+        "_class_name": "StableDiffusionXLPipeline",
+        "force_zeros_for_empty_prompt": True,
+        "scheduler": ["diffusers", "EulerDiscreteScheduler"],
+        **{name: ["transformers", "CLIPTokenizer"] for name in ("tokenizer", "tokenizer_2")},
+    }
+    for name, model in models.items():
+        library = "transformers" if name.startswith("text") else "diffusers"
+        index[name] = [library, type(model).__name__]
     write_rest(output, scheduler, index, ("tokenizer", "tokenizer_2"))
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from sld_edge.engines.base import Array, TensorSpec, check_tensors
 from sld_edge.engines.errors import EngineError, one_line
 from sld_edge.engines.openvino.api import core, read_model, version
+from sld_edge.engines.openvino.pages import release_pages
 from sld_edge.engines.openvino.target import Target
 
 
@@ -106,6 +107,8 @@ class OpenVinoEngine:
                 do="see sld-run --self-test --provider openvino, or use --provider cpu",
             ) from error
         self._sizes = dict(sizes)
+        # OpenVINO keeps weights in its own layout and does not read the file again.
+        release_pages(self.path.with_suffix(".bin"))
 
 
 def _spec(port: Any) -> TensorSpec:

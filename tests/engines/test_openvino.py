@@ -22,6 +22,7 @@ from sld_edge.engines.onnxruntime.engine import OrtEngine
 from sld_edge.engines.openvino import api, graphs
 from sld_edge.engines.openvino import target as targets
 from sld_edge.engines.openvino.engine import OpenVinoEngine
+from sld_edge.engines.openvino.pages import release_pages
 from sld_edge.engines.openvino.target import Target, target
 from sld_edge.runtime.bundle import EMBEDDED, EMBEDDED_FP16
 
@@ -145,6 +146,29 @@ def test_the_outputs_convolution_stays_fp32_in_bf16(cache: Path, tmp_path: Path)
             rounded = OpenVinoEngine(prepared_graph, Target(precision="bf16"), fixed=False)
             bits = rounded.run(feeds())["noise_pred"].view(np.uint32)
             assert (bits & 0xFFFF != 0).mean() > 0.9  # not BF16's numbers
+
+
+def test_the_pages_of_the_weights_are_given_back(cache: Path) -> None:
+    with engine(fixed=True) as ours:
+        first = ours.run(feeds())["noise_pred"]
+        weights = ours.path.with_suffix(".bin")
+        assert resident(weights) < 0.1 * weights.stat().st_size
+        assert release_pages(weights) >= weights.stat().st_size  # it is still mapped
+        np.testing.assert_array_equal(ours.run(feeds())["noise_pred"], first)
+        ours.run(feeds(1))  # compiled again, from the same file
+        np.testing.assert_array_equal(ours.run(feeds())["noise_pred"], first)
+    assert release_pages(weights.with_name("no such file")) == 0
+
+
+def resident(file: Path) -> int:
+    """Return the bytes of a mapped file that are in this process's memory."""
+    found, mine = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split()[0]:
+            mine = line.endswith(str(file))
+        elif mine and line.startswith("Rss:"):
+            found += 1024 * int(line.split()[1])
+    return found
 
 
 def test_bf16_without_a_prepared_graph_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
