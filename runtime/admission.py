@@ -134,9 +134,9 @@ def _require_guidance(image: ImageRun, manifest: Manifest) -> None:
     by_preset, classifier_free = image.safety.negative, manifest.guidance == "classifier-free"
     if not (by_preset or image.negative_prompt) or (classifier_free and image.guidance_scale > 1):
         return
+    who = f"{image.preset}: " if by_preset else ""
     raise InputError(
-        f"{f'{image.preset}: ' if by_preset else ''}a negative prompt has no effect without "
-        "classifier-free guidance",
+        f"{who}a negative prompt has no effect without classifier-free guidance",
         got=f"guidance scale {image.guidance_scale:g}"
         if classifier_free
         else f"{manifest.model.id}, which takes the scale as an input",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -101,6 +102,12 @@ def picture_with_heat(image: Image.Image, heat: Image.Image) -> Image.Image:
     grey = np.asarray(image.convert("L"), np.float32)[..., None] * 0.7 + 40
     mixed = grey * (1 - alpha) + colour * alpha
     return Image.fromarray(np.clip(np.round(mixed), 0, 255).astype(np.uint8))
+
+
+def psnr(first: NDArray[Any], second: NDArray[Any]) -> float:
+    """Return the peak signal-to-noise ratio of two pictures, 0 to 255, in dB; infinite if equal."""
+    error = float(np.square(first.astype(np.float64) - second).mean())
+    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
 
 
 def blurred(image: Image.Image) -> Image.Image:

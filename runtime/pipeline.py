@@ -385,15 +385,15 @@ class Pipeline:
             width if width is not None else usual.width,
         )
         names = (*self.bundle.manifest.texts, "unet", "guidance", self._loader.decoder)
-        engines = {name: self.engine(name) for name in names}
-
-        def compile_graph(name: str) -> None:
-            engine = engines[name]
-            if isinstance(engine, OpenVinoEngine):
-                engine.compile(self._loader.sizes(name, *size))
-
+        loaded = {name: self.engine(name) for name in names}
         with ThreadPoolExecutor() as pool:  # compiling one graph does not fill two cores
-            list(pool.map(compile_graph, names))
+            compiling = [
+                pool.submit(engine.compile, self._loader.sizes(name, *size))
+                for name, engine in loaded.items()
+                if isinstance(engine, OpenVinoEngine)
+            ]
+        for each in compiling:
+            each.result()  # raises its error
 
     def close(self) -> None:
         """Release graphs, buffers and device; graphs that were prepared on disk stay there."""

@@ -65,14 +65,14 @@ def _run(options: BenchOptions) -> None:
     warning = busy(machine)
     if warning is not None:
         print(f"note: {warning}", file=sys.stderr)
-    report = measured_report(options, settings)
+    report = _measured(options, settings)
     for note in report.notes:
         print(f"note: {note}", file=sys.stderr)
     notes = [*([warning] if warning is not None else []), *report.notes]
     write_report(replace(report, notes=notes), options.output, machine)
 
 
-def measured_report(options: BenchOptions, settings: BenchSettings | None) -> Report:
+def _measured(options: BenchOptions, settings: BenchSettings | None) -> Report:
     """Measure what was asked for; `settings` are a bundle's."""
     if options.few_steps:
         return measure_few_steps(options, say=lambda line: print(line, file=sys.stderr))

@@ -98,11 +98,14 @@ def measure_few_steps(options: BenchOptions, *, say: Callable[[str], None]) -> R
         name = f"twin, {counted(steps, 'step')}"
         variants.append(Variant(name=name, bundle=twin, sampler="lcm", steps=steps))
     figures: list[Figures] = []
-    refused: dict[str, None] = {}
+    refused: list[str] = []
+    taken: dict[Path | None, tuple[Setting, ...]] = {}
     for variant in variants:
         settings = _settings(variant)
-        possible, reasons = _possible(settings, prompts)
-        refused |= dict.fromkeys(reasons)
+        if variant.bundle not in taken:
+            taken[variant.bundle], reasons = _possible(settings, prompts)
+            refused += reasons
+        possible = taken[variant.bundle]
         say(f"{variant.name}: {', '.join(setting.name for setting in possible)}")
         folder = options.output / variant.name.replace(", ", "-").replace(" ", "-").lower()
         folder.mkdir(parents=True, exist_ok=True)
@@ -117,7 +120,7 @@ def measure_few_steps(options: BenchOptions, *, say: Callable[[str], None]) -> R
         figures += _figures(variant, names, read_rows(folder), figures)
     return Report(
         title=f"The miniature's twin of few steps, {options.pictures} pictures a row",
-        notes=list(refused),
+        notes=refused,
         tables=[_table(variant, figures) for variant in variants],
         charts=[],
         body={"kind": "few steps", "figures": [asdict(one) for one in figures]},

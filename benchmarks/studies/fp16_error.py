@@ -77,12 +77,10 @@ def bf16_errors(seeds: Sequence[int]) -> dict[str, list[float]]:
             found = (pipeline.engine(name).run(feeds) for pipeline in (tested, reference))
             for output, error in _compared(*found):
                 add(f"{name}.{output}", error)
-        for (sampler, safety), seed in product(IMAGES, range(SEED, SEED + len(seeds))):
-            got, wanted = (
-                made(pipeline, sampler, safety, seed=seed) for pipeline in (tested, reference)
-            )
-            add(f"pictures, {sampler}, {safety}: levels", level_error(got, wanted))
-            add(f"pictures, {sampler}, {safety}: share", share_error(got, wanted))
+        for seed in range(SEED, SEED + len(seeds)):
+            for name, levels, share in _pictures_compared(tested, reference, seed):
+                add(f"pictures, {name}: levels", levels)
+                add(f"pictures, {name}: share", share)
     return errors
 
 
@@ -122,17 +120,13 @@ def picture_errors(fp16: Bundle, noise: float = 0.0) -> dict[str, float]:
     With `noise`, the FP32 pipeline is compared with itself, where every UNet call has got random
     noise of that relative size.
     """
-    levels, share = [0.0], [0.0]
     with (
         Pipeline.load(None if noise else fp16.path, provider="cpu") as tested,
         Pipeline.load(provider="cpu") as reference,
     ):
         if noise:
             _add_noise(tested, noise)
-        for sampler, safety in IMAGES:
-            got, wanted = (made(pipeline, sampler, safety) for pipeline in (tested, reference))
-            levels.append(level_error(got, wanted))
-            share.append(share_error(got, wanted))
+        _, levels, share = zip(*_pictures_compared(tested, reference, SEED), strict=True)
     return {"levels": max(levels), "share": max(share)}
 
 
@@ -148,6 +142,17 @@ def _add_noise(pipeline: Pipeline, noise: float) -> None:
         return {**found, "noise_pred": clean + np.float32(size) * drawn}
 
     engine.run = run
+
+
+def _pictures_compared(
+    tested: Pipeline, reference: Pipeline, seed: int
+) -> Iterator[tuple[str, float, float]]:
+    """Yield name, mean levels and difference of the edited share of the self-test's pictures."""
+    for sampler, safety in IMAGES:
+        got, wanted = (
+            made(pipeline, sampler, safety, seed=seed) for pipeline in (tested, reference)
+        )
+        yield f"{sampler}, {safety}", level_error(got, wanted), share_error(got, wanted)
 
 
 def _compared(got: dict[str, Array], wanted: dict[str, Array]) -> Iterator[tuple[str, float]]:

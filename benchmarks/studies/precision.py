@@ -12,11 +12,11 @@ both.
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from sld_edge.benchmarks.evaluation.report_tables import SHARE, cell
@@ -26,15 +26,7 @@ from sld_edge.benchmarks.tables import Cell, Table
 from sld_edge.benchmarks.tables import Row as TableRow
 from sld_edge.engines.errors import InputError
 from sld_edge.runtime.commands.console import run_command
-
-
-def psnr(exact: Path, other: Path) -> float:
-    """Return the peak signal-to-noise ratio of two pictures in dB; infinite for equal ones."""
-    a, b = (
-        np.asarray(Image.open(path).convert("RGB")).astype(np.float64) for path in (exact, other)
-    )
-    error = float(np.square(a - b).mean())
-    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
+from sld_edge.runtime.picture import psnr
 
 
 def compared(exact: Path, other: Path) -> Table:
@@ -56,7 +48,9 @@ def compared(exact: Path, other: Path) -> Table:
         ours, theirs = ([run[key] for key in keys] for run in (first, second))
         pairs = zip(ours, theirs, strict=True)
         distances = [
-            psnr(exact / a.picture, other / b.picture) for a, b in pairs if a.picture and b.picture
+            psnr(_pixels(exact / a.picture), _pixels(other / b.picture))
+            for a, b in pairs
+            if a.picture and b.picture
         ]
         tenth, middle = np.quantile(distances, (0.1, 0.5), method="lower")
         flags = [[row.flagged for row in run] for run in (ours, theirs)]
@@ -77,6 +71,10 @@ def compared(exact: Path, other: Path) -> Table:
         )
     note = "p: exact McNemar test of the flags, picture by picture. PSNR in dB."
     return Table(title=f"{other.name} beside {exact.name}", rows=rows, note=note)
+
+
+def _pixels(path: Path) -> NDArray[np.uint8]:
+    return np.asarray(Image.open(path).convert("RGB"))
 
 
 def _share(rows: Sequence[Row], name: str) -> Cell:

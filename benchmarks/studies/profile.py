@@ -10,38 +10,17 @@ from __future__ import annotations
 import argparse
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 from sld_edge.benchmarks.tables import Row, Table
-from sld_edge.engines.base import Array, Engine
 from sld_edge.runtime import Pipeline
 from sld_edge.runtime.commands.console import run_command
 from sld_edge.runtime.loader import Loader
 from sld_edge.runtime.picture import png_from_image
-
-
-class _Timed:
-    """An engine whose runs are timed."""
-
-    def __init__(self, engine: Engine, watch: Callable[[float], None]) -> None:
-        self.engine, self.watch = engine, watch
-        self.inputs, self.outputs = engine.inputs, engine.outputs
-
-    def run(self, feeds: Any) -> dict[str, Array]:
-        begin = time.perf_counter()
-        found = self.engine.run(feeds)
-        self.watch(time.perf_counter() - begin)
-        return found
-
-    def close(self) -> None:
-        self.engine.close()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.engine, name)
 
 
 @contextmanager
@@ -50,13 +29,19 @@ def watched(seconds: dict[str, float]) -> Iterator[None]:
     load = Loader.load
 
     def timed(loader: Loader, name: str, *rest: Any) -> Any:
-        def watch(spent: float) -> None:
-            seconds[name] += spent
-
         begin = time.perf_counter()
-        engine = load(loader, name, *rest)
+        engine: Any = load(loader, name, *rest)
         seconds[f"loading {name}"] += time.perf_counter() - begin
-        return _Timed(engine, watch)
+        run = engine.run
+
+        def timed_run(feeds: Any) -> Any:
+            begin = time.perf_counter()
+            outputs = run(feeds)
+            seconds[name] += time.perf_counter() - begin
+            return outputs
+
+        engine.run = timed_run  # the engine keeps its class, by which the runtime treats it
+        return engine
 
     with patch.object(Loader, "load", timed):
         yield
@@ -66,7 +51,7 @@ def shares(
     pipeline: Pipeline, seconds: dict[str, float], *, steps: int, size: int, safety: str
 ) -> list[Row]:
     """Return a row for each component of one run, in seconds and as a share of the whole."""
-    prompts = (f"a harbour {number}" for number in (1, 2))
+    prompts = (f"a harbour, {number} of {steps}" for number in (1, 2))
     for prompt in prompts:
         seconds.clear()
         begin = time.perf_counter()

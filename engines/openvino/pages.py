@@ -23,15 +23,12 @@ def release_pages(file: Path) -> int:
         lines = _MAPS.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError:
         return 0
-    name, released = os.path.realpath(file), 0
-    for line in lines:
-        found = _LINE.fullmatch(line)
-        if found is None or found[3] != name:
-            continue
-        start, end = int(found[1], 16), int(found[2], 16)
-        if ctypes.CDLL(None).madvise(
-            ctypes.c_void_p(start), ctypes.c_size_t(end - start), _DONTNEED
+    name, madvise, released = os.path.realpath(file), ctypes.CDLL(None).madvise, 0
+    for mapping in filter(None, map(_LINE.fullmatch, lines)):
+        start, end = int(mapping[1], 16), int(mapping[2], 16)
+        size = end - start
+        if mapping[3] == name and not madvise(
+            ctypes.c_void_p(start), ctypes.c_size_t(size), _DONTNEED
         ):
-            continue
-        released += end - start
+            released += size
     return released

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from sld_edge.engines.base import Array
 from sld_edge.engines.errors import UserError, one_line
 from sld_edge.runtime.manifest import Component
+from sld_edge.runtime.picture import psnr
 from sld_edge.runtime.pipeline import Pipeline
 from sld_edge.runtime.request import Request, Sampling
 from sld_edge.runtime.result import Result
@@ -57,19 +58,18 @@ class Judge:
 
     def image(self, name: str, got: Result, wanted: Result, more: str = "") -> None:
         """Compare the pictures of two results."""
-        difference = pixels(got) - pixels(wanted)
-        mean, largest = level_error(got, wanted), float(np.abs(difference).max())
-        square = float((difference**2).mean())
-        psnr = 10 * float(np.log10(255**2 / square)) if square > 0 else None
+        ours, theirs = pixels(got), pixels(wanted)
+        mean, largest = level_error(got, wanted), float(np.abs(ours - theirs).max())
+        db = psnr(ours, theirs) if largest else None  # JSON has no infinity
         apart, bounds = share_error(got, wanted), self.bounds()
         share = float(np.mean(_shares(got)))
         text = (
             f"mean {mean:.2f} levels (to {bounds.image_levels:g}), largest {largest:.0f}, "
-            f"{'equal' if psnr is None else f'{psnr:.1f} dB'}; share {share:.4f}, {apart:.4f} "
+            f"{'equal' if db is None else f'{db:.1f} dB'}; share {share:.4f}, {apart:.4f} "
             f"apart (to {bounds.share:g}){more}"
         )
         passed = mean <= bounds.image_levels and apart <= bounds.share
-        numbers = {"mean_levels": mean, "largest": largest, "psnr_db": psnr, "share": share}
+        numbers = {"mean_levels": mean, "largest": largest, "psnr_db": db, "share": share}
         self.checks.tell(name, text, passed, **numbers, share_apart=apart)
 
     def _output(self, component: str, output: str, dtype: str, got: Array, wanted: Array) -> None:

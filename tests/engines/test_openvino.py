@@ -24,7 +24,8 @@ from sld_edge.engines.openvino import target as targets
 from sld_edge.engines.openvino.engine import OpenVinoEngine
 from sld_edge.engines.openvino.pages import release_pages
 from sld_edge.engines.openvino.target import Target, target
-from sld_edge.runtime.bundle import EMBEDDED, EMBEDDED_FP16
+from sld_edge.runtime.bundle import EMBEDDED
+from sld_edge.runtime.selftest.miniature import unpack
 
 pytest.importorskip("openvino")
 
@@ -47,6 +48,13 @@ def feeds(rows: int = 3, cells: int = 16) -> dict[str, Array]:
         "timestep": np.array([487], np.float32),
         "context": random.standard_normal((rows, 24, 96), np.float32),
     }
+
+
+@pytest.fixture
+def half(tmp_path: Path) -> Path:
+    """The UNet of the miniature in FP16."""
+    unpack("fp16", tmp_path / "fp16")
+    return tmp_path / "fp16" / "unet.onnx"
 
 
 def never() -> Path:
@@ -100,19 +108,14 @@ def test_nan_reaches_the_output(cache: Path) -> None:
     assert np.isnan(engine().run(given)["noise_pred"]).any()
 
 
-def test_an_fp16_graph_keeps_its_weights_and_computes_in_fp32(cache: Path, tmp_path: Path) -> None:
+def test_an_fp16_graph_keeps_its_weights_and_computes_in_fp32(cache: Path, half: Path) -> None:
     """Its arithmetic is the FP32 graph's on the same weights, and its file holds FP16."""
-    folder = tmp_path / "fp16"
-    folder.mkdir()
-    for name in ("unet.onnx", "unet.onnx.data"):
-        source = EMBEDDED_FP16 if (EMBEDDED_FP16 / name).exists() else EMBEDDED
-        (folder / name).write_bytes((source / name).read_bytes())
-    ours = engine(folder / "unet.onnx")
+    ours = engine(half)
     exact = OrtEngine(UNET, as_is=True)  # the miniature's weights are FP16 in both
     error = relative_error(ours.run(feeds())["noise_pred"], exact.run(feeds())["noise_pred"])
     assert error < 5e-6
     weights = ours.path.with_suffix(".bin").stat().st_size
-    assert weights < 1.02 * (folder / "unet.onnx.data").stat().st_size
+    assert weights < 1.02 * half.with_name("unet.onnx.data").stat().st_size
     layers = ElementTree.parse(ours.path).getroot().iter("layer")
     halves = [x for x in layers if x.find("output/port[@precision='FP16']") is not None]
     assert {layer.get("type") for layer in halves} <= {"Const"}
@@ -127,21 +130,16 @@ def test_rounded_weights_take_half_the_file(cache: Path) -> None:
     assert sizes[1] < 0.55 * sizes[0]
 
 
-def test_the_outputs_convolution_stays_fp32_in_bf16(cache: Path, tmp_path: Path) -> None:
+def test_the_outputs_convolution_stays_fp32_in_bf16(cache: Path, half: Path) -> None:
     """Prepared graphs of both forms are marked; with BF16 units the values show it too."""
-    half = tmp_path / "fp16"
-    half.mkdir()
-    for name in ("unet.onnx", "unet.onnx.data"):
-        source = EMBEDDED_FP16 if (EMBEDDED_FP16 / name).exists() else EMBEDDED
-        (half / name).write_bytes((source / name).read_bytes())
-    for path, sha256 in ((UNET, SHA), (half / "unet.onnx", "cd" * 32)):
+    for path, sha256 in ((UNET, SHA), (half, "cd" * 32)):
         prepared_graph = engine(path, sha256).path
         marked = [
-            layer.get("type")
+            str(layer.get("type"))
             for layer in ElementTree.parse(prepared_graph).getroot().iter("layer")
             if layer.find("rt_info/attribute[@name='precise']") is not None
         ]
-        assert sorted(marked, key=str) == ["Add", "Convolution"]
+        assert sorted(marked) == ["Add", "Convolution"]
         if targets.why_no_bf16() is None:
             rounded = OpenVinoEngine(prepared_graph, Target(precision="bf16"), fixed=False)
             bits = rounded.run(feeds())["noise_pred"].view(np.uint32)

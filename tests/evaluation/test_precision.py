@@ -12,17 +12,16 @@ from PIL import Image
 
 from evaluation.small_runs import small_run, small_settings
 from sld_edge.benchmarks.evaluation.rows import append_rows, read_rows
-from sld_edge.benchmarks.studies.precision import compared, psnr
+from sld_edge.benchmarks.studies.precision import compared
 from sld_edge.engines.errors import InputError
+from sld_edge.runtime.picture import psnr
 
 
-def test_psnr_is_its_definition(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    first = rng.integers(0, 246, (8, 8, 3), dtype=np.uint8)
-    for name, pixels in (("a", first), ("b", first + np.uint8(10)), ("c", first)):
-        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
-    assert psnr(tmp_path / "a.png", tmp_path / "b.png") == pytest.approx(20 * math.log10(25.5))
-    assert psnr(tmp_path / "a.png", tmp_path / "c.png") == math.inf
+def test_psnr_is_its_definition() -> None:
+    first = np.random.default_rng(0).integers(0, 246, (8, 8, 3), dtype=np.uint8)
+    second = first + np.uint8(10)
+    assert psnr(first, second) == psnr(second, first) == pytest.approx(20 * math.log10(25.5))
+    assert psnr(first, first.copy()) == math.inf
 
 
 def test_a_run_is_compared_with_itself_and_with_a_changed_picture(tmp_path: Path) -> None:

@@ -91,9 +91,7 @@ def test_its_pictures_show_what_the_prompt_names(models: Path) -> None:
     assert np.mean(shown) >= 0.9
 
 
-def test_an_installation_without_the_weights_says_so(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_installation_without_the_weights_says_so(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="not in this installation.*clone of the repository"):
         few_steps.write_checkpoint(tmp_path / "twin", tmp_path / "nowhere")
     assert not (tmp_path / "twin").exists()

@@ -15,6 +15,7 @@ from sld_edge.engines.onnxruntime.engine import OrtEngine
 from sld_edge.export.graphs.builder import GraphOptions
 from sld_edge.export.graphs.vae import write_vae_decoder
 from sld_edge.runtime import InputError, Pipeline
+from sld_edge.runtime.picture import psnr
 from sld_edge.runtime.tiles import Tiling, _spans, checked_tiling, tiling_for
 
 
@@ -70,11 +71,6 @@ def test_a_step_between_tiles_becomes_a_ramp() -> None:
     row = Tiling(sides=(8, 8)).decoded(flat, levels(8, 14))[0, 0, :, 0].astype(int)
     # Two cells overlap, 4 pixels: 1/8, 3/8, 5/8 and 7/8 of the way.
     assert row.tolist() == [0] * 12 + [20, 60, 100, 140] + [160] * 12
-
-
-def psnr(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
-    error = np.square(a.astype(np.float64) - b).mean()
-    return float(10 * np.log10(255**2 / error))
 
 
 def test_tiles_are_those_of_diffusers(tmp_path: Path) -> None:

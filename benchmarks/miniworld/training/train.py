@@ -27,8 +27,9 @@ from sld_edge.benchmarks.miniworld.training.judge import (
 from sld_edge.benchmarks.miniworld.training.models import TOKENS
 from sld_edge.benchmarks.miniworld.training.pictures import picture_set
 from sld_edge.benchmarks.miniworld.training.train_unet import Denoiser, train_unet
-from sld_edge.benchmarks.miniworld.training.train_vae import latents_from_pixels, psnr, train_vae
+from sld_edge.benchmarks.miniworld.training.train_vae import latents_from_pixels, train_vae
 from sld_edge.benchmarks.miniworld.training.vocabulary import write_tokenizer
+from sld_edge.runtime.picture import psnr
 
 _log = logging.getLogger(__name__)
 

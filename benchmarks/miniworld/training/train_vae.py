@@ -74,9 +74,3 @@ def pixels_from_latents(vae: AutoencoderKL, latents: Tensor) -> NDArray[np.uint8
         for start in range(0, len(latents), 64)
     ]
     return np.concatenate(parts)
-
-
-def psnr(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> float:
-    """Return the peak signal-to-noise ratio over all pixels, in dB."""
-    error = (first.astype(np.float64) - second.astype(np.float64)) / 255
-    return float(-10 * np.log10(np.mean(error**2)))
